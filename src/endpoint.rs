@@ -1,0 +1,368 @@
+//! Where frames come from and go to: the traits that devices implement, and an importer's reasoned no.
+
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+use crate::format::{Format, Layout};
+use crate::frame::{Buffer, Frame, FrameMeta, WeakBuffer};
+use crate::ledger::Ledger;
+
+/// What `poll` said of a source's descriptor.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Ready {
+    /// A frame may be there (`POLLIN`).
+    pub frame: bool,
+    /// An event may be there (`POLLPRI`).
+    pub event: bool,
+    /// The device or its queue failed (`POLLERR`, `POLLHUP`).
+    pub failed: bool,
+}
+
+impl Ready {
+    /// A frame may be there: what to pass when nothing was polled.
+    pub const FRAME: Ready = Ready { frame: true, event: false, failed: false };
+}
+
+/// What a source has lost so far.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct SourceCounts {
+    /// Frames that the source counted and never delivered (gaps in the sequence).
+    pub dropped: u64,
+    /// Frames that came marked as damaged and were queued again.
+    pub errored: u64,
+}
+
+/// Produces frames. Its descriptor becomes readable when a frame may be there; nothing blocks.
+///
+/// Set up in order: configure, [`buffers`](Source::buffers) for the sink to import, [`start`](Source::start), then
+/// [`try_next`](Source::try_next) whenever the descriptor is ready.
+pub trait Source: AsFd {
+    /// What a person calls it: a device node, or `pattern`.
+    fn name(&self) -> &str;
+
+    /// The shape of its frames.
+    fn layout(&self) -> &Layout;
+
+    /// Frames a second, where known.
+    fn rate(&self) -> Option<f64>;
+
+    /// The buffers that its frames will come in.
+    fn buffers(&self) -> &[Buffer];
+
+    /// Starts the flow of frames.
+    ///
+    /// # Errors
+    /// The device's refusal; the source can be started again.
+    fn start(&mut self) -> Result<()>;
+
+    /// The next frame, or `None` if there is none yet.
+    ///
+    /// # Errors
+    /// [`Kind::Ended`](crate::error::Kind::Ended) after the last frame,
+    /// [`FormatChanged`](crate::error::Kind::FormatChanged) when the source must be set up anew,
+    /// [`Disconnected`](crate::error::Kind::Disconnected) when it is gone.
+    fn try_next(&mut self, ready: Ready) -> Result<Option<Frame>>;
+
+    /// Gives slots whose last lease was dropped back to the source. [`try_next`](Source::try_next) does so too; calling it
+    /// before waiting lets the source fill them meanwhile.
+    ///
+    /// # Errors
+    /// The device's refusal.
+    fn recycle(&mut self) -> Result<()>;
+
+    /// Stops the flow; frames that are leased stay valid.
+    ///
+    /// # Errors
+    /// The device's refusal.
+    fn stop(&mut self) -> Result<()>;
+
+    /// The longest wait for a frame that is not a failure.
+    fn watchdog(&self) -> Option<Duration> {
+        None
+    }
+
+    /// The error to report when [`watchdog`](Source::watchdog) has passed without a frame.
+    fn stalled(&self) -> Error;
+
+    /// What was lost so far.
+    fn counts(&self) -> SourceCounts;
+}
+
+/// A step of the fallback ladder.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Rung {
+    /// The source's own buffers, used by the sink. No copy.
+    Exported,
+    /// The CPU copies each frame.
+    Copied,
+}
+
+impl fmt::Display for Rung {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Rung::Exported => "exported",
+            Rung::Copied => "copied",
+        })
+    }
+}
+
+/// An importer's reasoned no: a value, not a log line.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Refusal {
+    /// The rung that does not hold.
+    pub rung: Rung,
+    /// The call or check that said no.
+    pub step: &'static str,
+    /// The errno, where the kernel said no.
+    pub errno: Option<i32>,
+    /// Why.
+    pub why: String,
+    /// The cheapest way to make it hold.
+    pub repair: String,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} refused at {}: {}", self.rung, self.step, self.why)?;
+        if let Some(errno) = self.errno {
+            write!(f, " ({})", errno_name(errno))?;
+        }
+        write!(f, "; {}", self.repair)
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+/// The symbol of an errno, as in `EINVAL`.
+pub fn errno_name(errno: i32) -> String {
+    match nix::errno::Errno::from_raw(errno) {
+        nix::errno::Errno::UnknownErrno => errno.to_string(),
+        known => format!("{known:?}"),
+    }
+}
+
+/// Why a source and a sink could not be joined.
+#[derive(Debug, thiserror::Error)]
+pub enum JoinError {
+    /// The sink cannot take these buffers; another way may do.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// Something is broken, whatever the way.
+    #[error(transparent)]
+    Failed(#[from] Error),
+}
+
+/// Makes a device's own image of a buffer's memory.
+pub trait Importer {
+    /// The device's image. It keeps the kernel's reference to the memory, not the frame's lease.
+    type Image;
+
+    /// What a person calls the importer.
+    fn name(&self) -> &str;
+
+    /// Imports a buffer. Borrows only.
+    ///
+    /// # Errors
+    /// The refusal, with step, reason and repair.
+    fn import(&mut self, buffer: &Buffer) -> Result<Self::Image, Refusal>;
+}
+
+/// Images by buffer: made once for each buffer, gone with the buffer.
+///
+/// Looking a buffer up compares addresses, and only for a handle not seen before the kernel's identities.
+#[derive(Debug)]
+pub struct ImportCache<I> {
+    entries: Vec<(WeakBuffer, I)>,
+    imports: u64,
+}
+
+impl<I> Default for ImportCache<I> {
+    fn default() -> Self {
+        ImportCache { entries: Vec::new(), imports: 0 }
+    }
+}
+
+impl<I> ImportCache<I> {
+    /// An empty cache.
+    pub fn new() -> ImportCache<I> {
+        ImportCache::default()
+    }
+
+    /// The image of `buffer`, imported now if it has none.
+    ///
+    /// # Errors
+    /// The importer's refusal; nothing is cached then.
+    pub fn get<P: Importer<Image = I>>(&mut self, importer: &mut P, buffer: &Buffer) -> Result<&I, Refusal> {
+        let index = match self.find(buffer) {
+            Some(index) => index,
+            None => {
+                self.entries.retain(|(weak, _)| !weak.is_gone());
+                let image = importer.import(buffer)?;
+                self.imports += 1;
+                self.entries.push((buffer.downgrade(), image));
+                self.entries.len() - 1
+            }
+        };
+        Ok(&self.entries[index].1)
+    }
+
+    /// The image of a buffer that was imported before.
+    pub fn peek(&self, buffer: &Buffer) -> Option<&I> {
+        self.find(buffer).map(|index| &self.entries[index].1)
+    }
+
+    /// How many imports were made.
+    pub fn imports(&self) -> u64 {
+        self.imports
+    }
+
+    /// Forgets all images.
+    pub fn clear(&mut self) {
+        self.entries.clear();
+    }
+
+    fn find(&self, buffer: &Buffer) -> Option<usize> {
+        let known = self.entries.iter().position(|(weak, _)| weak.follows(buffer));
+        known.or_else(|| {
+            let same = |weak: &WeakBuffer| weak.upgrade().is_some_and(|other| other.same_memory(buffer));
+            self.entries.iter().position(|(weak, _)| same(weak))
+        })
+    }
+}
+
+/// One frame that a sink has finished showing or storing for the first time.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Shown {
+    /// The frame's data.
+    pub meta: FrameMeta,
+    /// When, in µs of `CLOCK_MONOTONIC`.
+    pub at_us: u64,
+}
+
+/// The result of comparing what a display showed with what was captured.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Verdict {
+    /// Frames compared.
+    pub checked: u64,
+    /// Frames that were shown wrong.
+    pub wrong: u64,
+    /// The first frame shown wrong: its place among the captured, counted from 0, and its sequence number.
+    pub first_wrong: Option<(u64, u32)>,
+}
+
+/// Consumes frames.
+pub trait Sink {
+    /// What a person calls it: a device node, or `png:FILE`.
+    fn name(&self) -> &str;
+
+    /// The formats that it takes, best first; `None` for any.
+    fn formats(&self) -> Option<Vec<Format>>;
+
+    /// Gets ready for frames of this shape in these buffers, importing each of them, and changes nothing that a person
+    /// sees. `rate` is in frames a second.
+    ///
+    /// # Errors
+    /// A refusal of these buffers, or a failure.
+    fn join(&mut self, layout: &Layout, rate: Option<f64>, buffers: &[Buffer]) -> Result<Rung, JoinError>;
+
+    /// Sees each frame right after its capture, before anyone else touches it. A sink that verifies predicts here what it
+    /// must show.
+    ///
+    /// # Errors
+    /// If the frame cannot be read.
+    fn inspect(&mut self, frame: &Frame) -> Result<()> {
+        let _ = frame;
+        Ok(())
+    }
+
+    /// Takes a frame, and tells which frame is now on show because of it, if that is known already.
+    ///
+    /// # Errors
+    /// The device's refusal.
+    fn present(&mut self, frame: Frame) -> Result<Option<Shown>>;
+
+    /// What to poll for input, if the sink has something to say between two frames.
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Handles what [`event_fd`](Sink::event_fd) announced.
+    ///
+    /// # Errors
+    /// The device's failure.
+    fn dispatch(&mut self) -> Result<Option<Shown>> {
+        Ok(None)
+    }
+
+    /// Waits for a frame that was taken and is not shown or stored yet, and tells of it; `None` when there is no more. To be
+    /// called until then.
+    ///
+    /// # Errors
+    /// The device's failure, or that of the file.
+    fn finish(&mut self) -> Result<Option<Shown>> {
+        Ok(None)
+    }
+
+    /// Frames taken and never shown, because a newer one came first.
+    fn dropped(&self) -> u64 {
+        0
+    }
+
+    /// How many buffers were imported.
+    fn imports(&self) -> u64 {
+        0
+    }
+
+    /// What the CPU copied.
+    fn ledger(&self) -> &Ledger {
+        const EMPTY: &Ledger = &Ledger::new();
+        EMPTY
+    }
+
+    /// The result of verification, where it was asked for.
+    fn verdict(&self) -> Option<Verdict> {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Allocator;
+
+    struct Counter(u32);
+
+    impl Importer for Counter {
+        type Image = u32;
+
+        fn name(&self) -> &str {
+            "counter"
+        }
+
+        fn import(&mut self, _: &Buffer) -> Result<u32, Refusal> {
+            self.0 += 1;
+            Ok(self.0)
+        }
+    }
+
+    fn buffer() -> Buffer {
+        let layout = Layout::packed(Format::parse("GREY").unwrap().0, (8, 8), 1).unwrap();
+        Buffer::new(layout, vec![Allocator::Plain.allocate(64).unwrap()], &[64]).unwrap()
+    }
+
+    #[test]
+    fn each_buffer_is_imported_once_and_forgotten_when_gone() {
+        let (mut cache, mut importer) = (ImportCache::new(), Counter(0));
+        let (first, second) = (buffer(), buffer());
+        assert_eq!(*cache.get(&mut importer, &first).unwrap(), 1);
+        assert_eq!(*cache.get(&mut importer, &first.clone()).unwrap(), 1);
+        assert_eq!(*cache.get(&mut importer, &second).unwrap(), 2);
+        assert_eq!(cache.imports(), 2);
+        drop(first);
+        assert_eq!(*cache.get(&mut importer, &buffer()).unwrap(), 3);
+        assert_eq!(cache.entries.len(), 2, "the entry of the buffer that is gone went too");
+        assert_eq!(cache.peek(&second), Some(&2));
+    }
+}

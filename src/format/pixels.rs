@@ -1,0 +1,491 @@
+//! Single pixels of any format: what test cards, pictures and checks need. Never for speed.
+
+use std::ops::Range as Span;
+
+use super::table::Bits;
+use super::{Colour, Encoding, Format, Kind, Layout, MAX_PLANES, Range};
+
+/// A colour of 8 bits a channel, as sRGB files and people write it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Rgb {
+    /// Red.
+    pub r: u8,
+    /// Green.
+    pub g: u8,
+    /// Blue.
+    pub b: u8,
+}
+
+impl Rgb {
+    /// The colour with these channels.
+    pub const fn new(r: u8, g: u8, b: u8) -> Rgb {
+        Rgb { r, g, b }
+    }
+}
+
+/// A pixel's numbers as they lie in memory, not yet taken for a colour.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Raw {
+    /// A pixel of an RGB format.
+    Rgb {
+        /// Red, green and blue.
+        values: [u16; 3],
+        /// The bits that each of them has.
+        widths: [u8; 3],
+        /// Alpha and its bits, where the format has one.
+        alpha: Option<(u16, u8)>,
+    },
+    /// A pixel of a YUV format. Where the format has no chroma, `u` and `v` are the middle value.
+    Yuv {
+        /// Luma.
+        y: u16,
+        /// Difference of blue.
+        u: u16,
+        /// Difference of red.
+        v: u16,
+        /// The bits that each of them has. P010's are its upper 10.
+        bits: u8,
+    },
+}
+
+/// One row of a picture, to read: the bytes of that row in each colour plane.
+///
+/// Reads past the end of what was given yield zeros, so a short slice is a black edge and never a panic.
+#[derive(Clone, Copy, Debug)]
+pub struct Pixels<'a> {
+    format: Format,
+    rows: [&'a [u8]; MAX_PLANES],
+}
+
+impl<'a> Pixels<'a> {
+    /// The row whose bytes in colour plane 0, 1, … are `rows`. For a row of subsampled chroma give the chroma row that
+    /// it shares with its neighbour.
+    pub fn new(format: Format, rows: &[&'a [u8]]) -> Pixels<'a> {
+        let mut all: [&[u8]; MAX_PLANES] = [&[]; MAX_PLANES];
+        for (slot, row) in all.iter_mut().zip(rows) {
+            *slot = row;
+        }
+        Pixels { format, rows: all }
+    }
+
+    /// Row `y` of a picture that lies in `memory` (one slice a memory plane) as `layout` says.
+    pub fn at(layout: &Layout, memory: &[&'a [u8]], y: u32) -> Pixels<'a> {
+        let mut rows: [&[u8]; MAX_PLANES] = [&[]; MAX_PLANES];
+        for (plane, slot) in rows.iter_mut().enumerate().take(layout.format().planes()) {
+            let (index, span) = row_span(layout, plane, y);
+            *slot = memory.get(index).and_then(|bytes| bytes.get(span)).unwrap_or_default();
+        }
+        Pixels { format: layout.format(), rows }
+    }
+
+    /// The numbers of pixel `x`. Chroma is that of the sample which the pixel shares, without interpolation.
+    pub fn raw(&self, x: u32) -> Raw {
+        let x = x as usize;
+        let chroma = x / self.format.subsampling().0 as usize;
+        match self.format.kind() {
+            Kind::Rgb { channels, alpha } => {
+                let size = self.format.row_bytes(0, 1) as usize;
+                let word = (0..size).fold(0, |word, i| word | u32::from(self.byte(0, x * size + i)) << (8 * i));
+                Raw::Rgb {
+                    values: channels.map(|bits| field(word, bits)),
+                    widths: channels.map(|bits| bits.width),
+                    alpha: alpha.map(|bits| (field(word, bits), bits.width)),
+                }
+            }
+            Kind::Packed422 { y, u, v } => {
+                let group = x / 2 * 4;
+                let at = |position: u8| u16::from(self.byte(0, group + usize::from(position)));
+                Raw::Yuv { y: at(y[x % 2]), u: at(u), v: at(v), bits: 8 }
+            }
+            Kind::SemiPlanar { swapped, sample } => {
+                let (u, v) = if swapped { (1, 0) } else { (0, 1) };
+                let at = |plane, index| self.sample(plane, index, sample);
+                let bits = if sample == 1 { 8 } else { 10 };
+                Raw::Yuv { y: at(0, x), u: at(1, 2 * chroma + u), v: at(1, 2 * chroma + v), bits }
+            }
+            Kind::Planar { swapped } => {
+                let (u, v) = if swapped { (2, 1) } else { (1, 2) };
+                let at = |plane, index| self.sample(plane, index, 1);
+                Raw::Yuv { y: at(0, x), u: at(u, chroma), v: at(v, chroma), bits: 8 }
+            }
+            Kind::Grey => Raw::Yuv { y: self.sample(0, x, 1), u: 128, v: 128, bits: 8 },
+        }
+    }
+
+    /// The colour of pixel `x`, rounded to the nearest. `colour` says what YUV numbers mean; grey is of full range
+    /// whatever it says, as V4L2's GREY is. Alpha is not applied.
+    pub fn rgb(&self, x: u32, colour: Colour) -> Rgb {
+        match self.raw(x) {
+            Raw::Rgb { values, widths, .. } => {
+                let channel = |i: usize| {
+                    let top = (1 << widths[i]) - 1;
+                    byte(f64::from(values[i]) / f64::from(top) * 255.0)
+                };
+                Rgb::new(channel(0), channel(1), channel(2))
+            }
+            Raw::Yuv { y, u, v, bits } => from_yuv([y, u, v], bits, meaning(self.format, colour)),
+        }
+    }
+
+    fn byte(&self, plane: usize, index: usize) -> u8 {
+        self.rows.get(plane).and_then(|row| row.get(index)).copied().unwrap_or(0)
+    }
+
+    fn sample(&self, plane: usize, index: usize, size: u8) -> u16 {
+        match size {
+            1 => u16::from(self.byte(plane, index)),
+            _ => u16::from_le_bytes([self.byte(plane, 2 * index), self.byte(plane, 2 * index + 1)]) >> 6,
+        }
+    }
+}
+
+/// One row of a picture, to write: the bytes of that row in each colour plane.
+///
+/// Writes past the end of what was given do nothing. An empty slice therefore leaves a plane out, which is what the
+/// rows without chroma of their own need. Subsampled chroma is written from the pixels at even `x`; those at odd `x`
+/// leave it.
+#[derive(Debug)]
+pub struct PixelsMut<'a> {
+    format: Format,
+    rows: [&'a mut [u8]; MAX_PLANES],
+}
+
+impl<'a> PixelsMut<'a> {
+    /// The row whose bytes in colour plane 0, 1, … are `rows`.
+    pub fn new(format: Format, rows: impl IntoIterator<Item = &'a mut [u8]>) -> PixelsMut<'a> {
+        let mut all: [&mut [u8]; MAX_PLANES] = Default::default();
+        for (slot, row) in all.iter_mut().zip(rows) {
+            *slot = row;
+        }
+        PixelsMut { format, rows: all }
+    }
+
+    /// Row `y` of a picture that lies in `memory` (one slice a memory plane) as `layout` says. Where chroma is shared
+    /// by two rows, only the first of them writes it. Planes that overlap an earlier one are left out.
+    pub fn at(layout: &Layout, memory: &'a mut [&mut [u8]], y: u32) -> PixelsMut<'a> {
+        let format = layout.format();
+        let mut rows: [&'a mut [u8]; MAX_PLANES] = Default::default();
+        for (index, bytes) in memory.iter_mut().enumerate() {
+            let mut spans = [(0, 0, 0); MAX_PLANES];
+            let mut count = 0;
+            for plane in 0..format.planes() {
+                let (home, span) = row_span(layout, plane, y);
+                if home == index && (plane == 0 || y % format.subsampling().1 == 0) {
+                    spans[count] = (span.start, span.end, plane);
+                    count += 1;
+                }
+            }
+            spans[..count].sort_unstable();
+            // Cut the rows out of the memory from its start to its end; `cut` is where `rest` starts.
+            let (mut rest, mut cut): (&'a mut [u8], usize) = (&mut **bytes, 0);
+            for &(start, end, plane) in &spans[..count] {
+                let Some(skip) = start.checked_sub(cut) else { continue };
+                let Some((_, tail)) = std::mem::take(&mut rest).split_at_mut_checked(skip) else { break };
+                let Some((row, tail)) = tail.split_at_mut_checked(end - start) else { break };
+                rows[plane] = row;
+                (rest, cut) = (tail, end);
+            }
+        }
+        PixelsMut { format, rows }
+    }
+
+    /// Gives pixel `x` a colour, rounded to the nearest that the format has: opaque where it has alpha, all ones in
+    /// bits that it does not use. `colour` says what YUV numbers are to mean; grey is of full range whatever it says.
+    pub fn set(&mut self, x: u32, rgb: Rgb, colour: Colour) {
+        self.put(x, Value::of(self.format, rgb, colour));
+    }
+
+    /// Gives all pixels of `columns` one colour, as [`PixelsMut::set`] does.
+    pub fn fill(&mut self, columns: Span<u32>, rgb: Rgb, colour: Colour) {
+        let value = Value::of(self.format, rgb, colour);
+        for x in columns {
+            self.put(x, value);
+        }
+    }
+
+    fn put(&mut self, x: u32, value: Value) {
+        let x = x as usize;
+        let (horizontal, _) = self.format.subsampling();
+        let (chroma, owner) = (x / horizontal as usize, x % horizontal as usize == 0);
+        let [y, u, v] = value.yuv;
+        match self.format.kind() {
+            Kind::Rgb { .. } => {
+                let size = self.format.row_bytes(0, 1) as usize;
+                let bytes = value.word.to_le_bytes();
+                if let (Some(pixel), Some(bytes)) = (self.rows[0].get_mut(x * size..(x + 1) * size), bytes.get(..size))
+                {
+                    pixel.copy_from_slice(bytes);
+                }
+            }
+            Kind::Packed422 { y: places, u: u_place, v: v_place } => {
+                let group = x / 2 * 4;
+                self.put_sample(0, group + usize::from(places[x % 2]), 1, y);
+                if owner {
+                    self.put_sample(0, group + usize::from(u_place), 1, u);
+                    self.put_sample(0, group + usize::from(v_place), 1, v);
+                }
+            }
+            Kind::SemiPlanar { swapped, sample } => {
+                let (first, second) = if swapped { (v, u) } else { (u, v) };
+                self.put_sample(0, x, sample, y);
+                if owner {
+                    self.put_sample(1, 2 * chroma, sample, first);
+                    self.put_sample(1, 2 * chroma + 1, sample, second);
+                }
+            }
+            Kind::Planar { swapped } => {
+                let (first, second) = if swapped { (v, u) } else { (u, v) };
+                self.put_sample(0, x, 1, y);
+                if owner {
+                    self.put_sample(1, chroma, 1, first);
+                    self.put_sample(2, chroma, 1, second);
+                }
+            }
+            Kind::Grey => self.put_sample(0, x, 1, y),
+        }
+    }
+
+    fn put_sample(&mut self, plane: usize, index: usize, size: u8, value: u16) {
+        let row = &mut self.rows[plane];
+        if size == 1 {
+            if let Some(byte) = row.get_mut(index) {
+                // 8-bit values only: `Value::of` made them.
+                *byte = value.to_le_bytes()[0];
+            }
+        } else if let Some(bytes) = row.get_mut(2 * index..2 * index + 2) {
+            bytes.copy_from_slice(&(value << 6).to_le_bytes());
+        }
+    }
+}
+
+/// A colour in a format's own numbers: `word` for RGB, `yuv` for the others.
+#[derive(Clone, Copy, Default)]
+struct Value {
+    word: u32,
+    yuv: [u16; 3],
+}
+
+impl Value {
+    fn of(format: Format, rgb: Rgb, colour: Colour) -> Value {
+        match format.kind() {
+            Kind::Rgb { channels, .. } => {
+                let mut word = u32::MAX;
+                for (bits, value) in channels.into_iter().zip([rgb.r, rgb.g, rgb.b]) {
+                    let top = (1u32 << bits.width) - 1;
+                    let scaled = (u32::from(value) * top + 127) / 255;
+                    word = word & !(top << bits.shift) | scaled << bits.shift;
+                }
+                Value { word, ..Value::default() }
+            }
+            Kind::SemiPlanar { sample: 2, .. } => Value { yuv: to_yuv(rgb, 10, colour), ..Value::default() },
+            _ => Value { yuv: to_yuv(rgb, 8, meaning(format, colour)), ..Value::default() },
+        }
+    }
+}
+
+/// Memory plane and bytes of the row of `plane` that row `y` of the picture uses.
+fn row_span(layout: &Layout, plane: usize, y: u32) -> (usize, Span<usize>) {
+    let format = layout.format();
+    let vertical = if plane == 0 { 1 } else { format.subsampling().1 };
+    let Some(place) = layout.planes().get(plane).filter(|_| y < layout.height()) else { return (0, 0..0) };
+    let start = place.offset as usize + place.stride as usize * (y / vertical) as usize;
+    (place.memory as usize, start..start + format.row_bytes(plane, layout.width()) as usize)
+}
+
+fn field(word: u32, bits: Bits) -> u16 {
+    // At most 8 bits wide (`Bits`), so nothing is cut.
+    ((word >> bits.shift) & ((1 << bits.width) - 1)) as u16
+}
+
+fn meaning(format: Format, colour: Colour) -> Colour {
+    match format.kind() {
+        Kind::Grey => Colour { range: Range::Full, ..colour },
+        _ => colour,
+    }
+}
+
+/// The weights of red and blue in luma: ITU-R BT.601-7 2.5.1, BT.709-6 3.2, BT.2020-2 table 4.
+fn weights(encoding: Encoding) -> (f64, f64) {
+    match encoding {
+        Encoding::Bt601 => (0.299, 0.114),
+        Encoding::Bt709 => (0.2126, 0.0722),
+        Encoding::Bt2020 => (0.2627, 0.0593),
+    }
+}
+
+/// Black, the step from black to white, the middle of chroma and the step across chroma, in samples of `bits` bits.
+fn scale(bits: u8, range: Range) -> [f64; 4] {
+    let unit = f64::from(1u32 << (bits - 8));
+    match range {
+        Range::Limited => [16.0 * unit, 219.0 * unit, 128.0 * unit, 224.0 * unit],
+        Range::Full => [0.0, 256.0 * unit - 1.0, 128.0 * unit, 256.0 * unit - 1.0],
+    }
+}
+
+fn from_yuv(yuv: [u16; 3], bits: u8, colour: Colour) -> Rgb {
+    let (kr, kb) = weights(colour.encoding);
+    let [black, luma, middle, chroma] = scale(bits, colour.range);
+    let y = (f64::from(yuv[0]) - black) / luma;
+    let r = y + 2.0 * (1.0 - kr) * (f64::from(yuv[2]) - middle) / chroma;
+    let b = y + 2.0 * (1.0 - kb) * (f64::from(yuv[1]) - middle) / chroma;
+    let g = (y - kr * r - kb * b) / (1.0 - kr - kb);
+    Rgb::new(byte(r * 255.0), byte(g * 255.0), byte(b * 255.0))
+}
+
+fn to_yuv(rgb: Rgb, bits: u8, colour: Colour) -> [u16; 3] {
+    let (kr, kb) = weights(colour.encoding);
+    let [black, luma, middle, chroma] = scale(bits, colour.range);
+    let [r, g, b] = [rgb.r, rgb.g, rgb.b].map(|value| f64::from(value) / 255.0);
+    let y = kr * r + (1.0 - kr - kb) * g + kb * b;
+    let top = f64::from((1u32 << bits) - 1);
+    let sample = |value: f64| value.round().clamp(0.0, top) as u16;
+    [
+        sample(black + luma * y),
+        sample(middle + chroma * (b - y) / (2.0 * (1.0 - kb))),
+        sample(middle + chroma * (r - y) / (2.0 * (1.0 - kr))),
+    ]
+}
+
+fn byte(value: f64) -> u8 {
+    value.round().clamp(0.0, 255.0) as u8
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const FULL_601: Colour = Colour { encoding: Encoding::Bt601, range: Range::Full };
+    const LIMITED_601: Colour = Colour { encoding: Encoding::Bt601, range: Range::Limited };
+    const LIMITED_709: Colour = Colour { encoding: Encoding::Bt709, range: Range::Limited };
+
+    fn format(name: &str) -> Format {
+        Format::parse(name).unwrap().0
+    }
+
+    fn colours() -> impl Strategy<Value = Colour> {
+        let encoding = prop_oneof![Just(Encoding::Bt601), Just(Encoding::Bt709), Just(Encoding::Bt2020)];
+        let range = prop_oneof![Just(Range::Limited), Just(Range::Full)];
+        (encoding, range).prop_map(|(encoding, range)| Colour { encoding, range })
+    }
+
+    #[test]
+    fn known_colours_have_known_numbers() {
+        let (white, red) = (Rgb::new(255, 255, 255), Rgb::new(255, 0, 0));
+        assert_eq!(to_yuv(white, 8, LIMITED_601), [235, 128, 128]);
+        assert_eq!(to_yuv(white, 8, FULL_601), [255, 128, 128]);
+        assert_eq!(to_yuv(white, 10, LIMITED_709), [940, 512, 512]);
+        assert_eq!(to_yuv(red, 8, LIMITED_601), [81, 90, 240]);
+        assert_eq!(to_yuv(red, 8, FULL_601), [76, 85, 255]);
+        assert_eq!(to_yuv(red, 8, LIMITED_709), [63, 102, 240]);
+        assert_eq!(from_yuv([81, 90, 240], 8, LIMITED_601), Rgb::new(254, 0, 0));
+        assert_eq!(from_yuv([63, 102, 240], 8, LIMITED_709), Rgb::new(255, 1, 0));
+        assert_eq!(from_yuv([235, 128, 128], 8, LIMITED_709), white);
+        assert_eq!(from_yuv([16, 128, 128], 8, LIMITED_709), Rgb::default());
+    }
+
+    #[test]
+    fn bytes_lie_where_the_formats_say() {
+        let orange = Rgb::new(255, 128, 8);
+        let word = |name| {
+            let mut bytes = [0; 4];
+            PixelsMut::new(format(name), [&mut bytes[..]]).set(0, orange, FULL_601);
+            bytes
+        };
+        assert_eq!(word("XR24"), [8, 128, 255, 255]);
+        assert_eq!(word("BA24"), [255, 255, 128, 8]);
+        assert_eq!(word("BG24"), [255, 128, 8, 0]);
+        assert_eq!(word("RG16"), [0x01, 0xfc, 0, 0]);
+        let [y, u, v] = to_yuv(orange, 8, FULL_601).map(|value| value as u8);
+        assert_eq!(word("UYVY"), [u, y, v, 0]);
+        let (mut luma, mut chroma) = ([0; 2], [0; 2]);
+        PixelsMut::new(format("NV21"), [&mut luma[..], &mut chroma[..]]).fill(0..2, orange, FULL_601);
+        assert_eq!((luma, chroma), ([y, y], [v, u]));
+        let (mut luma, mut chroma) = ([0; 4], [0; 4]);
+        PixelsMut::new(format("P010"), [&mut luma[..], &mut chroma[..]]).fill(
+            0..2,
+            Rgb::new(255, 255, 255),
+            LIMITED_709,
+        );
+        assert_eq!((luma, chroma), ([0x00, 0xeb, 0x00, 0xeb], [0x00, 0x80, 0x00, 0x80]));
+    }
+
+    #[test]
+    fn raw_keeps_alpha_and_widths() {
+        let row = [0x11, 0x22, 0x33, 0x44];
+        let raw = Pixels::new(format("AR24"), &[&row]).raw(0);
+        assert_eq!(raw, Raw::Rgb { values: [0x33, 0x22, 0x11], widths: [8; 3], alpha: Some((0x44, 8)) });
+        let raw = Pixels::new(format("YVYU"), &[&row]).raw(1);
+        assert_eq!(raw, Raw::Yuv { y: 0x33, u: 0x44, v: 0x22, bits: 8 });
+    }
+
+    #[test]
+    fn short_rows_are_black_and_never_a_panic() {
+        for format in Format::all() {
+            let mut rows = PixelsMut::new(format, []);
+            rows.fill(0..5, Rgb::new(1, 2, 3), Colour::default());
+            let _ = Pixels::new(format, &[&[1]]).rgb(7, Colour::default());
+        }
+        assert_eq!(Pixels::new(format("XR24"), &[]).rgb(u32::MAX, FULL_601), Rgb::default());
+    }
+
+    #[test]
+    fn shared_chroma_is_written_by_the_even_row() {
+        let layout = Layout::packed(format("NV12"), (4, 4), 8).unwrap();
+        let mut memory = vec![0; layout.memory_len(0)];
+        for y in 0..4u8 {
+            let mut planes = [&mut memory[..]];
+            let mut row = PixelsMut::at(&layout, &mut planes, u32::from(y));
+            row.fill(0..4, Rgb::new(60 * y, 0, 60 * y), FULL_601);
+        }
+        let [start, stride] = [layout.planes()[1].offset, layout.planes()[1].stride].map(|bytes| bytes as usize);
+        assert_eq!(memory[start..start + 4], [128; 4]);
+        let expected = to_yuv(Rgb::new(120, 0, 120), 8, FULL_601);
+        assert_eq!(memory[start + stride..start + stride + 2], [expected[1] as u8, expected[2] as u8]);
+        assert_eq!(memory[4..stride], [0; 12]);
+        let row = Pixels::at(&layout, &[&memory], 2);
+        assert_eq!(row.raw(3), Raw::Yuv { y: expected[0], u: expected[1], v: expected[2], bits: 8 });
+    }
+
+    proptest! {
+        /// A whole picture, through `at`, in every format: the error is no more than the format's step, and YUV's
+        /// rounding of three numbers, allow.
+        #[test]
+        fn what_is_written_is_read(
+            index in 0..Format::all().len(),
+            (width, height) in (1u32..20, 1u32..8),
+            channels in any::<[u8; 3]>(),
+            colour in colours(),
+            separate in any::<bool>(),
+        ) {
+            let format = Format::all().nth(index).unwrap();
+            let [r, g, b] = channels;
+            let rgb = if format.kind() == Kind::Grey { Rgb::new(r, r, r) } else { Rgb::new(r, g, b) };
+            let strides: Vec<_> = (0..format.planes()).map(|plane| format.row_bytes(plane, width) + 3).collect();
+            let layout = if separate {
+                Layout::separate(format, (width, height), &strides).unwrap()
+            } else {
+                Layout::packed(format, (width, height), 16).unwrap()
+            };
+            let mut memory: Vec<Vec<u8>> =
+                (0..layout.memory_planes() as u32).map(|plane| vec![0x55; layout.memory_len(plane)]).collect();
+            for y in 0..height {
+                let mut planes: Vec<&mut [u8]> = memory.iter_mut().map(|plane| &mut plane[..]).collect();
+                PixelsMut::at(&layout, &mut planes, y).fill(0..width, rgb, colour);
+            }
+            let planes: Vec<&[u8]> = memory.iter().map(|plane| &plane[..]).collect();
+            let limit = match format.kind() {
+                Kind::Rgb { channels, .. } => channels.map(|bits| (128u16 >> bits.width) as u8),
+                Kind::Grey => [0; 3],
+                // Half a step of luma and half a step of chroma, the latter times up to 1.9.
+                _ => [2; 3],
+            };
+            for (x, y) in [(0, 0), (width - 1, 0), (0, height - 1), (width - 1, height - 1), (width / 2, height / 2)] {
+                let got = Pixels::at(&layout, &planes, y).rgb(x, colour);
+                let apart = [got.r.abs_diff(rgb.r), got.g.abs_diff(rgb.g), got.b.abs_diff(rgb.b)];
+                let near = apart.iter().zip(limit).all(|(&apart, limit)| apart <= limit);
+                prop_assert!(near, "{format}: {rgb:?} {got:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! `Buffer`: memory with a layout.
+
+use std::sync::{Arc, OnceLock, Weak};
+
+use crate::dmabuf::{DmaBuf, Identity};
+use crate::error::{Error, Kind, Result};
+use crate::format::{Layout, MAX_PLANES};
+use crate::memory::{Access, CpuAccess, Mapping, Memory};
+use std::os::fd::AsFd;
+
+/// Memory with a layout: one [`Memory`] for each memory plane. Clones are cheap and share the memory, which lives as long as
+/// anyone holds it, whatever becomes of the device that made it.
+#[derive(Clone, Debug)]
+pub struct Buffer(Arc<Inner>);
+
+/// Follows a [`Buffer`] without keeping it alive; what caches hold.
+#[derive(Clone, Debug)]
+pub struct WeakBuffer(Weak<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    layout: Layout,
+    memory: Vec<Memory>,
+    lens: [usize; MAX_PLANES],
+    mappings: OnceLock<Vec<Mapping>>,
+}
+
+impl Buffer {
+    /// Joins memory and layout. `lens` are the bytes of each memory plane that may be used.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] if a row of the layout lies outside its memory plane.
+    pub fn new(layout: Layout, memory: Vec<Memory>, lens: &[usize]) -> Result<Buffer> {
+        let bad = || Error::new(Kind::Invalid, "make a buffer of", layout.to_string());
+        if memory.len() != lens.len() || memory.len() > MAX_PLANES {
+            return Err(bad().because(format!("{} memory planes with {} lengths", memory.len(), lens.len())));
+        }
+        layout.check(lens).map_err(|cause| bad().because(cause))?;
+        let mut all = [0; MAX_PLANES];
+        all[..lens.len()].copy_from_slice(lens);
+        Ok(Buffer(Arc::new(Inner { layout, memory, lens: all, mappings: OnceLock::new() })))
+    }
+
+    /// Format, size and where the colour planes lie.
+    pub fn layout(&self) -> &Layout {
+        &self.0.layout
+    }
+
+    /// The memory planes.
+    pub fn memory(&self) -> &[Memory] {
+        &self.0.memory
+    }
+
+    /// The dma-buf of memory plane `memory`; `None` where the memory is none.
+    pub fn dma_buf(&self, memory: u32) -> Option<&DmaBuf> {
+        match self.0.memory.get(memory as usize)? {
+            Memory::DmaBuf(dma_buf) => Some(dma_buf),
+            Memory::Plain(_) => None,
+        }
+    }
+
+    /// Whether every memory plane is a dma-buf, so that devices can import it.
+    pub fn is_dma_buf(&self) -> bool {
+        self.0.memory.iter().all(|memory| matches!(memory, Memory::DmaBuf(_)))
+    }
+
+    /// Whether both are the same handle: one comparison of addresses.
+    pub fn same_handle(&self, other: &Buffer) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Whether both are the same memory with the same layout, by the kernel's identities.
+    pub fn same_memory(&self, other: &Buffer) -> bool {
+        self.same_handle(other)
+            || (self.is_dma_buf() && self.layout() == other.layout() && self.identities().eq(other.identities()))
+    }
+
+    /// A reference that does not keep the memory alive.
+    pub fn downgrade(&self) -> WeakBuffer {
+        WeakBuffer(Arc::downgrade(&self.0))
+    }
+
+    /// Opens the buffer for reading by the CPU. Maps the memory the first time (kept for the buffer's life); then one
+    /// system call for each memory plane at either end. No allocation after the first time.
+    ///
+    /// # Errors
+    /// If the exporter does not allow a mapping, or refuses CPU access.
+    pub fn read(&self) -> Result<BufferReader<'_>> {
+        let mappings = match self.0.mappings.get() {
+            Some(mappings) => mappings,
+            None => {
+                let made = self.map(Access::Read)?;
+                self.0.mappings.get_or_init(|| made)
+            }
+        };
+        let mut access = [const { None }; MAX_PLANES];
+        for (slot, memory) in access.iter_mut().zip(&self.0.memory) {
+            if let Memory::DmaBuf(dma_buf) = memory {
+                *slot = Some(CpuAccess::begin(dma_buf, Access::Read)?);
+            }
+        }
+        Ok(BufferReader { layout: &self.0.layout, mappings, _access: access })
+    }
+
+    /// Maps every memory plane anew.
+    ///
+    /// # Errors
+    /// If the exporter does not allow it.
+    pub(crate) fn map(&self, access: Access) -> Result<Vec<Mapping>> {
+        self.0.memory.iter().zip(self.0.lens).map(|(memory, len)| Mapping::new(memory.as_fd(), len, access)).collect()
+    }
+
+    fn identities(&self) -> impl Iterator<Item = Identity> {
+        self.0.memory.iter().filter_map(|memory| match memory {
+            Memory::DmaBuf(dma_buf) => Some(dma_buf.identity()),
+            Memory::Plain(_) => None,
+        })
+    }
+}
+
+impl WeakBuffer {
+    /// Whether nobody holds the buffer any more.
+    pub fn is_gone(&self) -> bool {
+        self.0.strong_count() == 0
+    }
+
+    /// The buffer, if somebody still holds it.
+    pub fn upgrade(&self) -> Option<Buffer> {
+        self.0.upgrade().map(Buffer)
+    }
+
+    /// Whether it follows this very handle: one comparison of addresses.
+    pub fn follows(&self, buffer: &Buffer) -> bool {
+        std::ptr::eq(self.0.as_ptr(), Arc::as_ptr(&buffer.0))
+    }
+}
+
+/// A buffer open for reading by the CPU; rows are copied out.
+#[derive(Debug)]
+pub struct BufferReader<'a> {
+    layout: &'a Layout,
+    mappings: &'a [Mapping],
+    _access: [Option<CpuAccess<'a>>; MAX_PLANES],
+}
+
+impl BufferReader<'_> {
+    /// The buffer's layout.
+    pub fn layout(&self) -> &Layout {
+        self.layout
+    }
+
+    /// Copies the start of row `row` of colour plane `plane` into `out`: as many bytes as `out` has, a row's pixels being
+    /// [`Format::row_bytes`](crate::format::Format::row_bytes). What is outside the memory reads as zero.
+    pub fn row(&self, plane: usize, row: u32, out: &mut [u8]) {
+        let place = self.layout.planes().get(plane);
+        let found = place.and_then(|place| Some((place, self.mappings.get(place.memory as usize)?)));
+        match found {
+            Some((place, mapping)) => {
+                mapping.read(place.offset as usize + place.stride as usize * row as usize, out);
+            }
+            None => out.fill(0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::Format;
+    use crate::memory::Allocator;
+
+    fn plain(name: &str, size: (u32, u32)) -> Buffer {
+        let layout = Layout::packed(Format::parse(name).unwrap().0, size, 1).unwrap();
+        let len = layout.memory_len(0);
+        Buffer::new(layout, vec![Allocator::Plain.allocate(len).unwrap()], &[len]).unwrap()
+    }
+
+    #[test]
+    fn rows_come_from_the_plane_asked_for() {
+        let buffer = plain("NV12", (4, 2));
+        buffer.map(Access::ReadWrite).unwrap()[0].write(0, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
+        let reader = buffer.read().unwrap();
+        let mut row = [0; 4];
+        reader.row(0, 1, &mut row);
+        assert_eq!(row, [5, 6, 7, 8]);
+        reader.row(1, 0, &mut row);
+        assert_eq!(row, [9, 10, 11, 12]);
+        reader.row(7, 0, &mut row);
+        assert_eq!(row, [0; 4]);
+    }
+
+    #[test]
+    fn a_layout_must_fit_its_memory() {
+        let layout = Layout::packed(Format::parse("XR24").unwrap().0, (64, 64), 1).unwrap();
+        let memory = || vec![Allocator::Plain.allocate(4096).unwrap()];
+        assert_eq!(Buffer::new(layout, memory(), &[4096]).unwrap_err().kind(), Kind::Invalid);
+        assert_eq!(Buffer::new(layout, memory(), &[]).unwrap_err().kind(), Kind::Invalid);
+    }
+
+    #[test]
+    fn memory_lives_as_long_as_a_clone() {
+        let buffer = plain("GREY", (8, 8));
+        let (weak, clone) = (buffer.downgrade(), buffer.clone());
+        assert!(weak.follows(&clone) && buffer.same_memory(&clone));
+        assert!(!buffer.same_memory(&plain("GREY", (8, 8))));
+        drop(buffer);
+        assert!(!weak.is_gone());
+        drop(clone);
+        assert!(weak.is_gone() && weak.upgrade().is_none());
+    }
+}

@@ -1,0 +1,48 @@
+//! Buffers, frames, and the lease that keeps a frame's memory from being filled again.
+
+mod buffer;
+mod lease;
+mod meta;
+
+pub use buffer::{Buffer, BufferReader, WeakBuffer};
+pub(crate) use lease::{Slots, SlotsArc};
+pub use lease::{Lease, MAX_SLOTS, SlotCounts, Stage};
+pub use meta::{Clock, FrameFlags, FrameMeta, Timestamp};
+
+/// A buffer filled once: the buffer, what is known of this filling, and the lease that keeps it so.
+///
+/// Clones are cheap and share the lease. When the last clone is dropped the slot goes back to its queue, which fills it
+/// again; the drop itself makes no system call, cannot fail and cannot panic.
+#[derive(Clone, Debug)]
+pub struct Frame {
+    buffer: Buffer,
+    meta: FrameMeta,
+    lease: Lease,
+}
+
+impl Frame {
+    pub(crate) fn new(buffer: Buffer, meta: FrameMeta, lease: Lease) -> Frame {
+        Frame { buffer, meta, lease }
+    }
+
+    /// The memory and its layout. A clone of the buffer keeps the memory alive but not the frame: without the lease the
+    /// camera may fill it again.
+    pub fn buffer(&self) -> &Buffer {
+        &self.buffer
+    }
+
+    /// Sequence number, time stamp, bytes used, flags.
+    pub fn meta(&self) -> &FrameMeta {
+        &self.meta
+    }
+
+    /// The right to keep the slot out of its queue.
+    pub fn lease(&self) -> &Lease {
+        &self.lease
+    }
+
+    /// The slot's index in its queue.
+    pub fn slot(&self) -> u32 {
+        self.lease.index()
+    }
+}

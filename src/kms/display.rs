@@ -1,0 +1,470 @@
+//! One display as a sink: imports once, shows frame after frame, and puts back what was there before.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use drm::control::Device as _;
+use drm_ffi::{DRM_MODE_OBJECT_CONNECTOR, DRM_MODE_OBJECT_CRTC, DRM_MODE_OBJECT_PLANE};
+use nix::libc;
+
+use super::atomic::{CommitFlags, Request};
+use super::card::Properties;
+use super::flip::Flip;
+use super::import::{Framebuffer, KmsImporter};
+use super::route::Route;
+use super::saved::{Blob, Saved};
+use super::verify::Verifier;
+use super::{Card, Snapshot};
+use crate::clock::now_us;
+use crate::endpoint::{ImportCache, JoinError, Refusal, Rung, Shown, Sink, Verdict};
+use crate::error::{Context, Error, Kind, Result};
+use crate::format::{Encoding, Format, Layout, Range};
+use crate::frame::{Buffer, Frame};
+
+/// Longest wait for a page flip, in ms: the kernel itself gives up after 10 s (drm_atomic_helper_wait_for_flip_done).
+const FLIP_TIMEOUT_MS: u16 = 15_000;
+
+/// What happens to frames that come faster than the display shows them.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum Present {
+    /// Every frame is shown; presenting waits until the frame is on screen.
+    #[default]
+    Fifo,
+    /// The newest frame is shown; presenting never waits, and a frame that waits is dropped for a newer one.
+    Mailbox,
+}
+
+/// How a display is used.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct DisplayRequest {
+    /// What happens to frames that come too fast.
+    pub present: Present,
+    /// Whether each picture shown is compared with what was captured.
+    pub verify: bool,
+}
+
+/// A display: one connector of a card, driven by this process.
+///
+/// It holds the lease of the frame on screen and of the one that is about to be; a lease is given up when the commit that
+/// *replaced* the frame has completed. Dropping the display puts back what was on screen before, also after an error or while a
+/// panic unwinds; when the process is killed, the kernel turns its picture off.
+#[derive(Debug)]
+pub struct Display {
+    card: Arc<Card>,
+    name: String,
+    request: DisplayRequest,
+    importer: KmsImporter,
+    way: Option<Way>,
+    on_screen: Option<Frame>,
+    pending: Option<Frame>,
+    waiting: Option<Frame>,
+    dropped: u64,
+    // After the frames: a framebuffer goes before the card, and later than the leases of frames that it shows.
+    framebuffers: ImportCache<Framebuffer>,
+}
+
+/// The way to the screen that `join` has found.
+#[derive(Debug)]
+struct Way {
+    route: Route,
+    /// Everything but the framebuffer and the mode.
+    setup: Setup,
+    /// The framebuffer of the plane: the request of every frame after the first.
+    flip: Request,
+    saved: Saved,
+    /// Whether the screen shows frames of ours.
+    lit: bool,
+    verifier: Option<Verifier>,
+}
+
+/// The properties to set once.
+#[derive(Debug)]
+struct Setup {
+    /// Planes and connectors to turn off, and the connector to turn on.
+    around: Request,
+    /// The plane's place, colours and blending, without the framebuffer.
+    plane: Vec<(u32, u64)>,
+    active: u32,
+    mode: u32,
+    framebuffer: u32,
+}
+
+impl Display {
+    /// Opens the display that a person calls `name` ([`Card::find`]) and becomes its DRM master. Changes nothing on screen.
+    ///
+    /// # Errors
+    /// As [`Card::find`]; [`Kind::Busy`] if another process drives it.
+    pub fn find(name: &str, request: DisplayRequest) -> Result<Display> {
+        Display::open(Card::find(name)?, request)
+    }
+
+    /// Takes over an open card and becomes its DRM master. Changes nothing on screen.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] if another process drives it.
+    pub fn open(card: Card, request: DisplayRequest) -> Result<Display> {
+        card.become_master()?;
+        let card = Arc::new(card);
+        Ok(Display {
+            name: card.name(),
+            request,
+            importer: KmsImporter::new(Arc::clone(&card)),
+            card,
+            way: None,
+            on_screen: None,
+            pending: None,
+            waiting: None,
+            dropped: 0,
+            framebuffers: ImportCache::new(),
+        })
+    }
+
+    /// The card.
+    pub fn card(&self) -> &Card {
+        &self.card
+    }
+
+    /// The connector and mode in use, once joined: `Virtual-1 640x480`.
+    pub fn mode(&self) -> Option<String> {
+        let way = self.way.as_ref()?;
+        let (width, height) = way.route.mode_size();
+        Some(format!("{} {width}x{height}", way.route.connector_name))
+    }
+
+    /// What the display shows now.
+    ///
+    /// # Errors
+    /// As [`Snapshot::take`].
+    pub fn snapshot(&self) -> Result<Snapshot> {
+        Snapshot::take(&self.card, None)
+    }
+
+    /// Puts back what was on screen before, and gives up every frame. Dropping does the same and cannot report a failure.
+    ///
+    /// # Errors
+    /// The kernel's refusal, for example if another process became DRM master.
+    pub fn restore(&mut self) -> Result<()> {
+        let restored = match &mut self.way {
+            Some(way) if way.lit => {
+                way.lit = false;
+                if let Some(verifier) = &mut way.verifier {
+                    verifier.end();
+                }
+                // Blocks until a pending flip is done, so that no frame is given up while it is on its way to the screen.
+                way.saved.restore(&self.card)
+            }
+            _ => Ok(()),
+        };
+        (self.waiting, self.pending, self.on_screen) = (None, None, None);
+        restored
+    }
+
+    /// The first commit: mode, plane and framebuffer. Completed on return.
+    fn light(&mut self, frame: Frame) -> Result<Shown> {
+        let framebuffer = self.framebuffer(&frame)?;
+        let way = joined(&mut self.way, &self.name)?;
+        let mut mode = mode_bytes(&way.route);
+        let blob = Blob::new(&self.card, &mut mode)?;
+        frame.lease().mark_pending();
+        let flags = CommitFlags { allow_modeset: true, ..CommitFlags::default() };
+        way.setup.request(&way.route, framebuffer, blob.id).commit(&self.card, flags, "show the first frame on")?;
+        way.lit = true;
+        let shown = Shown { meta: *frame.meta(), at_us: now_us() };
+        frame.lease().mark_on_screen();
+        if self.request.verify {
+            let Way { verifier, route, .. } = way;
+            if let Some(verifier) = verifier {
+                verifier.first(&self.card, route, &frame)?;
+            }
+        }
+        self.on_screen = Some(frame);
+        Ok(shown)
+    }
+
+    /// One commit of the plane's framebuffer alone.
+    fn flip(&mut self, frame: &Frame, flags: CommitFlags) -> Result<()> {
+        let framebuffer = self.framebuffer(frame)?;
+        let way = joined(&mut self.way, &self.name)?;
+        way.flip.set_last(u64::from(framebuffer));
+        frame.lease().mark_pending();
+        way.flip.commit(&self.card, flags, "show a frame on")
+    }
+
+    /// Shows a frame and returns when it is on screen: one system call, and one lease given up.
+    fn show(&mut self, frame: Frame) -> Result<Shown> {
+        let flags = CommitFlags { event: self.request.verify, ..CommitFlags::default() };
+        self.flip(&frame, flags)?;
+        if !self.request.verify {
+            // A blocking commit returns when the flip is done, so what it replaced has left the screen.
+            return Ok(self.replaced(frame, now_us()));
+        }
+        let flip = self.card.wait_flip(FLIP_TIMEOUT_MS)?;
+        self.arrived(frame, flip)
+    }
+
+    /// Submits a frame and returns at once.
+    fn submit(&mut self, frame: Frame) -> Result<()> {
+        self.flip(&frame, CommitFlags { nonblock: true, event: true, ..CommitFlags::default() })?;
+        self.pending = Some(frame);
+        Ok(())
+    }
+
+    /// A frame has come on screen with a flip event.
+    fn arrived(&mut self, frame: Frame, flip: Flip) -> Result<Shown> {
+        let verifier = self.way.as_mut().and_then(|way| way.verifier.as_mut());
+        let checked = verifier.map_or(Ok(()), |verifier| verifier.check(&frame, flip));
+        let shown = self.replaced(frame, flip.at_us);
+        checked.map(|()| shown)
+    }
+
+    /// The lease of the frame that was on screen before ends here.
+    fn replaced(&mut self, frame: Frame, at_us: u64) -> Shown {
+        let shown = Shown { meta: *frame.meta(), at_us };
+        frame.lease().mark_on_screen();
+        self.on_screen = Some(frame);
+        shown
+    }
+
+    /// The framebuffer of a frame's buffer, imported now if `join` has not seen it.
+    fn framebuffer(&mut self, frame: &Frame) -> Result<u32> {
+        let imported = self.framebuffers.get(&mut self.importer, frame.buffer());
+        let error = |refusal: Refusal| Error::new(Kind::Unsupported, "import a frame into", &self.name).because(refusal);
+        imported.map(Framebuffer::id).map_err(error)
+    }
+
+    /// The first way that the driver agrees to, tried with a real framebuffer.
+    fn choose(&self, routes: Vec<Route>, layout: &Layout, buffer: &Buffer) -> Result<Way, JoinError> {
+        let mut refused = None;
+        for route in routes {
+            let setup = Setup::new(&self.card, &route, layout)?;
+            let mut mode = mode_bytes(&route);
+            let blob = Blob::new(&self.card, &mut mode)?;
+            let framebuffer = self.framebuffers.peek(buffer).map_or(0, Framebuffer::id);
+            let flags = CommitFlags { test_only: true, allow_modeset: true, ..CommitFlags::default() };
+            match setup.request(&route, framebuffer, blob.id).try_commit(&self.card, flags) {
+                Ok(()) => {
+                    let mut flip = Request::default();
+                    flip.object(route.plane).set(setup.framebuffer, 0);
+                    let saved = Saved::read(&self.card, &route)?;
+                    return Ok(Way { route, setup, flip, saved, lit: false, verifier: None });
+                }
+                Err(cause) => refused = Some((route, cause)),
+            }
+        }
+        let Some((route, cause)) = refused else {
+            return Err(Error::new(Kind::NotFound, "find a way to the screen of", &self.name).into());
+        };
+        if cause.raw_os_error() == Some(libc::EACCES) {
+            return Err(Error::from_io("set a mode on", &self.name, cause).into());
+        }
+        Err(JoinError::Refused(Refusal {
+            rung: Rung::Exported,
+            step: "atomic test commit",
+            errno: cause.raw_os_error(),
+            why: format!("the display's driver does not show {layout} on plane {} of {}", route.plane, route.connector_name),
+            repair: "choose another format, size or stride; the kernel log may say more with drm.debug=0x10".to_owned(),
+        }))
+    }
+}
+
+impl Setup {
+    fn new(card: &Card, route: &Route, layout: &Layout) -> Result<Setup> {
+        let resources = card.resource_handles().context("list the outputs of", || card.name())?;
+        let connectors = resources.connectors().iter().map(|&handle| u32::from(handle));
+        let mut around = Request::default();
+        for connector in connectors {
+            let properties = card.properties(connector, DRM_MODE_OBJECT_CONNECTOR)?;
+            let (crtc_id, current) = property(card, &properties, "CRTC_ID")?;
+            if connector == route.connector {
+                around.object(connector).set(crtc_id, u64::from(route.crtc));
+            } else if current == u64::from(route.crtc) {
+                around.object(connector).set(crtc_id, 0);
+            }
+        }
+        for plane in card.planes()?.iter().filter(|plane| plane.id != route.plane) {
+            let properties = card.properties(plane.id, DRM_MODE_OBJECT_PLANE)?;
+            let (crtc_id, current) = property(card, &properties, "CRTC_ID")?;
+            if current == u64::from(route.crtc) {
+                let (framebuffer, _) = property(card, &properties, "FB_ID")?;
+                around.object(plane.id).set(framebuffer, 0).set(crtc_id, 0);
+            }
+        }
+        let crtc = card.properties(route.crtc, DRM_MODE_OBJECT_CRTC)?;
+        let properties = card.properties(route.plane, DRM_MODE_OBJECT_PLANE)?;
+        Ok(Setup {
+            around,
+            plane: plane_values(card, &properties, route, layout)?,
+            active: property(card, &crtc, "ACTIVE")?.0,
+            mode: property(card, &crtc, "MODE_ID")?.0,
+            framebuffer: property(card, &properties, "FB_ID")?.0,
+        })
+    }
+
+    fn request(&self, route: &Route, framebuffer: u32, mode: u32) -> Request {
+        let mut request = self.around.clone();
+        request.object(route.crtc).set(self.active, 1).set(self.mode, u64::from(mode));
+        request.object(route.plane).set(self.framebuffer, u64::from(framebuffer));
+        for &(property, value) in &self.plane {
+            request.set(property, value);
+        }
+        request
+    }
+}
+
+/// Where the picture lies and how its pixels are taken: unscaled, unturned, opaque, with the colours that the layout states.
+fn plane_values(card: &Card, properties: &Properties, route: &Route, layout: &Layout) -> Result<Vec<(u32, u64)>> {
+    let (width, height) = layout.size();
+    // Source coordinates are 16.16 fixed point; positions are signed, in two's complement (drm_plane.c).
+    let signed = |value: i32| i64::from(value).cast_unsigned();
+    let required = [
+        ("CRTC_ID", u64::from(route.crtc)),
+        ("SRC_X", 0),
+        ("SRC_Y", 0),
+        ("SRC_W", u64::from(width) << 16),
+        ("SRC_H", u64::from(height) << 16),
+        ("CRTC_X", signed(route.at.0)),
+        ("CRTC_Y", signed(route.at.1)),
+        ("CRTC_W", u64::from(width)),
+        ("CRTC_H", u64::from(height)),
+    ];
+    let mut values = Vec::with_capacity(required.len() + 5);
+    for (name, value) in required {
+        values.push((property(card, properties, name)?.0, value));
+    }
+    // Planes without one of these do what it would say anyway.
+    let mut optional = |name: &str, value: Option<u64>| {
+        if let (Some(&(property, _)), Some(value)) = (properties.get(name), value) {
+            values.push((property, value));
+        }
+    };
+    // DRM_MODE_ROTATE_0 is bit 0; full opacity is 0xffff.
+    optional("rotation", Some(1));
+    optional("alpha", Some(0xffff));
+    let number = |name: &str, value: &str| card.enum_value(properties.get(name)?.0, value);
+    optional("pixel blend mode", number("pixel blend mode", "Pre-multiplied"));
+    if layout.format().is_yuv() {
+        let encoding = match layout.colour().encoding {
+            Encoding::Bt601 => "ITU-R BT.601 YCbCr",
+            Encoding::Bt709 => "ITU-R BT.709 YCbCr",
+            Encoding::Bt2020 => "ITU-R BT.2020 YCbCr",
+        };
+        let range = match layout.colour().range {
+            Range::Limited => "YCbCr limited range",
+            Range::Full => "YCbCr full range",
+        };
+        optional("COLOR_ENCODING", number("COLOR_ENCODING", encoding));
+        optional("COLOR_RANGE", number("COLOR_RANGE", range));
+    }
+    Ok(values)
+}
+
+fn property(card: &Card, properties: &Properties, name: &str) -> Result<(u32, u64)> {
+    let lacks = || {
+        let error = Error::new(Kind::Unsupported, "set a mode on", card.name());
+        error.because(format!("its driver has no property {name}"))
+    };
+    properties.get(name).copied().ok_or_else(lacks)
+}
+
+fn joined<'a>(way: &'a mut Option<Way>, name: &str) -> Result<&'a mut Way> {
+    let not = || Error::new(Kind::Invalid, "show a frame on", name).because("no source was joined to it");
+    way.as_mut().ok_or_else(not)
+}
+
+/// The mode as the bytes that a `MODE_ID` blob holds.
+fn mode_bytes(route: &Route) -> Vec<u8> {
+    let mode = route.mode;
+    let start = std::ptr::from_ref(&mode).cast::<u8>();
+    // SAFETY: `drm_mode_modeinfo` is a C structure of integers without padding (drm_mode.h: 68 bytes), here a live copy.
+    unsafe { std::slice::from_raw_parts(start, size_of_val(&mode)) }.to_vec()
+}
+
+impl Sink for Display {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn formats(&self) -> Option<Vec<Format>> {
+        Some(self.card.formats().unwrap_or_default())
+    }
+
+    fn join(&mut self, layout: &Layout, rate: Option<f64>, buffers: &[Buffer]) -> Result<Rung, JoinError> {
+        let routes = Route::candidates(&self.card, layout, rate)?;
+        for buffer in buffers {
+            self.framebuffers.get(&mut self.importer, buffer)?;
+        }
+        let Some(buffer) = buffers.first() else {
+            return Err(Error::new(Kind::Invalid, "join no buffers to", &self.name).into());
+        };
+        let mut way = self.choose(routes, layout, buffer)?;
+        if self.request.verify {
+            way.verifier = Some(Verifier::new(&self.card, &way.route, layout, buffers.len())?);
+        }
+        self.way = Some(way);
+        Ok(Rung::Exported)
+    }
+
+    fn inspect(&mut self, frame: &Frame) -> Result<()> {
+        match self.way.as_mut().and_then(|way| way.verifier.as_mut()) {
+            Some(verifier) => verifier.expect(frame),
+            None => Ok(()),
+        }
+    }
+
+    fn present(&mut self, frame: Frame) -> Result<Option<Shown>> {
+        if !joined(&mut self.way, &self.name)?.lit {
+            return self.light(frame).map(Some);
+        }
+        match self.request.present {
+            Present::Fifo => self.show(frame).map(Some),
+            Present::Mailbox if self.pending.is_some() => {
+                self.dropped += u64::from(self.waiting.replace(frame).is_some());
+                Ok(None)
+            }
+            Present::Mailbox => self.submit(frame).map(|()| None),
+        }
+    }
+
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        (self.request.present == Present::Mailbox).then(|| self.card.as_fd())
+    }
+
+    fn dispatch(&mut self) -> Result<Option<Shown>> {
+        let Some(flip) = self.card.read_flip()? else { return Ok(None) };
+        let Some(frame) = self.pending.take() else { return Ok(None) };
+        let shown = self.arrived(frame, flip)?;
+        if let Some(frame) = self.waiting.take() {
+            self.submit(frame)?;
+        }
+        Ok(Some(shown))
+    }
+
+    fn finish(&mut self) -> Result<Option<Shown>> {
+        let Some(frame) = self.pending.take() else { return Ok(None) };
+        let flip = self.card.wait_flip(FLIP_TIMEOUT_MS)?;
+        let shown = self.arrived(frame, flip)?;
+        if let Some(frame) = self.waiting.take() {
+            self.submit(frame)?;
+        }
+        Ok(Some(shown))
+    }
+
+    fn dropped(&self) -> u64 {
+        self.dropped
+    }
+
+    fn imports(&self) -> u64 {
+        self.framebuffers.imports()
+    }
+
+    fn verdict(&self) -> Option<Verdict> {
+        self.way.as_ref()?.verifier.as_ref().map(Verifier::verdict)
+    }
+}
+
+impl Drop for Display {
+    fn drop(&mut self) {
+        // Nobody can act on a failure here; `restore` is for those who want to know.
+        let _ = self.restore();
+    }
+}

@@ -1,0 +1,172 @@
+//! PRIME import and AddFB2: a buffer becomes a framebuffer of a card.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::libc;
+
+use super::Card;
+use crate::endpoint::{Importer, Refusal, Rung};
+use crate::format::MAX_PLANES;
+use crate::frame::Buffer;
+
+/// A framebuffer over an imported buffer. Removed on drop.
+#[derive(Debug)]
+pub struct Framebuffer {
+    card: Arc<Card>,
+    id: u32,
+}
+
+impl Framebuffer {
+    /// DRM's number of it.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+}
+
+impl Drop for Framebuffer {
+    fn drop(&mut self) {
+        // A failure means that the card is gone, and its framebuffers with it.
+        let _ = drm_ffi::mode::rm_fb(self.card.as_fd(), self.id);
+    }
+}
+
+/// GEM handles of one open card by number. The kernel gives one handle for one buffer however often it is imported, and counts
+/// nothing (`DRM_IOCTL_PRIME_FD_TO_HANDLE`, drm_prime.c), so users are counted here.
+#[derive(Debug, Default)]
+struct GemTable(Mutex<HashMap<u32, usize>>);
+
+/// One use of a GEM handle; the last use closes it.
+struct GemHandle<'a> {
+    card: &'a Card,
+    table: &'a GemTable,
+    handle: u32,
+}
+
+impl GemTable {
+    fn import<'a>(&'a self, card: &'a Card, buffer: impl AsFd) -> io::Result<GemHandle<'a>> {
+        // Under the lock, so that nobody closes the same handle between import and count.
+        let mut users = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let handle = drm_ffi::gem::fd_to_handle(card.as_fd(), buffer.as_fd())?.handle;
+        *users.entry(handle).or_default() += 1;
+        Ok(GemHandle { card, table: self, handle })
+    }
+}
+
+impl Drop for GemHandle<'_> {
+    fn drop(&mut self) {
+        let mut users = self.table.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = users.get_mut(&self.handle) {
+            *count -= 1;
+            if *count == 0 {
+                users.remove(&self.handle);
+                // A failure means that the handle is closed already, which is the aim.
+                let _ = drm_ffi::gem::close(self.card.as_fd(), self.handle);
+            }
+        }
+    }
+}
+
+/// Imports buffers into one card.
+#[derive(Debug)]
+pub struct KmsImporter {
+    card: Arc<Card>,
+    name: String,
+    gem: GemTable,
+}
+
+impl KmsImporter {
+    /// An importer into `card`.
+    pub fn new(card: Arc<Card>) -> KmsImporter {
+        let name = card.name();
+        KmsImporter { card, name, gem: GemTable::default() }
+    }
+}
+
+impl Importer for KmsImporter {
+    type Image = Framebuffer;
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// One PRIME import for each distinct memory plane and one AddFB2. The GEM handles are closed right after: the
+    /// framebuffer keeps its own reference to the memory.
+    fn import(&mut self, buffer: &Buffer) -> Result<Framebuffer, Refusal> {
+        let layout = buffer.layout();
+        let Some(code) = layout.format().drm() else {
+            let why = format!("DRM has no code for {}", layout.format());
+            return Err(refuse("AddFB2", None, why, "choose a format that the display scans out"));
+        };
+        let mut handles: Vec<GemHandle<'_>> = Vec::with_capacity(MAX_PLANES);
+        for memory in 0..buffer.memory().len() {
+            let Some(dma_buf) = u32::try_from(memory).ok().and_then(|memory| buffer.dma_buf(memory)) else {
+                let why = "the frames are in plain memory, which no device can import".to_owned();
+                return Err(refuse("PRIME import", None, why, "make /dev/udmabuf or a dma-heap available to this user"));
+            };
+            let handle = self.gem.import(&self.card, dma_buf).map_err(|cause| prime_refusal(&cause))?;
+            handles.push(handle);
+        }
+        let mut gems = [0; MAX_PLANES];
+        let mut pitches = [0; MAX_PLANES];
+        let mut offsets = [0; MAX_PLANES];
+        let mut modifiers = [0; MAX_PLANES];
+        for (index, plane) in layout.planes().iter().enumerate() {
+            gems[index] = handles.get(plane.memory as usize).map_or(0, |gem| gem.handle);
+            pitches[index] = plane.stride;
+            offsets[index] = plane.offset;
+            modifiers[index] = layout.modifier().map_or(0, |modifier| modifier.to_drm());
+        }
+        // The flag goes with a stated modifier alone: without it the driver assumes its own default (drm_mode.h).
+        let flags = if layout.modifier().is_some() { drm_ffi::DRM_MODE_FB_MODIFIERS } else { 0 };
+        let (width, height) = layout.size();
+        let added = drm_ffi::mode::add_fb2(
+            self.card.as_fd(),
+            width,
+            height,
+            code.0,
+            &gems,
+            &pitches,
+            &offsets,
+            &modifiers,
+            flags,
+        );
+        let framebuffer = added.map_err(|cause| add_refusal(&cause, buffer))?;
+        Ok(Framebuffer { card: Arc::clone(&self.card), id: framebuffer.fb_id })
+    }
+}
+
+fn refuse(step: &'static str, errno: Option<i32>, why: String, repair: &str) -> Refusal {
+    Refusal { rung: Rung::Exported, step, errno, why, repair: repair.to_owned() }
+}
+
+fn prime_refusal(cause: &io::Error) -> Refusal {
+    let (why, repair) = match cause.raw_os_error() {
+        Some(libc::EINVAL) => (
+            "the display's driver cannot use this buffer's memory; likely it is not contiguous",
+            "let the camera capture into buffers of the display or of a CMA heap",
+        ),
+        Some(libc::ENOMEM) => ("no memory or address space to map the buffer for the display", "use fewer or smaller buffers"),
+        Some(libc::ENOSYS | libc::EOPNOTSUPP | libc::ENOTTY) => {
+            ("the display's driver imports no dma-bufs", "use another display")
+        }
+        _ => ("the display's driver refused the buffer", "the kernel log may say more"),
+    };
+    refuse("PRIME import", cause.raw_os_error(), why.to_owned(), repair)
+}
+
+fn add_refusal(cause: &io::Error, buffer: &Buffer) -> Refusal {
+    let layout = buffer.layout();
+    let (why, repair) = match cause.raw_os_error() {
+        Some(libc::EINVAL) => (
+            format!("the display's driver takes no framebuffer of {layout}; likely the format or the stride"),
+            "choose a format that the display scans out, or a stride that is a multiple of 256 bytes",
+        ),
+        Some(libc::ERANGE) => (format!("the display's driver takes no picture as large as {layout}"), "choose a smaller size"),
+        Some(libc::ENOMEM) => ("out of memory".to_owned(), "use fewer or smaller buffers"),
+        _ => (format!("the display's driver refused a framebuffer of {layout}"), "the kernel log may say more"),
+    };
+    refuse("AddFB2", cause.raw_os_error(), why, repair)
+}

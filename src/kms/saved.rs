@@ -1,0 +1,113 @@
+//! What was on screen before, so that it can be put back.
+
+use std::os::fd::AsFd;
+
+use drm::control::Device as _;
+use drm_ffi::{DRM_MODE_OBJECT_CONNECTOR, DRM_MODE_OBJECT_CRTC, DRM_MODE_OBJECT_PLANE};
+
+use super::atomic::{CommitFlags, Request};
+use super::card::Properties;
+use super::route::Route;
+use super::Card;
+use crate::error::{Context, Result};
+
+/// The properties that a display of ours changes, and so those to put back.
+const CONNECTOR: &[&str] = &["CRTC_ID"];
+const CRTC: &[&str] = &["ACTIVE", "MODE_ID"];
+pub(super) const PLANE: &[&str] = &[
+    "FB_ID", "CRTC_ID", "SRC_X", "SRC_Y", "SRC_W", "SRC_H", "CRTC_X", "CRTC_Y", "CRTC_W", "CRTC_H", "COLOR_ENCODING",
+    "COLOR_RANGE", "rotation", "alpha", "pixel blend mode",
+];
+
+/// The state of a CRTC, of what it drives and of what it shows, as it was.
+#[derive(Debug)]
+pub(super) struct Saved {
+    request: Request,
+    /// The same with every framebuffer off, for when one of them is gone.
+    dark: Request,
+    /// The mode as data: the kernel frees a blob with its last use, so the old number may be gone by then.
+    mode: Option<Vec<u8>>,
+}
+
+/// A property blob of ours. Destroyed on drop; what is in use stays in use.
+#[derive(Debug)]
+pub(super) struct Blob<'a> {
+    card: &'a Card,
+    pub id: u32,
+}
+
+impl<'a> Blob<'a> {
+    pub(super) fn new(card: &'a Card, data: &mut [u8]) -> Result<Blob<'a>> {
+        let blob = drm_ffi::mode::create_property_blob(card.as_fd(), data);
+        let blob = blob.context("store a mode for", || card.name())?;
+        Ok(Blob { card, id: blob.blob_id })
+    }
+}
+
+impl Drop for Blob<'_> {
+    fn drop(&mut self) {
+        // It can only fail if the blob is gone, which is the aim.
+        let _ = drm_ffi::mode::destroy_property_blob(self.card.as_fd(), self.id);
+    }
+}
+
+impl Saved {
+    /// Reads the state of everything that showing pictures on `route` can change.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(super) fn read(card: &Card, route: &Route) -> Result<Saved> {
+        let resources = card.resource_handles().context("list the outputs of", || card.name())?;
+        let mut saved = Saved { request: Request::default(), dark: Request::default(), mode: None };
+        let uses = |properties: &Properties| {
+            properties.get("CRTC_ID").is_some_and(|&(_, crtc)| crtc == u64::from(route.crtc))
+        };
+        for &handle in resources.connectors() {
+            let connector = u32::from(handle);
+            let properties = card.properties(connector, DRM_MODE_OBJECT_CONNECTOR)?;
+            if connector == route.connector || uses(&properties) {
+                saved.keep(connector, &properties, CONNECTOR, &[]);
+            }
+        }
+        for plane in card.planes()? {
+            let properties = card.properties(plane.id, DRM_MODE_OBJECT_PLANE)?;
+            if plane.id == route.plane || uses(&properties) {
+                saved.keep(plane.id, &properties, PLANE, &["FB_ID", "CRTC_ID"]);
+            }
+        }
+        let properties = card.properties(route.crtc, DRM_MODE_OBJECT_CRTC)?;
+        if let Some(&(_, blob)) = properties.get("MODE_ID").filter(|&&(_, blob)| blob != 0) {
+            saved.mode = Some(card.get_property_blob(blob).context("read the mode of", || card.name())?);
+        }
+        // Last, and the mode last of all, so that `restore` can put the new blob's number in its place.
+        saved.keep(route.crtc, &properties, CRTC, &[]);
+        Ok(saved)
+    }
+
+    fn keep(&mut self, object: u32, properties: &Properties, names: &[&str], dark: &[&str]) {
+        self.request.object(object);
+        self.dark.object(object);
+        for name in names {
+            if let Some(&(property, value)) = properties.get(*name) {
+                self.request.set(property, value);
+                self.dark.set(property, if dark.contains(name) { 0 } else { value });
+            }
+        }
+    }
+
+    /// Puts everything back. Where a framebuffer that was shown is gone, its plane stays dark.
+    ///
+    /// # Errors
+    /// What the kernel says to the dark form.
+    pub(super) fn restore(&mut self, card: &Card) -> Result<()> {
+        let blob = self.mode.as_mut().map(|mode| Blob::new(card, mode)).transpose()?;
+        let id = blob.as_ref().map_or(0, |blob| u64::from(blob.id));
+        let flags = CommitFlags { allow_modeset: true, ..CommitFlags::default() };
+        self.request.set_last(id);
+        if self.request.try_commit(card, flags).is_ok() {
+            return Ok(());
+        }
+        self.dark.set_last(id);
+        self.dark.commit(card, flags, "put back the picture on")
+    }
+}

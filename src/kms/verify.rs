@@ -1,0 +1,141 @@
+//! Proof that a display showed what was captured: predicted against reported CRC, picture by picture.
+//!
+//! Verified are displays of the driver vkms, whose CRC is computed over the composed picture and can be predicted to the bit in
+//! every format ([`predict`](super::predict)). The CRCs of other drivers are computed by secret polynomials over a signal that
+//! has passed scaling, dithering and colour correction; for those there is no verdict but a refusal.
+
+use nix::sys::utsname::uname;
+
+use super::crc::CrcStream;
+use super::flip::Flip;
+use super::predict::{Flavour, Predictor};
+use super::route::Route;
+use super::Card;
+use crate::endpoint::Verdict;
+use crate::error::{Error, Kind, Result};
+use crate::format::Layout;
+use crate::frame::Frame;
+
+/// Longest wait for a CRC, in ms. Under emulation a large picture takes vkms more than a second.
+const CRC_TIMEOUT_MS: u16 = 20_000;
+
+/// Compares what a display reports with what was captured.
+pub(super) struct Verifier {
+    predictor: Predictor,
+    stream: Option<CrcStream>,
+    /// For each slot the frame captured into it last: sequence number, place among all captured, predicted CRC.
+    expected: Vec<Option<Expected>>,
+    captured: u64,
+    verdict: Verdict,
+}
+
+#[derive(Clone, Copy)]
+struct Expected {
+    sequence: u32,
+    place: u64,
+    crc: u32,
+}
+
+impl std::fmt::Debug for Verifier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Verifier({:?})", self.verdict)
+    }
+}
+
+impl Verifier {
+    /// A verifier for pictures of `layout` on `route`.
+    ///
+    /// # Errors
+    /// [`Kind::Unsupported`] if the display's CRC cannot be predicted.
+    pub(super) fn new(card: &Card, route: &Route, layout: &Layout, slots: usize) -> Result<Verifier> {
+        let no = |why: String| {
+            let error = Error::new(Kind::Unsupported, "verify what is shown on", card.name()).because(why);
+            error.repair("run without --verify, or on vkms")
+        };
+        let driver = &card.info().driver;
+        if driver != "vkms" {
+            return Err(no(format!("how driver {driver} computes its CRCs is not known")));
+        }
+        let release = uname().map(|name| name.release().to_string_lossy().into_owned()).unwrap_or_default();
+        let flavour = Flavour::from_release(&release);
+        let flavour = flavour.ok_or_else(|| no(format!("how vkms of Linux {release} composes pictures is not known")))?;
+        let predictor = Predictor::new(flavour, route.mode_size(), layout, route.at).map_err(|why| no(why.to_string()))?;
+        Ok(Verifier { predictor, stream: None, expected: vec![None; slots], captured: 0, verdict: Verdict::default() })
+    }
+
+    /// Predicts what the display must report for this frame.
+    ///
+    /// # Errors
+    /// If the frame cannot be read.
+    pub(super) fn expect(&mut self, frame: &Frame) -> Result<()> {
+        let reader = frame.buffer().read()?;
+        let crc = self.predictor.crc(&mut |plane, row, out| reader.row(plane, row, out));
+        let expected = Expected { sequence: frame.meta().sequence, place: self.captured, crc };
+        self.captured += 1;
+        match self.expected.get_mut(frame.slot() as usize) {
+            Some(slot) => *slot = Some(expected),
+            None => return Err(Error::new(Kind::Invalid, "verify", format!("a frame of slot {}", frame.slot()))),
+        }
+        Ok(())
+    }
+
+    /// Starts the stream of CRCs with the first picture on screen, and checks that picture: it is there already, so any CRC
+    /// that comes now is of it.
+    ///
+    /// # Errors
+    /// If there is no CRC.
+    pub(super) fn first(&mut self, card: &Card, route: &Route, frame: &Frame) -> Result<()> {
+        let mut stream = CrcStream::open(card, route.crtc_index)?;
+        let entry = stream.next(CRC_TIMEOUT_MS)?;
+        self.stream = Some(stream);
+        self.compare(frame, entry.crc)
+    }
+
+    /// Checks the picture that came on screen with `flip`: the CRC of just that vertical blank is compared. Blocks until it is
+    /// there, so that nothing can change on screen meanwhile.
+    ///
+    /// # Errors
+    /// If there is no CRC for it.
+    pub(super) fn check(&mut self, frame: &Frame, flip: Flip) -> Result<()> {
+        let missing = || {
+            let error = Error::new(Kind::System, "verify", format!("frame {}", frame.meta().sequence));
+            error.because(format!("the display reported no CRC for vertical blank {}", flip.vblank))
+        };
+        let stream = self.stream.as_mut().ok_or_else(missing)?;
+        loop {
+            let entry = stream.next(CRC_TIMEOUT_MS)?;
+            let vblank = entry.vblank.ok_or_else(missing)?;
+            // Numbers wrap; one that is behind is of the picture before.
+            match vblank.wrapping_sub(flip.vblank).cast_signed() {
+                0 => return self.compare(frame, entry.crc),
+                1.. => return Err(missing()),
+                _ => {}
+            }
+        }
+    }
+
+    /// Ends the stream of CRCs; the result stays.
+    pub(super) fn end(&mut self) {
+        self.stream = None;
+    }
+
+    /// The result so far.
+    pub(super) fn verdict(&self) -> Verdict {
+        self.verdict
+    }
+
+    fn compare(&mut self, frame: &Frame, reported: u32) -> Result<()> {
+        let sequence = frame.meta().sequence;
+        let slot = self.expected.get(frame.slot() as usize).copied().flatten();
+        let expected = slot.filter(|expected| expected.sequence == sequence).ok_or_else(|| {
+            let error = Error::new(Kind::Invalid, "verify", format!("frame {sequence}"));
+            error.because("nothing was predicted for it: it was presented without being inspected")
+        })?;
+        self.verdict.checked += 1;
+        if expected.crc != reported {
+            self.verdict.wrong += 1;
+            self.verdict.first_wrong.get_or_insert((expected.place, sequence));
+        }
+        Ok(())
+    }
+}

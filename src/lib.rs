@@ -1,0 +1,44 @@
+//! Moves frames between Linux cameras, displays and processes without copying them, and says exactly what it did.
+//!
+//! A camera ([`v4l2::Camera`]) exports each of its buffers as a dma-buf; a display ([`kms::Display`]) imports each once and
+//! scans it out. A [`frame::Frame`] is a buffer filled once; while anyone holds it, the camera does not fill it again.
+//!
+//! ```no_run
+//! use dmaflow::endpoint::Sink;
+//! use dmaflow::kms::{Display, DisplayRequest};
+//! use dmaflow::v4l2::{Camera, CameraRequest, Device};
+//! # use dmaflow::endpoint::Source;
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let mut camera = Camera::open(Device::find("vivid")?, &CameraRequest::default())?;
+//! let mut display = Display::find("vkms", DisplayRequest::default())?;
+//! display.join(camera.layout(), camera.rate(), camera.buffers())?;
+//! for _ in 0..60 {
+//!     display.present(camera.next()?)?;
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! - [`format`]: pixel formats, layouts, colours. [`dmabuf`], [`memory`]: shared memory and the CPU's way to it.
+//! - [`frame`]: buffers, frames, leases. [`endpoint`]: the traits of sources, sinks and importers, and refusals.
+//! - [`v4l2`], [`pattern`]: sources. [`kms`], [`sink`]: sinks. [`pipe`]: the loop between them. [`ledger`]: what was copied.
+//! - Everything pollable is `AsFd`; the library has no threads and no event loop of its own.
+
+#![warn(unreachable_pub)]
+
+mod clock;
+pub mod dmabuf;
+pub mod endpoint;
+pub mod error;
+pub mod format;
+pub mod frame;
+pub mod kms;
+pub mod ledger;
+pub mod memory;
+pub mod pattern;
+pub mod pipe;
+pub mod sink;
+mod uapi;
+pub mod v4l2;
+
+pub use error::{Error, Result};

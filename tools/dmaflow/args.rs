@@ -1,0 +1,177 @@
+//! What may be written after `dmaflow`.
+
+use std::path::PathBuf;
+
+use clap::builder::styling::Styles;
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+
+/// Moves frames between cameras and displays without copying them, and says exactly what it did.
+#[derive(Parser)]
+#[command(
+    version,
+    about,
+    max_term_width = 100,
+    styles = Styles::plain(),
+    after_help = "\
+SOURCE  /dev/videoN | a driver or card name (vivid) | pattern (a test card, no device needed)
+SINK    /dev/dri/cardN | a driver name (vkms) | png:FILE | null
+
+Exit status  0 done · 1 failed · 2 wrong usage · 3 zero copy demanded and refused · 4 --verify found a wrong frame"
+)]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Cameras, displays and allocators of this machine, and the formats that they share
+    List(ListArgs),
+    /// Frames from a source to a sink
+    Pipe(PipeArgs),
+    /// One frame of a camera, or what a display shows, as a PNG file
+    Snap(SnapArgs),
+}
+
+#[derive(ClapArgs)]
+pub struct ListArgs {
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(ClapArgs)]
+pub struct PipeArgs {
+    /// Where frames come from [default: the first camera]
+    #[arg(long, value_name = "SOURCE")]
+    pub from: Option<String>,
+    /// Where frames go [default: the first display]
+    #[arg(long, value_name = "SINK")]
+    pub to: Option<String>,
+    #[command(flatten)]
+    pub shape: Shape,
+    /// Buffers in the source's queue [default: what the driver needs, and three]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub buffers: Option<u32>,
+    /// Stop after N captured frames [default: go on until Ctrl-C]
+    #[arg(long, value_name = "N", conflicts_with = "seconds")]
+    pub frames: Option<u64>,
+    /// Stop after S seconds
+    #[arg(long, value_name = "S")]
+    pub seconds: Option<f64>,
+    /// Which copies are allowed
+    #[arg(long, value_enum, default_value_t = PathChoice::Auto)]
+    pub path: PathChoice,
+    /// Show every frame, or the newest
+    #[arg(long, value_enum, default_value_t = PresentChoice::Fifo)]
+    pub present: PresentChoice,
+    /// Compare each picture that the display reports (its CRC) with the captured bytes
+    #[arg(long)]
+    pub verify: bool,
+    /// Leave the last picture that the display showed in FILE
+    #[arg(long, value_name = "FILE.png")]
+    pub snap: Option<PathBuf>,
+    /// Test --verify: change one byte of the N-th frame (from 0) between capture and scanout
+    #[arg(long, value_name = "N", requires = "verify")]
+    pub corrupt_frame: Option<u64>,
+    /// Print the result as one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The shape of a source's frames.
+#[derive(ClapArgs, Clone)]
+pub struct Shape {
+    /// Pixel format, as DRM or V4L2 writes it (XR24, NV12, NM12) [default: one that both ends take]
+    #[arg(long, value_name = "FOURCC")]
+    pub format: Option<String>,
+    /// Size in pixels [default: what the source has]
+    #[arg(long, value_name = "WxH", value_parser = size)]
+    pub size: Option<(u32, u32)>,
+    /// Frames a second [default: what the source has]
+    #[arg(long, value_name = "N")]
+    pub fps: Option<f64>,
+    /// Bytes from one row to the next [default: what the source has]
+    #[arg(long, value_name = "BYTES")]
+    pub stride: Option<u32>,
+    /// Input of the camera
+    #[arg(long, value_name = "N")]
+    pub input: Option<u32>,
+    /// Set a control of the camera first; may be given several times
+    #[arg(long = "control", value_name = "NAME=VALUE", value_parser = control)]
+    pub controls: Vec<(String, i64)>,
+}
+
+#[derive(ClapArgs)]
+pub struct SnapArgs {
+    /// A source, or a display
+    #[arg(value_name = "SOURCE|DISPLAY")]
+    pub of: String,
+    /// The file to write
+    #[arg(value_name = "FILE.png")]
+    pub file: PathBuf,
+    #[command(flatten)]
+    pub shape: Shape,
+    /// How to read a display [default: writeback where it works, else its framebuffers]
+    #[arg(long, value_enum)]
+    pub via: Option<Via>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PathChoice {
+    /// Without a copy where that works
+    Auto,
+    /// Fail rather than copy
+    ZeroCopy,
+    /// Always copy
+    Copy,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PresentChoice {
+    /// Every frame, in order
+    Fifo,
+    /// The newest frame
+    Mailbox,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Via {
+    /// The framebuffers of its planes, composed here
+    Framebuffers,
+    /// The display hardware's own writeback
+    Writeback,
+}
+
+fn size(text: &str) -> Result<(u32, u32), String> {
+    let error = || format!("\"{text}\" is not a size such as 640x360");
+    let (width, height) = text.split_once(['x', 'X']).ok_or_else(error)?;
+    match (width.parse(), height.parse()) {
+        (Ok(width), Ok(height)) if width > 0 && height > 0 => Ok((width, height)),
+        _ => Err(error()),
+    }
+}
+
+fn control(text: &str) -> Result<(String, i64), String> {
+    let parts = text.split_once('=').and_then(|(name, value)| Some((name.to_owned(), value.parse().ok()?)));
+    parts.ok_or_else(|| format!("\"{text}\" is not a control such as brightness=128"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_and_controls() {
+        assert_eq!(size("640x360"), Ok((640, 360)));
+        assert!(size("0x360").is_err() && size("640").is_err() && size("ax1").is_err());
+        assert_eq!(control("gain=-3"), Ok(("gain".into(), -3)));
+        assert!(control("gain").is_err() && control("gain=x").is_err());
+    }
+}

@@ -1,0 +1,163 @@
+//! From names on the command line to sources and sinks.
+
+use anyhow::{Context, bail};
+use dmaflow::endpoint::{Sink, Source};
+use dmaflow::error::{Error, Kind};
+use dmaflow::format::{Format, Fourcc};
+use dmaflow::kms::{Card, Display, DisplayRequest, Present};
+use dmaflow::pattern::{Pattern, PatternRequest};
+use dmaflow::sink::{Null, Png};
+use dmaflow::v4l2::{Camera, CameraRequest, Device};
+
+use crate::args::{PresentChoice, Shape};
+use crate::failure::Usage;
+use crate::output::note;
+
+/// A sink of any sort. Displays are kept apart: what they show can be looked at.
+pub enum AnySink {
+    Display(Box<Display>),
+    Png(Png),
+    Null(Null),
+}
+
+impl AnySink {
+    pub fn as_dyn(&mut self) -> &mut dyn Sink {
+        match self {
+            AnySink::Display(display) => display.as_mut(),
+            AnySink::Png(png) => png,
+            AnySink::Null(null) => null,
+        }
+    }
+
+    /// Puts back what a display showed before.
+    pub fn restore(&mut self) -> dmaflow::error::Result<()> {
+        match self {
+            AnySink::Display(display) => display.restore(),
+            AnySink::Png(_) | AnySink::Null(_) => Ok(()),
+        }
+    }
+}
+
+/// Opens the sink called `name`, else the first display.
+pub fn open_sink(name: Option<&str>, present: PresentChoice, verify: bool) -> anyhow::Result<AnySink> {
+    let present = match present {
+        PresentChoice::Fifo => Present::Fifo,
+        PresentChoice::Mailbox => Present::Mailbox,
+    };
+    let display = |name: &str| -> anyhow::Result<AnySink> {
+        let display = Display::find(name, DisplayRequest { present, verify })?;
+        Ok(AnySink::Display(Box::new(display)))
+    };
+    let Some(name) = name else {
+        let Some(card) = Card::list().into_iter().next() else {
+            let error = Error::new(Kind::NotFound, "find", "a display on this machine");
+            bail!(error.repair("name a sink that needs none: --to null, --to png:FILE"));
+        };
+        note(&format!("to {} ({})", card.path.display(), card.driver));
+        return display(&card.path.display().to_string());
+    };
+    let sink = match name.split_once(':') {
+        Some(("png", "")) => bail!(Usage("png: needs a file, as in png:picture.png".into())),
+        Some(("png", file)) => AnySink::Png(Png::new(file)),
+        Some((kind @ ("y4m" | "unix" | "raw"), _)) => bail!(Usage(format!("this version has no sink {kind}:"))),
+        Some(_) => bail!(Usage(format!("there is no sink called \"{name}\""))),
+        None if name == "null" => AnySink::Null(Null::new()),
+        None if name == "vulkan" || name == "gbm" => bail!(Usage(format!("this version has no sink {name}"))),
+        None => display(name)?,
+    };
+    if verify && !matches!(sink, AnySink::Display(_)) {
+        bail!(Usage(format!("--verify compares what a display shows; {name} is none")));
+    }
+    Ok(sink)
+}
+
+/// Opens the source called `name`, else the first camera. `formats` are those that the sink takes.
+pub fn open_source(
+    name: Option<&str>,
+    shape: &Shape,
+    buffers: Option<u32>,
+    formats: Option<&[Format]>,
+) -> anyhow::Result<Box<dyn Source>> {
+    if shape.fps.is_some_and(|fps| !(fps.is_finite() && fps > 0.0)) {
+        bail!(Usage("--fps takes a number greater than 0".into()));
+    }
+    let wanted = shape.format.as_deref().map(parse_format).transpose()?;
+    match name {
+        Some("pattern") => Ok(Box::new(open_pattern(shape, wanted.map(|(format, _)| format), buffers, formats)?)),
+        Some(name) if name.starts_with("unix:") => bail!(Usage("this version has no source unix:".into())),
+        Some(name) => open_camera(Device::find(name)?, shape, wanted, buffers, formats),
+        None => {
+            let Some(first) = Device::list().into_iter().next() else {
+                let error = Error::new(Kind::NotFound, "find", "a camera on this machine");
+                bail!(error.repair("`--from pattern` needs none"));
+            };
+            note(&format!("from {} ({})", first.path.display(), first.card));
+            open_camera(Device::open(&first.path)?, shape, wanted, buffers, formats)
+        }
+    }
+}
+
+fn parse_format(text: &str) -> anyhow::Result<(Format, Option<Fourcc>)> {
+    Format::parse(text).with_context(|| {
+        let names: Vec<_> = Format::all().map(|format| format.to_string()).collect();
+        Usage(format!("there is no format called \"{text}\"; known are {}", names.join(" ")))
+    })
+}
+
+fn open_pattern(
+    shape: &Shape,
+    format: Option<Format>,
+    buffers: Option<u32>,
+    formats: Option<&[Format]>,
+) -> anyhow::Result<Pattern> {
+    for (given, option) in [
+        (shape.input.is_some(), "--input"),
+        (shape.stride.is_some(), "--stride"),
+        (!shape.controls.is_empty(), "--control"),
+    ] {
+        if given {
+            bail!(Usage(format!("{option} is for cameras; pattern is none")));
+        }
+    }
+    let default = PatternRequest::default();
+    let first = formats.and_then(|formats| formats.first().copied());
+    Ok(Pattern::new(&PatternRequest {
+        format: format.or(first).or(default.format),
+        size: shape.size.unwrap_or(default.size),
+        rate: shape.fps.unwrap_or(default.rate),
+        buffers: buffers.unwrap_or(default.buffers),
+        ..default
+    })?)
+}
+
+fn open_camera(
+    device: Device,
+    shape: &Shape,
+    wanted: Option<(Format, Option<Fourcc>)>,
+    buffers: Option<u32>,
+    formats: Option<&[Format]>,
+) -> anyhow::Result<Box<dyn Source>> {
+    if let Some(input) = shape.input {
+        device.set_input(input)?;
+    }
+    for (name, value) in &shape.controls {
+        device.set_control(&device.control(name)?, *value)?;
+    }
+    let (format, code) = match wanted {
+        Some((format, code)) => (Some(format), code),
+        None => (agree(&device, formats)?, None),
+    };
+    let request =
+        CameraRequest { format, code, size: shape.size, stride: shape.stride, fps: shape.fps, input: None, buffers };
+    Ok(Box::new(Camera::open(device, &request)?))
+}
+
+/// The format to use when none was asked for: what the camera has now if the sink takes it, else the first that both have, else
+/// the camera's, which the sink will refuse with its reason.
+fn agree(device: &Device, formats: Option<&[Format]>) -> anyhow::Result<Option<Format>> {
+    let offered: Vec<_> = device.formats()?.into_iter().filter_map(|offer| Some(offer.known?.0)).collect();
+    let current = device.current_layout().ok().map(|layout| layout.format());
+    let takes = |format: &Format| formats.is_none_or(|formats| formats.contains(format));
+    let shared = || Format::all().find(|format| offered.contains(format) && takes(format));
+    Ok(current.filter(takes).or_else(shared).or(current))
+}

@@ -1,0 +1,222 @@
+//! `dmaflow list`: what this machine has.
+
+use std::process::ExitCode;
+
+use dmaflow::format::Format;
+use dmaflow::kms::{Card, ConnectorOffer};
+use dmaflow::memory::Allocator;
+use dmaflow::v4l2::{Api, Device, FormatOffer};
+use serde::Serialize;
+
+use crate::args::ListArgs;
+use crate::output;
+
+#[derive(Serialize)]
+struct Listing {
+    cameras: Vec<CameraListing>,
+    displays: Vec<DisplayListing>,
+    allocators: Vec<AllocatorListing>,
+    shared: Vec<SharedListing>,
+}
+
+#[derive(Serialize)]
+struct CameraListing {
+    path: String,
+    driver: String,
+    card: String,
+    multi_planar: bool,
+    inputs: Vec<String>,
+    formats: Vec<FormatListing>,
+}
+
+#[derive(Serialize)]
+struct FormatListing {
+    v4l2: String,
+    /// The name of the format here and in DRM; left out for those that dmaflow does not know.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    format: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory_planes: Option<u32>,
+    description: String,
+    sizes: Vec<SizesListing>,
+}
+
+#[derive(Serialize)]
+struct SizesListing {
+    size: String,
+    rates: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct DisplayListing {
+    path: String,
+    driver: String,
+    description: String,
+    connectors: Vec<ConnectorListing>,
+    formats: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct ConnectorListing {
+    name: String,
+    connected: bool,
+    modes: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct AllocatorListing {
+    name: String,
+    node: &'static str,
+    available: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    why_not: Option<String>,
+}
+
+#[derive(Serialize)]
+struct SharedListing {
+    camera: String,
+    display: String,
+    formats: Vec<String>,
+}
+
+pub fn run(args: &ListArgs) -> anyhow::Result<ExitCode> {
+    output::check()?;
+    let mut listing = Listing { cameras: vec![], displays: vec![], allocators: allocators(), shared: vec![] };
+    let mut camera_formats = Vec::new();
+    for info in Device::list() {
+        // What disappears between two looks is not listed.
+        let Ok(device) = Device::open(&info.path) else { continue };
+        let offers = device.formats()?;
+        let known: Vec<Format> = offers.iter().filter_map(|offer| Some(offer.known?.0)).collect();
+        camera_formats.push((info.path.display().to_string(), known));
+        listing.cameras.push(camera(&device, &offers)?);
+    }
+    for info in Card::list() {
+        let Ok(card) = Card::open(&info.path) else { continue };
+        let formats = card.formats()?;
+        let display = info.path.display().to_string();
+        for (camera, known) in &camera_formats {
+            let shared = formats.iter().filter(|format| known.contains(format)).map(Format::to_string).collect();
+            listing.shared.push(SharedListing { camera: camera.clone(), display: display.clone(), formats: shared });
+        }
+        listing.displays.push(DisplayListing {
+            path: display,
+            driver: info.driver,
+            description: info.description,
+            connectors: card.connectors()?.iter().map(connector).collect(),
+            formats: formats.iter().map(Format::to_string).collect(),
+        });
+    }
+    let text = if args.json { serde_json::to_string(&listing)? } else { table(&listing) };
+    output::print(&text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn camera(device: &Device, offers: &[FormatOffer]) -> anyhow::Result<CameraListing> {
+    let mut formats = Vec::with_capacity(offers.len());
+    for offer in offers {
+        let mut sizes = Vec::new();
+        for range in device.sizes(offer.code)? {
+            // The rates of a range are those of its largest size.
+            let rates = device.rates(offer.code, range.nearest((u32::MAX, u32::MAX)))?;
+            sizes.push(SizesListing { size: range.to_string(), rates: rates.iter().map(ToString::to_string).collect() });
+        }
+        formats.push(FormatListing {
+            v4l2: offer.code.to_string(),
+            format: offer.known.map(|(format, _)| format.to_string()),
+            memory_planes: offer.known.map(|(_, planes)| planes),
+            description: offer.description.clone(),
+            sizes,
+        });
+    }
+    let info = device.info();
+    Ok(CameraListing {
+        path: info.path.display().to_string(),
+        driver: info.driver.clone(),
+        card: info.card.clone(),
+        multi_planar: info.api == Api::MultiPlanar,
+        inputs: device.inputs()?.into_iter().map(|input| input.name).collect(),
+        formats,
+    })
+}
+
+fn connector(offer: &ConnectorOffer) -> ConnectorListing {
+    let modes = offer.modes.iter().map(|mode| {
+        let preferred = if mode.preferred { " preferred" } else { "" };
+        format!("{}x{}@{:.2}{preferred}", mode.size.0, mode.size.1, mode.refresh)
+    });
+    ConnectorListing { name: offer.name.clone(), connected: offer.connected, modes: modes.collect() }
+}
+
+fn allocators() -> Vec<AllocatorListing> {
+    let listing = |allocator: Allocator| {
+        let available = allocator.available();
+        Some(AllocatorListing {
+            name: allocator.to_string(),
+            node: allocator.node()?,
+            available: available.is_ok(),
+            why_not: available.err().map(|error| error.line()),
+        })
+    };
+    Allocator::DMA_BUF.into_iter().filter_map(listing).collect()
+}
+
+fn table(listing: &Listing) -> String {
+    let mut lines = Vec::new();
+    let none = |lines: &mut Vec<String>| lines.push("  none".to_owned());
+    lines.push("cameras".to_owned());
+    for camera in &listing.cameras {
+        let planes = if camera.multi_planar { ", multi-planar" } else { "" };
+        lines.push(format!("  {}  {} ({}{planes})", camera.path, camera.card, camera.driver));
+        if camera.inputs.len() > 1 {
+            lines.push(format!("    inputs   {}", numbered(&camera.inputs)));
+        }
+        let names = camera.formats.iter().map(|format| format.format.as_ref().unwrap_or(&format.v4l2).clone());
+        let mut names: Vec<_> = names.collect();
+        names.dedup();
+        lines.push(format!("    formats  {}", names.join(" ")));
+        if let Some(first) = camera.formats.first() {
+            for range in &first.sizes {
+                lines.push(format!("    size     {} at {} fps", range.size, range.rates.join(", ")));
+            }
+        }
+    }
+    if listing.cameras.is_empty() {
+        none(&mut lines);
+    }
+    lines.push("displays".to_owned());
+    for display in &listing.displays {
+        lines.push(format!("  {}  {} ({})", display.path, display.description, display.driver));
+        for connector in &display.connectors {
+            let state = match (connector.connected, connector.modes.first()) {
+                (true, Some(mode)) => format!("connected, {mode} and {} more modes", connector.modes.len() - 1),
+                (true, None) => "connected, no modes".to_owned(),
+                (false, _) => "nothing connected".to_owned(),
+            };
+            lines.push(format!("    {}  {state}", connector.name));
+        }
+        lines.push(format!("    formats  {}", display.formats.join(" ")));
+    }
+    if listing.displays.is_empty() {
+        none(&mut lines);
+    }
+    lines.push("allocators".to_owned());
+    for allocator in &listing.allocators {
+        let why = allocator.why_not.as_deref().map_or(String::new(), |why| format!(": {why}"));
+        let state = if allocator.available { "available" } else { "not available" };
+        lines.push(format!("  {}  {state}{why}", allocator.name));
+    }
+    lines.push("shared formats".to_owned());
+    for pair in &listing.shared {
+        let formats = if pair.formats.is_empty() { "none".to_owned() } else { pair.formats.join(" ") };
+        lines.push(format!("  {} to {}  {formats}", pair.camera, pair.display));
+    }
+    if listing.shared.is_empty() {
+        none(&mut lines);
+    }
+    lines.join("\n")
+}
+
+fn numbered(names: &[String]) -> String {
+    names.iter().enumerate().map(|(index, name)| format!("{index} {name}")).collect::<Vec<_>>().join(", ")
+}

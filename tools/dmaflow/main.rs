@@ -1,0 +1,34 @@
+//! The command `dmaflow`: moves frames without copying them, and says what it did.
+
+mod args;
+mod ends;
+mod failure;
+mod list;
+mod live;
+mod output;
+mod pipe;
+mod report;
+mod snap;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Args, Command};
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let result = match &args.command {
+        Command::List(args) => list::run(args),
+        Command::Pipe(args) => pipe::run(args),
+        Command::Snap(args) => snap::run(args),
+    };
+    match result {
+        Ok(status) => status,
+        Err(error) => {
+            let (status, line) = failure::explain(&error);
+            output::complain(&format!("error: {line}"));
+            status
+        }
+    }
+}

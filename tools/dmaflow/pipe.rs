@@ -1,0 +1,131 @@
+//! `dmaflow pipe`: frames from a source to a sink.
+
+use std::os::fd::AsFd;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, bail};
+use dmaflow::endpoint::{JoinError, Refusal, Rung, Source};
+use dmaflow::pipe::{Limits, Pipe};
+use dmaflow::sink::write_png;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use crate::args::{PathChoice, PipeArgs};
+use crate::ends::{AnySink, open_sink, open_source};
+use crate::failure::{Usage, WRONG_FRAME, ZeroCopyRefused};
+use crate::live::Live;
+use crate::output;
+use crate::report::{Report, SinkSays};
+
+pub fn run(args: &PipeArgs) -> anyhow::Result<ExitCode> {
+    let limits = limits(args)?;
+    output::check()?;
+    // Before any device is opened: from here on an order to stop waits until it can be followed in order.
+    let stop = catch_signals()?;
+    let mut sink = open_sink(args.to.as_deref(), args.present, args.verify)?;
+    if args.snap.is_some() && !matches!(sink, AnySink::Display(_)) {
+        bail!(Usage("--snap needs a display to look at".into()));
+    }
+    let formats = sink.as_dyn().formats();
+    let mut source = open_source(args.from.as_deref(), &args.shape, args.buffers, formats.as_deref())?;
+    let mut report = Report::new(source.name(), sink.as_dyn().name(), source.layout());
+    let flowed = flow(args, limits, source.as_mut(), &mut sink, &stop, &mut report);
+    // Also after a failure, and before anything else is said: the screen first.
+    let restored = sink.restore();
+    let status = flowed?;
+    restored?;
+    output::print(&if args.json { report.json()? } else { report.table() })?;
+    Ok(status)
+}
+
+fn flow(
+    args: &PipeArgs,
+    limits: Limits,
+    source: &mut dyn Source,
+    sink: &mut AnySink,
+    stop: &SignalFd,
+    report: &mut Report,
+) -> anyhow::Result<ExitCode> {
+    let buffers = source.buffers().len();
+    let mut pipe = match Pipe::join(source, sink.as_dyn(), limits) {
+        Ok(pipe) => pipe,
+        Err(JoinError::Failed(error)) => bail!(error),
+        Err(JoinError::Refused(refusal)) => return refused(args, refusal, report),
+    };
+    match (args.path, pipe.rung()) {
+        (PathChoice::ZeroCopy, Rung::Copied) => {
+            let refusal = Refusal {
+                rung: Rung::Exported,
+                step: "join",
+                errno: None,
+                why: "this sink reads every frame with the CPU".to_owned(),
+                repair: "send the frames to a display, or allow copies".to_owned(),
+            };
+            return refused(args, refusal, report);
+        }
+        (PathChoice::Copy, Rung::Exported) => bail!("this version cannot copy to this sink; it joins without a copy"),
+        _ => {}
+    }
+    if let Some(place) = args.corrupt_frame {
+        pipe.corrupt_frame(place);
+    }
+    let mut live = Live::new(pipe.rung().to_string(), limits.frames);
+    let account = pipe.run(Some(stop.as_fd()), &mut |progress| live.update(progress));
+    live.end();
+    let account = account?;
+    if let AnySink::Display(display) = &sink {
+        report.joined(display.mode());
+        if let Some(file) = &args.snap {
+            let picture = display.snapshot()?;
+            write_png(file, picture.width, picture.height, &picture.rgb)?;
+        }
+    }
+    let sink = sink.as_dyn();
+    let verdict = sink.verdict();
+    report.flowed(&account, &SinkSays { imports: sink.imports(), ledger: sink.ledger(), verdict }, buffers);
+    match verdict {
+        Some(verdict) if verdict.wrong > 0 => {
+            let (place, sequence) = verdict.first_wrong.unwrap_or_default();
+            output::complain(&format!(
+                "error: {} of {} frames were shown wrong, the first is frame {place} (sequence {sequence})",
+                verdict.wrong, verdict.checked
+            ));
+            Ok(ExitCode::from(WRONG_FRAME))
+        }
+        _ => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// The sink said no, and there is no other way that is allowed.
+fn refused(args: &PipeArgs, refusal: Refusal, report: &mut Report) -> anyhow::Result<ExitCode> {
+    report.refuse(&refusal);
+    if args.json {
+        output::print(&report.json()?)?;
+    }
+    match args.path {
+        PathChoice::ZeroCopy => Err(ZeroCopyRefused(refusal).into()),
+        PathChoice::Auto | PathChoice::Copy => Err(anyhow!("cannot join source and sink: {refusal}")),
+    }
+}
+
+fn limits(args: &PipeArgs) -> anyhow::Result<Limits> {
+    if args.frames == Some(0) {
+        bail!("cannot pipe 0 frames: --frames takes 1 or more");
+    }
+    let duration = args.seconds.map(|seconds| {
+        let duration = Duration::try_from_secs_f64(seconds).ok().filter(|duration| !duration.is_zero());
+        duration.ok_or_else(|| Usage(format!("--seconds takes a number greater than 0, not {seconds}")))
+    });
+    Ok(Limits { frames: args.frames, duration: duration.transpose()? })
+}
+
+/// Ctrl-C and `kill` as a descriptor to poll, so that they come between two frames and never inside a step.
+fn catch_signals() -> anyhow::Result<SignalFd> {
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        signals.add(signal);
+    }
+    signals.thread_block().context("cannot block signals")?;
+    SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("cannot catch signals")
+}

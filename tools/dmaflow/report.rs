@@ -1,0 +1,208 @@
+//! The result of a pipe: one JSON object, or a table.
+
+use dmaflow::endpoint::{Refusal, Verdict, errno_name};
+use dmaflow::format::Layout;
+use dmaflow::ledger::{Copies, Ledger};
+use dmaflow::pipe::Account;
+use serde::Serialize;
+
+/// What `pipe --json` prints. Numbers that were not measured are left out.
+#[derive(Serialize)]
+pub struct Report {
+    source: String,
+    sink: String,
+    format: String,
+    width: u32,
+    height: u32,
+    stride: Vec<u32>,
+    memory_planes: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mode: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    path: Option<String>,
+    #[serde(flatten)]
+    flow: Option<Flow>,
+    refusals: Vec<RefusalReport>,
+}
+
+#[derive(Serialize)]
+struct Flow {
+    buffers: usize,
+    frames: Frames,
+    seconds: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fps: Option<f64>,
+    imports: u64,
+    bytes_copied: u64,
+    copies: Vec<Copies>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cpu_us_per_frame: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    latency_us: Option<LatencyReport>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    verify: Option<VerifyReport>,
+}
+
+#[derive(Serialize)]
+struct Frames {
+    captured: u64,
+    presented: u64,
+    dropped_by_camera: u64,
+    dropped_by_display: u64,
+    errored: u64,
+}
+
+#[derive(Serialize)]
+struct LatencyReport {
+    p50: u64,
+    p99: u64,
+    max: u64,
+}
+
+#[derive(Serialize)]
+struct VerifyReport {
+    checked: u64,
+    wrong: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    first_wrong: Option<WrongFrame>,
+}
+
+#[derive(Serialize)]
+struct WrongFrame {
+    /// Its place among the captured, from 0.
+    frame: u64,
+    sequence: u32,
+}
+
+#[derive(Serialize)]
+struct RefusalReport {
+    rung: String,
+    step: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    errno: Option<String>,
+    why: String,
+    repair: String,
+}
+
+/// What a sink says at the end of a pipe.
+pub struct SinkSays<'a> {
+    pub imports: u64,
+    pub ledger: &'a Ledger,
+    pub verdict: Option<Verdict>,
+}
+
+impl Report {
+    pub fn new(source: &str, sink: &str, layout: &Layout) -> Report {
+        Report {
+            source: source.to_owned(),
+            sink: sink.to_owned(),
+            format: layout.format().to_string(),
+            width: layout.width(),
+            height: layout.height(),
+            stride: layout.planes().iter().map(|plane| plane.stride).collect(),
+            memory_planes: layout.memory_planes(),
+            mode: None,
+            path: None,
+            flow: None,
+            refusals: Vec::new(),
+        }
+    }
+
+    pub fn refuse(&mut self, refusal: &Refusal) {
+        self.refusals.push(RefusalReport {
+            rung: refusal.rung.to_string(),
+            step: refusal.step,
+            errno: refusal.errno.map(errno_name),
+            why: refusal.why.clone(),
+            repair: refusal.repair.clone(),
+        });
+    }
+
+    pub fn joined(&mut self, mode: Option<String>) {
+        self.mode = mode;
+    }
+
+    pub fn flowed(&mut self, account: &Account, sink: &SinkSays<'_>, buffers: usize) {
+        let shown = account.presented.max(1) as f64;
+        let latency = &account.latency;
+        self.path = Some(account.rung.to_string());
+        self.flow = Some(Flow {
+            buffers,
+            frames: Frames {
+                captured: account.captured,
+                presented: account.presented,
+                dropped_by_camera: account.lost.dropped,
+                dropped_by_display: account.dropped_by_sink,
+                errored: account.lost.errored,
+            },
+            seconds: round(account.duration.as_secs_f64(), 1e6),
+            fps: account.fps.map(|fps| round(fps, 1e2)),
+            imports: sink.imports,
+            bytes_copied: sink.ledger.bytes(),
+            copies: sink.ledger.entries().to_vec(),
+            cpu_us_per_frame: account.cpu.map(|cpu| round(cpu.as_secs_f64() * 1e6 / shown, 1e3)),
+            latency_us: (|| {
+                let at = |quantile| latency.quantile(quantile);
+                Some(LatencyReport { p50: at(0.5)?, p99: at(0.99)?, max: at(1.0)? })
+            })(),
+            verify: sink.verdict.map(|verdict| VerifyReport {
+                checked: verdict.checked,
+                wrong: verdict.wrong,
+                first_wrong: verdict.first_wrong.map(|(frame, sequence)| WrongFrame { frame, sequence }),
+            }),
+        });
+    }
+
+    pub fn json(&self) -> anyhow::Result<String> {
+        Ok(serde_json::to_string(self)?)
+    }
+
+    /// The same for people.
+    pub fn table(&self) -> String {
+        let mut rows: Vec<(&str, String)> = Vec::new();
+        let mode = self.mode.as_deref().map_or(String::new(), |mode| format!(" on {mode}"));
+        rows.push(("from", self.source.clone()));
+        rows.push(("to", format!("{}{mode}", self.sink)));
+        rows.push(("format", format!("{} {}x{}", self.format, self.width, self.height)));
+        if let (Some(path), Some(flow)) = (&self.path, &self.flow) {
+            let copied = match flow.bytes_copied {
+                0 => "no byte copied".to_owned(),
+                bytes => format!("{bytes} bytes copied"),
+            };
+            rows.push(("path", format!("{path}, {copied}, {} of {} buffers imported", flow.imports, flow.buffers)));
+            for copy in &flow.copies {
+                rows.push(("copies", format!("{} of {} bytes: {}", copy.count, copy.bytes, copy.cause)));
+            }
+            let Frames { captured, presented, dropped_by_camera, dropped_by_display, errored } = flow.frames;
+            rows.push((
+                "frames",
+                format!(
+                    "{captured} captured, {presented} shown, {dropped_by_camera} dropped by the camera, \
+                     {dropped_by_display} by the display, {errored} damaged"
+                ),
+            ));
+            let fps = flow.fps.map_or(String::new(), |fps| format!(", {fps:.1} a second"));
+            rows.push(("time", format!("{:.2} s{fps}", flow.seconds)));
+            if let Some(cpu) = flow.cpu_us_per_frame {
+                rows.push(("cpu", format!("{cpu:.0} µs a frame")));
+            }
+            if let Some(LatencyReport { p50, p99, max }) = &flow.latency_us {
+                rows.push(("latency", format!("{p50} µs median, {p99} µs for 99 %, {max} µs at most")));
+            }
+            if let Some(verify) = &flow.verify {
+                let wrong = verify.first_wrong.as_ref().map_or(String::new(), |first| {
+                    format!(", the first is frame {} (sequence {})", first.frame, first.sequence)
+                });
+                rows.push(("verify", format!("{} checked, {} wrong{wrong}", verify.checked, verify.wrong)));
+            }
+        }
+        for refusal in &self.refusals {
+            rows.push(("refused", format!("{} at {}: {}; {}", refusal.rung, refusal.step, refusal.why, refusal.repair)));
+        }
+        rows.iter().map(|(name, value)| format!("{name:8} {value}")).collect::<Vec<_>>().join("\n")
+    }
+}
+
+fn round(value: f64, scale: f64) -> f64 {
+    (value * scale).round() / scale
+}
