@@ -51,7 +51,8 @@ pub struct Account {
     pub cpu: Option<Duration>,
 }
 
-/// Times from capture to show, in µs; only frames stamped by `CLOCK_MONOTONIC` count.
+/// Times from capture to show, in µs. Counted are frames stamped by `CLOCK_MONOTONIC` whose stamp is not later than their show:
+/// some cameras (vivid is one) stamp a frame with the end of its period and deliver it before.
 #[derive(Clone)]
 pub struct Latency(Histogram<u32>);
 
@@ -242,9 +243,10 @@ impl<'a> Pipe<'a> {
         let captured_at = shown.meta.timestamp;
         let mut latency_us = None;
         if captured_at.clock == Clock::Monotonic {
-            let latency = shown.at_us.saturating_sub(captured_at.us);
-            self.latency.0.saturating_record(latency.clamp(1, Latency::MAX_US));
-            latency_us = Some(latency);
+            latency_us = shown.at_us.checked_sub(captured_at.us);
+        }
+        if let Some(latency) = latency_us {
+            self.latency.0.saturating_record(latency.min(Latency::MAX_US));
         }
         progress(&Progress {
             captured: self.captured,

@@ -47,6 +47,7 @@ fn traced(command: &[String]) -> Result<String> {
     write("tracing_on", "1")?;
     measure::run(command)?;
     write("tracing_on", "0")?;
+    let _ = fs::copy(Path::new(TRACING).join("trace"), "/work/main/target/vm/out/trace.txt");
     fs::read_to_string(Path::new(TRACING).join("trace")).context("read the trace")
 }
 

@@ -11,6 +11,7 @@ use super::atomic::{CommitFlags, Request};
 use super::card::Properties;
 use super::flip::Flip;
 use super::import::{Framebuffer, KmsImporter};
+use super::quirks::shown_wrong;
 use super::route::Route;
 use super::saved::{Blob, Saved};
 use super::verify::Verifier;
@@ -390,6 +391,9 @@ impl Sink for Display {
 
     fn join(&mut self, layout: &Layout, rate: Option<f64>, buffers: &[Buffer]) -> Result<Rung, JoinError> {
         let routes = Route::candidates(&self.card, layout, rate)?;
+        if let Some(refusal) = shown_wrong(&self.card, layout) {
+            return Err(refusal.into());
+        }
         for buffer in buffers {
             self.framebuffers.get(&mut self.importer, buffer)?;
         }

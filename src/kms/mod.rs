@@ -13,6 +13,7 @@ mod import;
 mod master;
 mod offers;
 mod predict;
+mod quirks;
 mod route;
 mod saved;
 mod snapshot;

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use v4l::v4l_sys as sys;
 
 use super::queue::{Allocated, Dequeued, Event, Idle, Queue, Streaming};
-use super::{Api, Device, FormatOffer, Rate, raw};
+use super::agree::{agree_format, agree_rate};
+use super::{Device, Rate};
 use crate::endpoint::{Ready, Source, SourceCounts};
 use crate::error::{Context, Error, Kind, Result};
-use crate::format::{Colour, Format, Fourcc, Layout};
+use crate::format::{Format, Fourcc, Layout};
 use crate::frame::{Buffer, Frame};
 
 /// A frame that has not come after this long is a failure.
@@ -29,11 +29,23 @@ pub struct CameraRequest {
     /// Bytes from one row to the next; the driver may not honour it.
     pub stride: Option<u32>,
     /// Frames a second.
-    pub fps: Option<f64>,
+    pub rate: RateRequest,
     /// The number of the input.
     pub input: Option<u32>,
     /// Buffers in the queue; else the driver's minimum and three (on screen, pending, one lease).
     pub buffers: Option<u32>,
+}
+
+/// The frame rate asked of a camera, in frames a second.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub enum RateRequest {
+    /// What the driver has.
+    #[default]
+    AsItIs,
+    /// This one, or a failure that names the nearest.
+    Exactly(f64),
+    /// The fastest that the camera offers at its size and that is not above this; what the driver has if it offers none.
+    FastestUpTo(f64),
 }
 
 /// A camera with its format agreed and its buffers made.
@@ -70,7 +82,7 @@ impl Camera {
             device.set_input(input)?;
         }
         let layout = agree_format(&device, request)?;
-        let rate = agree_rate(&device, request.fps, &layout)?;
+        let rate = agree_rate(&device, request.rate, &layout)?;
         let queue = State::Idle(Queue::new(Arc::clone(&device), layout));
         let name = device.name();
         let counts = SourceCounts::default();
@@ -276,191 +288,4 @@ impl Source for Camera {
     fn counts(&self) -> SourceCounts {
         self.counts
     }
-}
-
-impl Device {
-    /// Agrees on nothing new: the layout that the camera would deliver now, if its format is a known one.
-    ///
-    /// # Errors
-    /// What `VIDIOC_G_FMT` says; [`Kind::Unsupported`] for a format that is not in [`Format`]'s table.
-    pub fn current_layout(&self) -> Result<Layout> {
-        read_layout(self, &current_format(self)?)
-    }
-}
-
-fn current_format(device: &Device) -> Result<sys::v4l2_format> {
-    let mut current: sys::v4l2_format = raw::zeroed();
-    current.type_ = device.info().api.buffer_type();
-    raw::get_format(device.as_fd(), &mut current).context("ask the format of", || device.name())?;
-    Ok(current)
-}
-
-/// Sets the format, if anything is asked, and reads the driver's reply.
-fn agree_format(device: &Device, request: &CameraRequest) -> Result<Layout> {
-    let mut format = current_format(device)?;
-    let code = match (request.code, request.format) {
-        (None, None) => None,
-        wanted => Some(choose_code(device, wanted)?),
-    };
-    if code.is_none() && request.size.is_none() && request.stride.is_none() {
-        return read_layout(device, &format);
-    }
-    // Both APIs have these five fields, at different places of the union.
-    macro_rules! ask {
-        ($pix:expr) => {{
-            let pix = $pix;
-            pix.pixelformat = code.map_or(pix.pixelformat, |code| code.0);
-            (pix.width, pix.height) = request.size.unwrap_or((pix.width, pix.height));
-            pix.field = sys::v4l2_field_V4L2_FIELD_ANY;
-            pix
-        }};
-    }
-    match device.info().api {
-        Api::SinglePlanar => {
-            // SAFETY: `type_` is the single-planar type, for which the kernel wrote `pix`; all its fields are integers.
-            let pix = ask!(unsafe { &mut format.fmt.pix });
-            pix.bytesperline = request.stride.unwrap_or(0);
-            pix.sizeimage = 0;
-        }
-        Api::MultiPlanar => {
-            // SAFETY: `type_` is the multi-planar type, for which the kernel wrote `pix_mp`; all its fields are integers. Its
-            // fields are at odd addresses (it is packed), so they are only read and written whole.
-            let pix = ask!(unsafe { &mut format.fmt.pix_mp });
-            let mut planes = pix.plane_fmt;
-            for plane in &mut planes {
-                plane.bytesperline = request.stride.unwrap_or(0);
-                plane.sizeimage = 0;
-            }
-            pix.plane_fmt = planes;
-        }
-    }
-    raw::set_format(device.as_fd(), &mut format).context("set the format of", || device.name()).map_err(|error| {
-        match error.kind() {
-            Kind::Busy => error.repair("another program streams from this camera; close it"),
-            _ => error,
-        }
-    })?;
-    let layout = read_layout(device, &format)?;
-    match request.size {
-        Some(wanted) if wanted != layout.size() => Err(lacks_size(device, &format, wanted, layout.size())),
-        _ => Ok(layout),
-    }
-}
-
-fn lacks_size(device: &Device, format: &sys::v4l2_format, wanted: (u32, u32), given: (u32, u32)) -> Error {
-    let code = format_code(device.info().api, format);
-    let distance = |(width, height): (u32, u32)| width.abs_diff(wanted.0) + height.abs_diff(wanted.1);
-    let offered = device.sizes(code).unwrap_or_default();
-    let nearest = offered.iter().map(|sizes| sizes.nearest(wanted)).min_by_key(|&size| distance(size)).unwrap_or(given);
-    let error = Error::new(Kind::Unsupported, "set the size of", device.name());
-    error
-        .because(format!("{} has no {}x{} in {code}", device.info().card, wanted.0, wanted.1))
-        .repair(format!("the nearest that it offers is {}x{}", nearest.0, nearest.1))
-}
-
-/// The V4L2 code to ask for: the one named, else the format's code with the fewest memory planes that the camera offers.
-fn choose_code(device: &Device, (code, format): (Option<Fourcc>, Option<Format>)) -> Result<Fourcc> {
-    let offers = device.formats()?;
-    let fits = |offer: &&FormatOffer| match (code, format) {
-        (Some(code), _) => offer.code == code,
-        (None, format) => offer.known.map(|(known, _)| known) == format,
-    };
-    let best = offers.iter().filter(fits).min_by_key(|offer| offer.known.map(|(_, planes)| planes));
-    best.map(|offer| offer.code).ok_or_else(|| {
-        let wanted = code.or(format.map(Format::name)).map(|code| code.to_string()).unwrap_or_default();
-        let mut names: Vec<_> = offers.iter().map(|offer| match offer.known {
-            Some((format, _)) if format.v4l2().next().map(|(code, _)| code) == Some(offer.code) => format.name(),
-            _ => offer.code,
-        }).map(|name| name.to_string()).collect();
-        names.dedup();
-        let error = Error::new(Kind::Unsupported, "set the format of", device.name());
-        error.because(format!("{} has no {wanted}", device.info().card)).repair(format!("it offers {}", names.join(" ")))
-    })
-}
-
-fn format_code(api: Api, format: &sys::v4l2_format) -> Fourcc {
-    // SAFETY: the kernel wrote the member that belongs to the buffer type of `api`; both hold integers alone.
-    Fourcc(unsafe {
-        match api {
-            Api::SinglePlanar => format.fmt.pix.pixelformat,
-            Api::MultiPlanar => format.fmt.pix_mp.pixelformat,
-        }
-    })
-}
-
-/// The layout that the driver's reply describes: strides are its own, never computed.
-fn read_layout(device: &Device, reply: &sys::v4l2_format) -> Result<Layout> {
-    let bad = || Error::new(Kind::Unsupported, "use the format of", device.name());
-    let code = format_code(device.info().api, reply);
-    let unknown = || {
-        bad()
-            .because(format!("{code} is not a format that dmaflow knows"))
-            .repair("ask for another one (`dmaflow list` shows what it offers)")
-    };
-    let (format, memory_planes) = Format::from_v4l2(code).ok_or_else(unknown)?;
-    let (size, strides, colour) = match device.info().api {
-        Api::SinglePlanar => {
-            // SAFETY: the reply is of the single-planar type, for which the kernel wrote `pix`; all fields are integers.
-            let pix = unsafe { reply.fmt.pix };
-            // SAFETY: both members of the inner union are the same integer.
-            let encoding = unsafe { pix.__bindgen_anon_1.ycbcr_enc };
-            let colour = Colour::from_v4l2(pix.colorspace, encoding, pix.quantization);
-            ((pix.width, pix.height), vec![pix.bytesperline], colour)
-        }
-        Api::MultiPlanar => {
-            // SAFETY: the reply is of the multi-planar type, for which the kernel wrote `pix_mp`; all fields are integers.
-            let pix = unsafe { reply.fmt.pix_mp };
-            // SAFETY: both members of the inner union are the same integer.
-            let encoding = unsafe { pix.__bindgen_anon_1.ycbcr_enc };
-            let colour = Colour::from_v4l2(pix.colorspace, u32::from(encoding), u32::from(pix.quantization));
-            let planes = pix.plane_fmt;
-            let strides = planes.iter().take(usize::from(pix.num_planes)).map(|plane| plane.bytesperline).collect();
-            ((pix.width, pix.height), strides, colour)
-        }
-    };
-    let layout = match strides.as_slice() {
-        &[stride] if memory_planes == 1 => Layout::contiguous(format, size, stride),
-        strides => Layout::separate(format, size, strides),
-    };
-    let layout = layout.map_err(|cause| bad().because(cause))?;
-    Ok(layout.with_colour(colour))
-}
-
-/// Sets the rate, if one is asked for, and reads the driver's reply.
-fn agree_rate(device: &Device, fps: Option<f64>, layout: &Layout) -> Result<Option<Rate>> {
-    let mut parameters: sys::v4l2_streamparm = raw::zeroed();
-    parameters.type_ = device.info().api.buffer_type();
-    let known = raw::get_parameters(device.as_fd(), &mut parameters).is_ok();
-    let Some(fps) = fps else {
-        return Ok(known.then(|| read_rate(&parameters)));
-    };
-    let subject = || format!("the rate of {}", device.name());
-    if !known {
-        return Err(Error::new(Kind::Unsupported, "set", subject()).because("the driver has no rates"));
-    }
-    let wanted = Rate::from_fps(fps);
-    // SAFETY: the type is a capture type, for which `capture` is the member; all its fields are integers.
-    let capture = unsafe { &mut parameters.parm.capture };
-    capture.timeperframe = sys::v4l2_fract { numerator: wanted.numerator, denominator: wanted.denominator };
-    raw::set_parameters(device.as_fd(), &mut parameters).context("set", subject)?;
-    let given = read_rate(&parameters);
-    // Drivers round (59.94 for 60000/1001); half a per cent is the same rate to a person.
-    if given.fps().is_some_and(|given| (given - fps).abs() <= fps * 0.005) {
-        return Ok(Some(given));
-    }
-    let code = format_code(device.info().api, &current_format(device)?);
-    let offered = device.rates(code, layout.size()).unwrap_or_default();
-    let nearest = offered.iter().filter_map(|rates| rates.nearest(fps)).min_by(|a, b| (a - fps).abs().total_cmp(&(b - fps).abs()));
-    let nearest = nearest.or(given.fps()).unwrap_or(0.0);
-    let (width, height) = layout.size();
-    let error = Error::new(Kind::Unsupported, "set", subject());
-    Err(error
-        .because(format!("{} has no {fps} frames a second at {width}x{height}", device.info().card))
-        .repair(format!("the nearest that it offers is {}", (nearest * 1000.0).round() / 1000.0)))
-}
-
-fn read_rate(parameters: &sys::v4l2_streamparm) -> Rate {
-    // SAFETY: the type is a capture type, for which `capture` is the member; all its fields are integers.
-    let per_frame = unsafe { parameters.parm.capture.timeperframe };
-    Rate { numerator: per_frame.numerator, denominator: per_frame.denominator }
 }

@@ -4,6 +4,7 @@
 //! - [`Queue`]: the driver's buffers as a typestate: `Idle`, `Allocated`, `Streaming`.
 //! - [`Camera`]: the two together as a [`Source`](crate::endpoint::Source).
 
+mod agree;
 mod camera;
 mod controls;
 mod device;
@@ -11,7 +12,7 @@ mod offers;
 mod queue;
 mod raw;
 
-pub use camera::{Camera, CameraRequest};
+pub use camera::{Camera, CameraRequest, RateRequest};
 pub use controls::{Control, ControlKind};
 pub use device::{Api, Device, DeviceInfo};
 pub use offers::{FormatOffer, Input, Rate, Rates, Sizes};

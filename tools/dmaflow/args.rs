@@ -88,7 +88,7 @@ pub struct Shape {
     /// Size in pixels [default: what the source has]
     #[arg(long, value_name = "WxH", value_parser = size)]
     pub size: Option<(u32, u32)>,
-    /// Frames a second [default: what the source has]
+    /// Frames a second [default: the source's fastest, up to 60]
     #[arg(long, value_name = "N")]
     pub fps: Option<f64>,
     /// Bytes from one row to the next [default: what the source has]

@@ -7,11 +7,14 @@ use dmaflow::format::{Format, Fourcc};
 use dmaflow::kms::{Card, Display, DisplayRequest, Present};
 use dmaflow::pattern::{Pattern, PatternRequest};
 use dmaflow::sink::{Null, Png};
-use dmaflow::v4l2::{Camera, CameraRequest, Device};
+use dmaflow::v4l2::{Camera, CameraRequest, Device, RateRequest};
 
 use crate::args::{PresentChoice, Shape};
 use crate::failure::Usage;
 use crate::output::note;
+
+/// The rate above which nobody asks without saying so: most displays show no more.
+const USUAL_RATE: f64 = 60.0;
 
 /// A sink of any sort. Displays are kept apart: what they show can be looked at.
 pub enum AnySink {
@@ -147,8 +150,8 @@ fn open_camera(
         Some((format, code)) => (Some(format), code),
         None => (agree(&device, formats)?, None),
     };
-    let request =
-        CameraRequest { format, code, size: shape.size, stride: shape.stride, fps: shape.fps, input: None, buffers };
+    let rate = shape.fps.map_or(RateRequest::FastestUpTo(USUAL_RATE), RateRequest::Exactly);
+    let request = CameraRequest { format, code, size: shape.size, stride: shape.stride, rate, input: None, buffers };
     Ok(Box::new(Camera::open(device, &request)?))
 }
 

@@ -171,10 +171,14 @@ fn table(listing: &Listing) -> String {
         if camera.inputs.len() > 1 {
             lines.push(format!("    inputs   {}", numbered(&camera.inputs)));
         }
-        let names = camera.formats.iter().map(|format| format.format.as_ref().unwrap_or(&format.v4l2).clone());
-        let mut names: Vec<_> = names.collect();
-        names.dedup();
-        lines.push(format!("    formats  {}", names.join(" ")));
+        let mut known: Vec<_> = camera.formats.iter().filter_map(|format| format.format.clone()).collect();
+        known.dedup();
+        lines.push(format!("    formats  {}", known.join(" ")));
+        let others = camera.formats.iter().filter(|format| format.format.is_none());
+        let others: Vec<_> = others.map(|format| format.v4l2.as_str()).collect();
+        if !others.is_empty() {
+            lines.push(format!("    unknown  {} (V4L2's codes)", others.join(" ")));
+        }
         if let Some(first) = camera.formats.first() {
             for range in &first.sizes {
                 lines.push(format!("    size     {} at {} fps", range.size, range.rates.join(", ")));

@@ -57,6 +57,8 @@ struct LatencyReport {
     p50: u64,
     p99: u64,
     max: u64,
+    /// How many frames were measured.
+    measured: u64,
 }
 
 #[derive(Serialize)]
@@ -143,7 +145,7 @@ impl Report {
             cpu_us_per_frame: account.cpu.map(|cpu| round(cpu.as_secs_f64() * 1e6 / shown, 1e3)),
             latency_us: (|| {
                 let at = |quantile| latency.quantile(quantile);
-                Some(LatencyReport { p50: at(0.5)?, p99: at(0.99)?, max: at(1.0)? })
+                Some(LatencyReport { p50: at(0.5)?, p99: at(0.99)?, max: at(1.0)?, measured: latency.count() })
             })(),
             verify: sink.verdict.map(|verdict| VerifyReport {
                 checked: verdict.checked,
@@ -186,7 +188,7 @@ impl Report {
             if let Some(cpu) = flow.cpu_us_per_frame {
                 rows.push(("cpu", format!("{cpu:.0} µs a frame")));
             }
-            if let Some(LatencyReport { p50, p99, max }) = &flow.latency_us {
+            if let Some(LatencyReport { p50, p99, max, .. }) = &flow.latency_us {
                 rows.push(("latency", format!("{p50} µs median, {p99} µs for 99 %, {max} µs at most")));
             }
             if let Some(verify) = &flow.verify {
