@@ -1,9 +1,7 @@
 //! The account of copies: every byte of a picture that the CPU moved, and why.
 
-use serde::Serialize;
-
 /// One cause of copies, with its sum.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Copies {
     /// Why the CPU copied.
     pub cause: &'static str,

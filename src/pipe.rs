@@ -159,7 +159,10 @@ impl<'a> Pipe<'a> {
     }
 
     fn flow(&mut self, start: u64, stop: Option<BorrowedFd<'_>>, progress: &mut dyn FnMut(&Progress)) -> Result<()> {
-        let end = self.limits.duration.map(|duration| start + u64::try_from(duration.as_micros()).unwrap_or(u64::MAX / 2));
+        let end = self
+            .limits
+            .duration
+            .map(|duration| start + u64::try_from(duration.as_micros()).unwrap_or(u64::MAX / 2));
         self.source.start()?;
         loop {
             self.source.recycle()?;
@@ -303,7 +306,10 @@ fn corrupt(frame: &Frame) -> Result<()> {
     let Some(place) = layout.planes().first() else { return Ok(()) };
     let offset = place.offset as usize + place.stride as usize * row as usize + byte;
     let mappings = frame.buffer().map(Access::ReadWrite)?;
-    let bracket = frame.buffer().dma_buf(place.memory).map(|dma_buf| CpuAccess::begin(dma_buf, Access::ReadWrite));
+    let bracket = frame
+        .buffer()
+        .dma_buf(place.memory)
+        .map(|dma_buf| CpuAccess::begin(dma_buf, Access::ReadWrite));
     let bracket = bracket.transpose()?;
     if let Some(mapping) = mappings.get(place.memory as usize) {
         let mut value = [0];

@@ -44,9 +44,17 @@ pub fn check(rows: &[Row]) -> Vec<Check> {
         let gst = row(Program::GstBest, 640).map_or(f64::NAN, |row| row.startup_instructions);
         at_most(format!("{name}: start, of 300 million instructions"), start / GST_START, 0.05);
         at_most(format!("{name}: start, of {}'s", Program::GstBest.name()), start / gst, 0.05);
-        at_most(format!("{name}: resident memory at its peak, MB"), of(|row| row.peak_resident_kib as f64 * 1024e-6), 6.0);
+        at_most(
+            format!("{name}: resident memory at its peak, MB"),
+            of(|row| row.peak_resident_kib as f64 * 1024e-6),
+            6.0,
+        );
         let calls = if program == Program::DmaflowFifo { 4.1 } else { 6.1 };
-        at_most(format!("{name}: system calls a frame"), of(|row| row.system_calls_per_frame.unwrap_or(f64::NAN)), calls);
+        at_most(
+            format!("{name}: system calls a frame"),
+            of(|row| row.system_calls_per_frame.unwrap_or(f64::NAN)),
+            calls,
+        );
         let growth = |program| cost(program, 1920) / cost(program, 640);
         let against = growth(program) / growth(floor);
         at_most(format!("{name}: growth from 640x360 to 1920x1080, of {}'s", floor.name()), against, 1.05);

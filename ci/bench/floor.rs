@@ -103,12 +103,21 @@ fn buffer(index: u32) -> sys::v4l2_buffer {
 impl Camera {
     fn open(path: &str, events: bool, size: (u32, u32), rate: u32) -> Result<Camera> {
         let flags = if events { libc::O_NONBLOCK } else { 0 };
-        let file = File::options().read(true).write(true).custom_flags(flags).open(path).context(path.to_owned())?;
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(flags)
+            .open(path)
+            .context(path.to_owned())?;
         // SAFETY: C structures of integers and unions of such: zeroes are values of them.
-        let (mut format, mut parameters, mut request): (sys::v4l2_format, sys::v4l2_streamparm, sys::v4l2_requestbuffers) =
-            unsafe { std::mem::zeroed() };
+        let (mut format, mut parameters, mut request): (
+            sys::v4l2_format,
+            sys::v4l2_streamparm,
+            sys::v4l2_requestbuffers,
+        ) = unsafe { std::mem::zeroed() };
         format.type_ = CAPTURE;
-        format.fmt.pix = sys::v4l2_pix_format { width: size.0, height: size.1, pixelformat: XR24, field: 1, ..format_zero() };
+        format.fmt.pix =
+            sys::v4l2_pix_format { width: size.0, height: size.1, pixelformat: XR24, field: 1, ..format_zero() };
         // SAFETY: VIDIOC_S_FMT takes a v4l2_format, which has no pointers for this type.
         unsafe { call(&file, vidioc::VIDIOC_S_FMT as _, &mut format) }.context("S_FMT")?;
         // SAFETY: the kernel has filled the same member of the union, for this type.
@@ -234,12 +243,22 @@ impl Display {
         let settings: [(u32, u32, &[(&str, u64)]); 3] = [
             (connector, CONNECTOR, &[("CRTC_ID", crtc.into())]),
             (crtc, CRTC, &[("MODE_ID", blob.into()), ("ACTIVE", 1)]),
-            (plane, PLANE, &[
-                ("FB_ID", self.framebuffers[self.first as usize]),
-                ("CRTC_ID", crtc.into()),
-                ("SRC_X", 0), ("SRC_Y", 0), ("SRC_W", w << 16), ("SRC_H", h << 16),
-                ("CRTC_X", 0), ("CRTC_Y", 0), ("CRTC_W", w), ("CRTC_H", h),
-            ]),
+            (
+                plane,
+                PLANE,
+                &[
+                    ("FB_ID", self.framebuffers[self.first as usize]),
+                    ("CRTC_ID", crtc.into()),
+                    ("SRC_X", 0),
+                    ("SRC_Y", 0),
+                    ("SRC_W", w << 16),
+                    ("SRC_H", h << 16),
+                    ("CRTC_X", 0),
+                    ("CRTC_Y", 0),
+                    ("CRTC_W", w),
+                    ("CRTC_H", h),
+                ],
+            ),
         ];
         let (mut objects, mut counts, mut ids, mut values) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for (object, kind, wanted) in settings {
@@ -268,7 +287,12 @@ fn property(fd: BorrowedFd<'_>, object: u32, kind: u32, name: &str) -> Result<(u
     mode::get_properties(fd, object, kind, Some(&mut ids), Some(&mut values))?;
     for (id, value) in ids.into_iter().zip(values) {
         let found = mode::get_property(fd, id, Some(&mut Vec::new()), Some(&mut Vec::new()))?.name;
-        if found.iter().map(|&c| char::from(c.cast_unsigned())).take_while(|&c| c != '\0').eq(name.chars()) {
+        if found
+            .iter()
+            .map(|&c| char::from(c.cast_unsigned()))
+            .take_while(|&c| c != '\0')
+            .eq(name.chars())
+        {
             return Ok((id, value));
         }
     }

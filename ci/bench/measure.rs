@@ -57,7 +57,9 @@ pub fn system_calls(command: &[String]) -> Result<u64> {
     run(&all)?;
     let text = fs::read_to_string(&table)?;
     let total = text.lines().rev().find_map(|line| line.trim().strip_suffix("total"));
-    total.and_then(|calls| calls.trim().parse().ok()).with_context(|| format!("strace's table has no total:\n{text}"))
+    total
+        .and_then(|calls| calls.trim().parse().ok())
+        .with_context(|| format!("strace's table has no total:\n{text}"))
 }
 
 fn prepare(command: &[String]) -> Result<Command> {

@@ -170,7 +170,7 @@ impl<'a> PixelsMut<'a> {
             let mut count = 0;
             for plane in 0..format.planes() {
                 let (home, span) = row_span(layout, plane, y);
-                if home == index && (plane == 0 || y % format.subsampling().1 == 0) {
+                if home == index && (plane == 0 || y.is_multiple_of(format.subsampling().1)) {
                     spans[count] = (span.start, span.end, plane);
                     count += 1;
                 }
@@ -206,7 +206,7 @@ impl<'a> PixelsMut<'a> {
     fn put(&mut self, x: u32, value: Value) {
         let x = x as usize;
         let (horizontal, _) = self.format.subsampling();
-        let (chroma, owner) = (x / horizontal as usize, x % horizontal as usize == 0);
+        let (chroma, owner) = (x / horizontal as usize, x.is_multiple_of(horizontal as usize));
         let [y, u, v] = value.yuv;
         match self.format.kind() {
             Kind::Rgb { .. } => {

@@ -282,7 +282,10 @@ mod tests {
     fn codes_are_unique_in_their_namespace() {
         let drm: Vec<_> = Format::all().filter_map(Format::drm).collect();
         assert_eq!(drm.iter().collect::<HashSet<_>>().len(), drm.len());
-        let v4l2: Vec<_> = Format::all().flat_map(|f| f.v4l2().collect::<Vec<_>>()).map(|(code, _)| code).collect();
+        let v4l2: Vec<_> = Format::all()
+            .flat_map(|f| f.v4l2().collect::<Vec<_>>())
+            .map(|(code, _)| code)
+            .collect();
         assert_eq!(v4l2.iter().collect::<HashSet<_>>().len(), v4l2.len());
     }
 

@@ -107,7 +107,12 @@ impl Buffer {
     /// # Errors
     /// If the exporter does not allow it.
     pub(crate) fn map(&self, access: Access) -> Result<Vec<Mapping>> {
-        self.0.memory.iter().zip(self.0.lens).map(|(memory, len)| Mapping::new(memory.as_fd(), len, access)).collect()
+        self.0
+            .memory
+            .iter()
+            .zip(self.0.lens)
+            .map(|(memory, len)| Mapping::new(memory.as_fd(), len, access))
+            .collect()
     }
 
     fn identities(&self) -> impl Iterator<Item = Identity> {

@@ -100,7 +100,9 @@ impl Slots {
     pub(crate) fn dequeued(self: &Arc<Self>, index: u32) -> Option<Lease> {
         let slot = self.slots.get(index as usize)?;
         let (from, to) = (Stage::Queued as u8, Stage::Dequeued as u8);
-        slot.stage.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed).ok()?;
+        slot.stage
+            .compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed)
+            .ok()?;
         slot.leases.store(1, Ordering::Relaxed);
         Some(Lease { slots: Arc::clone(self), index })
     }

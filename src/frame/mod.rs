@@ -5,8 +5,8 @@ mod lease;
 mod meta;
 
 pub use buffer::{Buffer, BufferReader, WeakBuffer};
-pub(crate) use lease::{Slots, SlotsArc};
 pub use lease::{Lease, MAX_SLOTS, SlotCounts, Stage};
+pub(crate) use lease::{Slots, SlotsArc};
 pub use meta::{Clock, FrameFlags, FrameMeta, Timestamp};
 
 /// A buffer filled once: the buffer, what is known of this filling, and the lease that keeps it so.

@@ -99,9 +99,9 @@ impl Request {
 
 fn explain(error: Error) -> Error {
     match error.errno() {
-        Some(libc::EACCES | libc::EPERM) => {
-            error.kind_is(Kind::Permission).repair("another program became DRM master meanwhile")
-        }
+        Some(libc::EACCES | libc::EPERM) => error
+            .kind_is(Kind::Permission)
+            .repair("another program became DRM master meanwhile"),
         Some(libc::ENODEV) => error.repair("the display's device is gone"),
         Some(libc::EBUSY) => error.repair("an earlier commit has not completed"),
         _ => error,

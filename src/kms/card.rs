@@ -49,7 +49,11 @@ impl control::Device for Card {}
 impl Card {
     /// All cards that can set modes atomically and that this process may open, by number of their nodes.
     pub fn list() -> Vec<CardInfo> {
-        nodes().iter().filter_map(|path| Card::open(path).ok()).map(|card| card.info).collect()
+        nodes()
+            .iter()
+            .filter_map(|path| Card::open(path).ok())
+            .map(|card| card.info)
+            .collect()
     }
 
     /// The card that a person calls `name`: a path, a driver's name, or a node's name (`card0`).
@@ -76,7 +80,8 @@ impl Card {
             return Err(error);
         }
         let repair = match there.as_slice() {
-            [] => "there is no display on this machine; `modprobe vkms` makes a virtual one, `--to null` needs none".into(),
+            [] => "there is no display on this machine; `modprobe vkms` makes a virtual one, `--to null` needs none"
+                .into(),
             _ => format!("there is {}", there.join(", ")),
         };
         Err(Error::new(Kind::NotFound, "find", format!("a display called \"{name}\"")).repair(repair))
@@ -90,11 +95,15 @@ impl Card {
     pub fn open(path: &Path) -> Result<Card> {
         let name = || path.display().to_string();
         let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-        let fd = open(path, flags, Mode::empty()).context("open", name).map_err(|error| match error.kind() {
-            Kind::NotFound => error.repair("`dmaflow list` shows the displays that are there"),
-            Kind::Permission => error.repair("members of the group that owns the node (usually `video`) may open it"),
-            _ => error,
-        })?;
+        let fd = open(path, flags, Mode::empty())
+            .context("open", name)
+            .map_err(|error| match error.kind() {
+                Kind::NotFound => error.repair("`dmaflow list` shows the displays that are there"),
+                Kind::Permission => {
+                    error.repair("members of the group that owns the node (usually `video`) may open it")
+                }
+                _ => error,
+            })?;
         let stat = fstat(&fd).context("identify", name)?;
         let info = CardInfo { path: path.to_owned(), driver: String::new(), description: String::new() };
         let mut card = Card { fd, info, minor: minor(stat.st_rdev), names: Mutex::default() };
@@ -104,19 +113,27 @@ impl Card {
         card.info.description = driver.description().to_string_lossy().into_owned();
         let driver = card.info.driver.clone();
         let lacks = |what: &str, repair: &str| {
-            let error = Error::new(Kind::Unsupported, "display on", name()).because(format!("its driver {driver} {what}"));
+            let error =
+                Error::new(Kind::Unsupported, "display on", name()).because(format!("its driver {driver} {what}"));
             if repair.is_empty() { error } else { error.repair(repair) }
         };
-        let resources = card.resource_handles().map_err(|_| lacks("sets no modes", "it is a GPU or a test device without outputs"))?;
+        let resources = card
+            .resource_handles()
+            .map_err(|_| lacks("sets no modes", "it is a GPU or a test device without outputs"))?;
         if resources.crtcs().is_empty() {
             return Err(lacks("has no display controller", ""));
         }
         for capability in [ClientCapability::UniversalPlanes, ClientCapability::Atomic] {
             let set = card.set_client_capability(capability, true);
-            set.map_err(|_| lacks("has no atomic modesetting", "dmaflow needs it to know when a frame has left the screen"))?;
+            set.map_err(|_| {
+                lacks("has no atomic modesetting", "dmaflow needs it to know when a frame has left the screen")
+            })?;
         }
         // DRM_PRIME_CAP_IMPORT is 1 (drm.h).
-        if card.get_driver_capability(DriverCapability::Prime).is_ok_and(|capability| capability & 1 == 0) {
+        if card
+            .get_driver_capability(DriverCapability::Prime)
+            .is_ok_and(|capability| capability & 1 == 0)
+        {
             return Err(lacks("cannot import dma-bufs", ""));
         }
         Ok(card)
@@ -158,7 +175,12 @@ impl Card {
         // Both lists are asked for: without them drm-ffi passes the kernel their lengths with null pointers.
         let property = drm_ffi::mode::get_property(self.as_fd(), id, Some(&mut vec![]), Some(&mut vec![]));
         let property = property.context("read a property of", || self.name())?;
-        let bytes: Vec<u8> = property.name.iter().map(|&c| c.cast_unsigned()).take_while(|&c| c != 0).collect();
+        let bytes: Vec<u8> = property
+            .name
+            .iter()
+            .map(|&c| c.cast_unsigned())
+            .take_while(|&c| c != 0)
+            .collect();
         let name = String::from_utf8_lossy(&bytes).into_owned();
         names.insert(id, name.clone());
         Ok(name)
@@ -180,7 +202,9 @@ impl Card {
 fn nodes() -> Vec<PathBuf> {
     let number = |path: &Path| path.file_name()?.to_str()?.strip_prefix("card")?.parse::<u32>().ok();
     let entries = fs::read_dir("/dev/dri").into_iter().flatten().flatten();
-    let mut nodes: Vec<_> = entries.filter_map(|entry| Some((number(&entry.path())?, entry.path()))).collect();
+    let mut nodes: Vec<_> = entries
+        .filter_map(|entry| Some((number(&entry.path())?, entry.path())))
+        .collect();
     nodes.sort();
     nodes.into_iter().map(|(_, path)| path).collect()
 }

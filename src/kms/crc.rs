@@ -39,16 +39,20 @@ impl CrcStream {
             let driver = &card.info().driver;
             let error = Error::from_io("read the CRCs of", card.name(), cause);
             match error.kind() {
-                Kind::NotFound => error
-                    .kind_is(Kind::Unsupported)
-                    .repair(format!("driver {driver} computes no CRCs, or debugfs is not mounted at /sys/kernel/debug")),
+                Kind::NotFound => error.kind_is(Kind::Unsupported).repair(format!(
+                    "driver {driver} computes no CRCs, or debugfs is not mounted at /sys/kernel/debug"
+                )),
                 Kind::Permission => error.repair("only root may read them: run as root, or without --verify"),
                 _ => error,
             }
         };
         fs::write(folder.join("control"), "auto").map_err(explain)?;
         let path = folder.join("data");
-        let data = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path).map_err(explain)?;
+        let data = File::options()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&path)
+            .map_err(explain)?;
         Ok(CrcStream { data, path })
     }
 
@@ -64,7 +68,8 @@ impl CrcStream {
             match self.data.read(&mut line) {
                 Ok(len) => {
                     let text = String::from_utf8_lossy(&line[..len]);
-                    let bad = || Error::new(Kind::System, "understand", format!("the CRC \"{}\" of {subject}", text.trim()));
+                    let bad =
+                        || Error::new(Kind::System, "understand", format!("the CRC \"{}\" of {subject}", text.trim()));
                     return parse(&text).ok_or_else(bad);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

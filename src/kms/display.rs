@@ -168,7 +168,9 @@ impl Display {
         let blob = Blob::new(&self.card, &mut mode)?;
         frame.lease().mark_pending();
         let flags = CommitFlags { allow_modeset: true, ..CommitFlags::default() };
-        way.setup.request(&way.route, framebuffer, blob.id).commit(&self.card, flags, "show the first frame on")?;
+        way.setup
+            .request(&way.route, framebuffer, blob.id)
+            .commit(&self.card, flags, "show the first frame on")?;
         way.lit = true;
         let shown = Shown { meta: *frame.meta(), at_us: now_us() };
         frame.lease().mark_on_screen();
@@ -229,7 +231,8 @@ impl Display {
     /// The framebuffer of a frame's buffer, imported now if `join` has not seen it.
     fn framebuffer(&mut self, frame: &Frame) -> Result<u32> {
         let imported = self.framebuffers.get(&mut self.importer, frame.buffer());
-        let error = |refusal: Refusal| Error::new(Kind::Unsupported, "import a frame into", &self.name).because(refusal);
+        let error =
+            |refusal: Refusal| Error::new(Kind::Unsupported, "import a frame into", &self.name).because(refusal);
         imported.map(Framebuffer::id).map_err(error)
     }
 
@@ -262,7 +265,10 @@ impl Display {
             rung: Rung::Exported,
             step: "atomic test commit",
             errno: cause.raw_os_error(),
-            why: format!("the display's driver does not show {layout} on plane {} of {}", route.plane, route.connector_name),
+            why: format!(
+                "the display's driver does not show {layout} on plane {} of {}",
+                route.plane, route.connector_name
+            ),
             repair: "choose another format, size or stride; the kernel log may say more with drm.debug=0x10".to_owned(),
         }))
     }

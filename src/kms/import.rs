@@ -104,7 +104,12 @@ impl Importer for KmsImporter {
         for memory in 0..buffer.memory().len() {
             let Some(dma_buf) = u32::try_from(memory).ok().and_then(|memory| buffer.dma_buf(memory)) else {
                 let why = "the frames are in plain memory, which no device can import".to_owned();
-                return Err(refuse("PRIME import", None, why, "make /dev/udmabuf or a dma-heap available to this user"));
+                return Err(refuse(
+                    "PRIME import",
+                    None,
+                    why,
+                    "make /dev/udmabuf or a dma-heap available to this user",
+                ));
             };
             let handle = self.gem.import(&self.card, dma_buf).map_err(|cause| prime_refusal(&cause))?;
             handles.push(handle);
@@ -148,7 +153,9 @@ fn prime_refusal(cause: &io::Error) -> Refusal {
             "the display's driver cannot use this buffer's memory; likely it is not contiguous",
             "let the camera capture into buffers of the display or of a CMA heap",
         ),
-        Some(libc::ENOMEM) => ("no memory or address space to map the buffer for the display", "use fewer or smaller buffers"),
+        Some(libc::ENOMEM) => {
+            ("no memory or address space to map the buffer for the display", "use fewer or smaller buffers")
+        }
         Some(libc::ENOSYS | libc::EOPNOTSUPP | libc::ENOTTY) => {
             ("the display's driver imports no dma-bufs", "use another display")
         }
@@ -164,7 +171,9 @@ fn add_refusal(cause: &io::Error, buffer: &Buffer) -> Refusal {
             format!("the display's driver takes no framebuffer of {layout}; likely the format or the stride"),
             "choose a format that the display scans out, or a stride that is a multiple of 256 bytes",
         ),
-        Some(libc::ERANGE) => (format!("the display's driver takes no picture as large as {layout}"), "choose a smaller size"),
+        Some(libc::ERANGE) => {
+            (format!("the display's driver takes no picture as large as {layout}"), "choose a smaller size")
+        }
         Some(libc::ENOMEM) => ("out of memory".to_owned(), "use fewer or smaller buffers"),
         _ => (format!("the display's driver refused a framebuffer of {layout}"), "the kernel log may say more"),
     };

@@ -25,7 +25,9 @@ impl Card {
             ([], _) => error.kind_is(Kind::Busy).repair("another process drives this display"),
             (holders, _) => {
                 let list = holders.join(" or ");
-                error.kind_is(Kind::Busy).repair(format!("{list} drives this display: stop it, or use another display"))
+                error
+                    .kind_is(Kind::Busy)
+                    .repair(format!("{list} drives this display: stop it, or use another display"))
             }
         })
     }
@@ -70,7 +72,8 @@ fn master_in(line: &str) -> Option<(String, u32)> {
 
 fn has_open(pid: u32, path: &Path) -> bool {
     let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-    fds.into_iter().any(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == path))
+    fds.into_iter()
+        .any(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == path))
 }
 
 #[cfg(test)]
@@ -80,7 +83,10 @@ mod tests {
     #[test]
     fn masters_in_debugfs() {
         assert_eq!(master_in("             command  tgid dev master a   uid      magic"), None);
-        assert_eq!(master_in("            modetest   312   0   y    y     0          0"), Some(("modetest".into(), 312)));
+        assert_eq!(
+            master_in("            modetest   312   0   y    y     0          0"),
+            Some(("modetest".into(), 312))
+        );
         assert_eq!(master_in("  gnome shell 7  1   y    y  1000  0  5  <unset>"), Some(("gnome shell".into(), 7)));
         assert_eq!(master_in("            reader   313   0   n    y     0          0"), None);
     }

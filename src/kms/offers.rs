@@ -75,7 +75,9 @@ impl Card {
     pub fn formats(&self) -> Result<Vec<Format>> {
         let planes = self.planes()?;
         let scans_out = |format: &Format| {
-            format.drm().is_some_and(|code| planes.iter().any(|plane| !plane.cursor && plane.formats.contains(&code)))
+            format
+                .drm()
+                .is_some_and(|code| planes.iter().any(|plane| !plane.cursor && plane.formats.contains(&code)))
         };
         Ok(Format::all().filter(scans_out).collect())
     }

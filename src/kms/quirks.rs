@@ -25,5 +25,11 @@ pub(super) fn shown_wrong(card: &Card, layout: &Layout) -> Option<Refusal> {
         ),
         (false, false) => return None,
     };
-    Some(Refusal { rung: Rung::Exported, step: "driver check", errno: None, why: why.to_owned(), repair: repair.to_owned() })
+    Some(Refusal {
+        rung: Rung::Exported,
+        step: "driver check",
+        errno: None,
+        why: why.to_owned(),
+        repair: repair.to_owned(),
+    })
 }

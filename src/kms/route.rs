@@ -50,7 +50,10 @@ impl Route {
         if connected.is_empty() {
             let error = Error::new(Kind::NotFound, "show anything on", card.name());
             let because = format!("nothing is connected to {}", all.join(", "));
-            return Err(error.because(because).repair("connect a display, or choose another card").into());
+            return Err(error
+                .because(because)
+                .repair("connect a display, or choose another card")
+                .into());
         }
         let planes = card.planes()?;
         let fitting: Vec<_> = planes.iter().filter(|plane| takes(plane, layout.format())).collect();
@@ -87,7 +90,7 @@ impl Route {
 
 /// The offset that puts `inner` in the middle of `outer`; even, so that subsampled chroma stays aligned.
 fn centre(outer: u32, inner: u32) -> i32 {
-    i32::try_from(outer.saturating_sub(inner) / 2 & !1).unwrap_or(0)
+    i32::try_from((outer.saturating_sub(inner) / 2) & !1).unwrap_or(0)
 }
 
 fn takes(plane: &PlaneOffer, format: Format) -> bool {
@@ -97,18 +100,33 @@ fn takes(plane: &PlaneOffer, format: Format) -> bool {
 /// The CRTCs that can drive a connector, with their indices, the one that does now first.
 fn crtcs_of(card: &Card, resources: &ResourceHandles, info: &connector::Info) -> Vec<(usize, u32)> {
     let encoders = info.encoders().iter().filter_map(|&encoder| card.get_encoder(encoder).ok());
-    let current = info.current_encoder().and_then(|encoder| card.get_encoder(encoder).ok()?.crtc());
-    let possible: Vec<_> = encoders.flat_map(|encoder| resources.filter_crtcs(encoder.possible_crtcs())).collect();
-    let mut crtcs: Vec<_> =
-        resources.crtcs().iter().enumerate().filter(|(_, crtc)| possible.contains(crtc)).collect();
+    let current = info
+        .current_encoder()
+        .and_then(|encoder| card.get_encoder(encoder).ok()?.crtc());
+    let possible: Vec<_> = encoders
+        .flat_map(|encoder| resources.filter_crtcs(encoder.possible_crtcs()))
+        .collect();
+    let mut crtcs: Vec<_> = resources
+        .crtcs()
+        .iter()
+        .enumerate()
+        .filter(|(_, crtc)| possible.contains(crtc))
+        .collect();
     crtcs.sort_by_key(|&(_, &crtc)| Some(crtc) != current);
     crtcs.into_iter().map(|(index, &crtc)| (index, u32::from(crtc))).collect()
 }
 
 /// The mode that equals the picture, else the smallest that holds it; of several of one size the one whose refresh is nearest to
 /// the rate without being lower (half a per cent apart counts as equal: 59.94 and 60), else the fastest.
-fn choose_mode(modes: &[drm::control::Mode], (width, height): (u32, u32), rate: Option<f64>) -> Option<drm_mode_modeinfo> {
-    let modes = modes.iter().map(|&mode| drm_mode_modeinfo::from(mode)).map(|mode| (offers::ModeOffer::of(&mode), mode));
+fn choose_mode(
+    modes: &[drm::control::Mode],
+    (width, height): (u32, u32),
+    rate: Option<f64>,
+) -> Option<drm_mode_modeinfo> {
+    let modes = modes
+        .iter()
+        .map(|&mode| drm_mode_modeinfo::from(mode))
+        .map(|mode| (offers::ModeOffer::of(&mode), mode));
     // Interlaced modes show half a picture at a time.
     let progressive = modes.filter(|(_, mode)| mode.flags & drm_ffi::DRM_MODE_FLAG_INTERLACE == 0);
     let holding = progressive.filter(|(offer, _)| offer.size.0 >= width && offer.size.1 >= height);
@@ -127,7 +145,12 @@ fn choose_mode(modes: &[drm::control::Mode], (width, height): (u32, u32), rate: 
 }
 
 fn lacks_format(card: &Card, format: Format) -> Refusal {
-    let formats: Vec<_> = card.formats().unwrap_or_default().iter().map(|format| format.to_string()).collect();
+    let formats: Vec<_> = card
+        .formats()
+        .unwrap_or_default()
+        .iter()
+        .map(|format| format.to_string())
+        .collect();
     Refusal {
         rung: Rung::Exported,
         step: "plane formats",
@@ -139,7 +162,9 @@ fn lacks_format(card: &Card, format: Format) -> Refusal {
 
 fn too_large(connected: &[connector::Info], layout: &Layout) -> Refusal {
     let modes = connected.iter().flat_map(connector::Info::modes);
-    let largest = modes.map(|&mode| ModeOffer::of(&mode.into()).size).max_by_key(|&(w, h)| u64::from(w) * u64::from(h));
+    let largest = modes
+        .map(|&mode| ModeOffer::of(&mode.into()).size)
+        .max_by_key(|&(w, h)| u64::from(w) * u64::from(h));
     let (width, height) = largest.unwrap_or((0, 0));
     Refusal {
         rung: Rung::Exported,
@@ -169,7 +194,8 @@ mod tests {
 
     #[test]
     fn the_equal_mode_then_the_smallest_that_holds() {
-        let modes = [mode(1920, 1080, 60), mode(640, 480, 60), mode(1280, 720, 60), mode(640, 480, 75), mode(640, 480, 30)];
+        let modes =
+            [mode(1920, 1080, 60), mode(640, 480, 60), mode(1280, 720, 60), mode(640, 480, 75), mode(640, 480, 30)];
         assert_eq!(chosen(&modes, (1280, 720), 60.0), Some((1280, 720, 60)));
         assert_eq!(chosen(&modes, (640, 360), 60.0), Some((640, 480, 60)));
         assert_eq!(chosen(&modes, (640, 360), 70.0), Some((640, 480, 75)));

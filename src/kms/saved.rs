@@ -5,18 +5,31 @@ use std::os::fd::AsFd;
 use drm::control::Device as _;
 use drm_ffi::{DRM_MODE_OBJECT_CONNECTOR, DRM_MODE_OBJECT_CRTC, DRM_MODE_OBJECT_PLANE};
 
+use super::Card;
 use super::atomic::{CommitFlags, Request};
 use super::card::Properties;
 use super::route::Route;
-use super::Card;
 use crate::error::{Context, Result};
 
 /// The properties that a display of ours changes, and so those to put back.
 const CONNECTOR: &[&str] = &["CRTC_ID"];
 const CRTC: &[&str] = &["ACTIVE", "MODE_ID"];
 pub(super) const PLANE: &[&str] = &[
-    "FB_ID", "CRTC_ID", "SRC_X", "SRC_Y", "SRC_W", "SRC_H", "CRTC_X", "CRTC_Y", "CRTC_W", "CRTC_H", "COLOR_ENCODING",
-    "COLOR_RANGE", "rotation", "alpha", "pixel blend mode",
+    "FB_ID",
+    "CRTC_ID",
+    "SRC_X",
+    "SRC_Y",
+    "SRC_W",
+    "SRC_H",
+    "CRTC_X",
+    "CRTC_Y",
+    "CRTC_W",
+    "CRTC_H",
+    "COLOR_ENCODING",
+    "COLOR_RANGE",
+    "rotation",
+    "alpha",
+    "pixel blend mode",
 ];
 
 /// The state of a CRTC, of what it drives and of what it shows, as it was.
@@ -60,7 +73,9 @@ impl Saved {
         let resources = card.resource_handles().context("list the outputs of", || card.name())?;
         let mut saved = Saved { request: Request::default(), dark: Request::default(), mode: None };
         let uses = |properties: &Properties| {
-            properties.get("CRTC_ID").is_some_and(|&(_, crtc)| crtc == u64::from(route.crtc))
+            properties
+                .get("CRTC_ID")
+                .is_some_and(|&(_, crtc)| crtc == u64::from(route.crtc))
         };
         for &handle in resources.connectors() {
             let connector = u32::from(handle);

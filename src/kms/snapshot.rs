@@ -72,11 +72,11 @@ const ATTEMPTS: usize = 10;
 impl Snapshot {
     /// Takes a snapshot of the first display that `card` drives, without changing what it shows.
     ///
-    /// Without a method the writeback is tried first, and [`Method::Framebuffers`] taken where this process cannot be DRM
-    /// master, or the hardware writes nothing back. `card` may be the one that this process drives the display with: it
-    /// stays master if it is. While a writeback runs, `card` lists its writeback connectors, and hardware that needs a
-    /// modeset for it may go dark for a moment. Nobody should import into the same `card` at the same time: DRM counts no
-    /// users of its buffer handles.
+    /// Without a method the writeback is tried first, and [`Method::Framebuffers`] taken where this process cannot be
+    /// DRM master, or the hardware writes nothing back. `card` may be the one that this process drives the display
+    /// with: it stays master if it is. While a writeback runs, `card` lists its writeback connectors, and hardware
+    /// that needs a modeset for it may go dark for a moment. Nobody should import into the same `card` at the same
+    /// time: DRM counts no users of its buffer handles.
     ///
     /// Framebuffers are read while the display's owner may draw the next picture: they can be torn, and what a display
     /// changes after composition (gamma, say) is not in them. Such things are in [`Snapshot::notes`].
@@ -171,7 +171,8 @@ fn layers(card: &Card, output: &Output) -> Result<(Vec<Layer>, Vec<String>)> {
         if value("CRTC_ID") != Some(u64::from(u32::from(output.crtc))) || framebuffer == 0 {
             continue;
         }
-        // If one plane has a zpos all have (`drm_blend.c`); else a cursor is above, and the primary plane below, all others.
+        // If one plane has a zpos all have (`drm_blend.c`); else a cursor is above, and the primary plane below, all
+        // others.
         let rank = if plane.primary { 0 } else { 1 + u64::from(plane.cursor) };
         let height = value("zpos").unwrap_or(rank);
         match layer(card, &plane, framebuffer, &properties, &mut notes) {
@@ -197,7 +198,9 @@ fn layer(
 ) -> Result<Layer> {
     let number = |name| value(properties, name).unwrap_or(0);
     let says = |name: &str, word: &str| {
-        properties.get(name).is_some_and(|&(id, value)| card.enum_value(id, word) == Some(value))
+        properties
+            .get(name)
+            .is_some_and(|&(id, value)| card.enum_value(id, word) == Some(value))
     };
     let encoding = if says("COLOR_ENCODING", "ITU-R BT.709 YCbCr") {
         Encoding::Bt709
@@ -222,7 +225,9 @@ fn layer(
         at: (number("CRTC_X") as i32, number("CRTC_Y") as i32),
         size: (number("CRTC_W") as u32, number("CRTC_H") as u32),
         rotation: number("rotation") as u32,
-        alpha: value(properties, "alpha").and_then(|alpha| u16::try_from(alpha).ok()).unwrap_or(u16::MAX),
+        alpha: value(properties, "alpha")
+            .and_then(|alpha| u16::try_from(alpha).ok())
+            .unwrap_or(u16::MAX),
         blend,
         buffer,
     };
@@ -304,8 +309,8 @@ fn open(card: &Card, framebuffer: u32, colour: Colour) -> Result<Buffer> {
 
 /// A dma-buf of a GEM object, for reading.
 ///
-/// Writable where that is allowed: a GEM object has one dma-buf for all who export it, which stays as the first asked for
-/// (`drm_gem_prime_handle_to_dmabuf`), and its owner may want to write.
+/// Writable where that is allowed: a GEM object has one dma-buf for all who export it, which stays as the first asked
+/// for (`drm_gem_prime_handle_to_dmabuf`), and its owner may want to write.
 pub(super) fn export(card: &Card, handle: u32) -> io::Result<OwnedFd> {
     let handle = drm::control::from_u32(handle).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT))?;
     let writable = card.buffer_to_prime_fd(handle, DRM_CLOEXEC | DRM_RDWR);

@@ -6,11 +6,11 @@
 
 use nix::sys::utsname::uname;
 
+use super::Card;
 use super::crc::CrcStream;
 use super::flip::Flip;
 use super::predict::{Flavour, Predictor};
 use super::route::Route;
-use super::Card;
 use crate::endpoint::Verdict;
 use crate::error::{Error, Kind, Result};
 use crate::format::Layout;
@@ -56,10 +56,14 @@ impl Verifier {
         if driver != "vkms" {
             return Err(no(format!("how driver {driver} computes its CRCs is not known")));
         }
-        let release = uname().map(|name| name.release().to_string_lossy().into_owned()).unwrap_or_default();
+        let release = uname()
+            .map(|name| name.release().to_string_lossy().into_owned())
+            .unwrap_or_default();
         let flavour = Flavour::from_release(&release);
-        let flavour = flavour.ok_or_else(|| no(format!("how vkms of Linux {release} composes pictures is not known")))?;
-        let predictor = Predictor::new(flavour, route.mode_size(), layout, route.at).map_err(|why| no(why.to_string()))?;
+        let flavour =
+            flavour.ok_or_else(|| no(format!("how vkms of Linux {release} composes pictures is not known")))?;
+        let predictor =
+            Predictor::new(flavour, route.mode_size(), layout, route.at).map_err(|why| no(why.to_string()))?;
         Ok(Verifier { predictor, stream: None, expected: vec![None; slots], captured: 0, verdict: Verdict::default() })
     }
 

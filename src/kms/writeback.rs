@@ -58,14 +58,15 @@ pub(super) fn read(card: &Card, output: &Output) -> Result<Vec<u8>> {
     picture(target.buffer()?)
 }
 
-/// Writeback connectors are listed for clients alone that ask for them. This one does so no longer than it needs to, lest
-/// they are taken for displays.
+/// Writeback connectors are listed for clients alone that ask for them. This one does so no longer than it needs to,
+/// lest they are taken for displays.
 struct Listed<'a>(&'a Card);
 
 impl Listed<'_> {
     fn new(card: &Card) -> Result<Listed<'_>> {
         let set = card.set_client_capability(ClientCapability::WritebackConnectors, true);
-        set.map(|()| Listed(card)).context("list the writeback connectors of", || card.name())
+        set.map(|()| Listed(card))
+            .context("list the writeback connectors of", || card.name())
     }
 }
 
@@ -84,7 +85,8 @@ struct Master<'a> {
 
 impl Master<'_> {
     fn of(card: &Card) -> Result<Master<'_>> {
-        // Only a master may authenticate others (`DRM_IOCTL_AUTH_MAGIC`); nobody has the number 0. libdrm's drmIsMaster.
+        // Only a master may authenticate others (`DRM_IOCTL_AUTH_MAGIC`); nobody has the number 0. libdrm's
+        // drmIsMaster.
         let asked = drm_ffi::auth::auth_magic_token(card.as_fd(), 0);
         let before = !asked.is_err_and(|error| error.raw_os_error() == Some(libc::EACCES));
         card.become_master()?;
@@ -170,20 +172,25 @@ impl Writer {
         // Attaching and detaching a connector is a modeset in the kernel's eyes, and to some hardware.
         let flags = CommitFlags { allow_modeset: true, ..CommitFlags::default() };
         let test = CommitFlags { test_only: true, ..flags };
-        request.commit(card, test, "write back what is shown on").map_err(|error| match error.errno() {
-            Some(libc::EINVAL) => error.repair("this driver does not write back beside a connected display"),
-            _ => error,
-        })?;
+        request
+            .commit(card, test, "write back what is shown on")
+            .map_err(|error| match error.errno() {
+                Some(libc::EINVAL) => error
+                    .kind_is(Kind::Unsupported)
+                    .repair("this driver does not write back beside a connected display"),
+                _ => error,
+            })?;
         let attached = Attached { card, writer: self };
         let done = {
             let mut fence: i32 = -1;
-            // The kernel writes a descriptor to this address before the commit returns (prepare_signaling), and no later:
-            // `fence` is alive until then, and has the kernel's `s32`. Its address is in `request`, which ends here.
+            // The kernel writes a descriptor to this address before the commit returns (prepare_signaling), and no
+            // later: `fence` is alive until then, and has the kernel's `s32`. Its address is in `request`, which ends
+            // here.
             request.set(self.fence, (&raw mut fence).expose_provenance() as u64);
             request.commit(card, flags, "write back what is shown on")?;
             drop(request);
-            // SAFETY: the commit succeeded, so `fence` is a new descriptor that nobody else owns (complete_signaling), unless
-            // the driver made none and left it at -1, which is no descriptor.
+            // SAFETY: the commit succeeded, so `fence` is a new descriptor that nobody else owns
+            // (complete_signaling), unless the driver made none and left it at -1, which is no descriptor.
             (fence >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fence) })
         };
         let written = match done {
@@ -201,7 +208,9 @@ impl Writer {
 
 /// The best of the formats in a `WRITEBACK_PIXEL_FORMATS` blob: RGB, which one memory plane holds.
 fn best_format(blob: &[u8]) -> Option<Format> {
-    let codes = blob.chunks_exact(4).filter_map(|code| Some(Fourcc(u32::from_ne_bytes(code.try_into().ok()?))));
+    let codes = blob
+        .chunks_exact(4)
+        .filter_map(|code| Some(Fourcc(u32::from_ne_bytes(code.try_into().ok()?))));
     let formats: Vec<_> = codes.filter_map(Format::from_drm).collect();
     // `Format::all` has XR24 first, then the others by preference.
     Format::all().find(|format| formats.contains(format) && !format.is_yuv())
@@ -216,7 +225,9 @@ struct Attached<'a> {
 impl Attached<'_> {
     fn put_back(&self) -> Result<()> {
         let mut request = Request::default();
-        request.object(self.writer.connector.into()).set(self.writer.crtc_id, self.writer.before);
+        request
+            .object(self.writer.connector.into())
+            .set(self.writer.crtc_id, self.writer.before);
         let flags = CommitFlags { allow_modeset: true, ..CommitFlags::default() };
         request.commit(self.card, flags, "detach the writeback from")
     }

@@ -58,7 +58,11 @@ impl Mapping {
         if there > 0 {
             // SAFETY: `offset + there` is at most the mapping's length, which is mapped readable for the life of `self`;
             // `inside` is this function's own memory and cannot overlap a mapping that the kernel placed.
-            unsafe { self.start.add(offset).copy_to_nonoverlapping(NonNull::from(&mut *inside).cast(), there) };
+            unsafe {
+                self.start
+                    .add(offset)
+                    .copy_to_nonoverlapping(NonNull::from(&mut *inside).cast(), there)
+            };
         }
         outside.fill(0);
     }
@@ -71,7 +75,11 @@ impl Mapping {
         }
         // SAFETY: `offset + fits` is at most the mapping's length, mapped writable (checked) for the life of `self`;
         // `bytes` cannot overlap it, as above.
-        unsafe { self.start.add(offset).copy_from_nonoverlapping(NonNull::from(bytes).cast(), fits) };
+        unsafe {
+            self.start
+                .add(offset)
+                .copy_from_nonoverlapping(NonNull::from(bytes).cast(), fits)
+        };
         fits
     }
 }

@@ -94,7 +94,11 @@ impl Card {
         let seventh = |i: usize| even(u64::from(width) * (i as u64 + 1) / 7);
         let band = |rows, colours: &[(u32, Rgb)]| Band { rows, bytes: row(&layout, width, colours) };
         let bars = |colours: [Rgb; 7]| -> Vec<(u32, Rgb)> {
-            colours.into_iter().enumerate().map(|(i, rgb)| (if i == 6 { width } else { seventh(i) }, rgb)).collect()
+            colours
+                .into_iter()
+                .enumerate()
+                .map(|(i, rgb)| (if i == 6 { width } else { seventh(i) }, rgb))
+                .collect()
         };
         let twelfth = |i: u64| even(u64::from(height) * i / 12);
         let number = Number::new(&layout, twelfth(10)..height);
@@ -176,7 +180,10 @@ impl Card {
     fn draw_digit(&self, mapping: &Mapping, place: usize, digit: u8) {
         let Number { left, top, scale, dots } = &self.number;
         let x = left + place as u32 * font::CELL * scale;
-        let rows = dots.iter().skip(usize::from(digit) * font::ROWS as usize).take(font::ROWS as usize);
+        let rows = dots
+            .iter()
+            .skip(usize::from(digit) * font::ROWS as usize)
+            .take(font::ROWS as usize);
         for (i, bytes) in (0u32..).zip(rows) {
             for y in 0..*scale {
                 mapping.write(self.at(x, top + i * scale + y), bytes);
@@ -211,7 +218,9 @@ impl Number {
     fn new(layout: &Layout, band: Range<u32>) -> Number {
         let height = band.end - band.start;
         // Half the width at most, and a dot's height of room above and below together.
-        let scale = (height / (font::ROWS + 1)).min(layout.width() / 2 / (DIGITS as u32 * font::CELL)).max(1);
+        let scale = (height / (font::ROWS + 1))
+            .min(layout.width() / 2 / (DIGITS as u32 * font::CELL))
+            .max(1);
         let width = font::CELL * scale;
         let row_of_dots = |digit: u8, row: u32| {
             let mut ends: Vec<_> = (0..font::CELL)

@@ -122,7 +122,9 @@ impl Pattern {
             let len = layout.memory_len(0);
             let buffer = Buffer::new(layout, vec![allocator.allocate(len)?], &[len])?;
             let mut mappings = buffer.map(Access::ReadWrite)?;
-            let mapping = mappings.pop().ok_or_else(|| Error::new(Kind::System, "map", "a buffer of the pattern"))?;
+            let mapping = mappings
+                .pop()
+                .ok_or_else(|| Error::new(Kind::System, "map", "a buffer of the pattern"))?;
             let access = begin(&buffer)?;
             canvases.push(card.begin(mapping));
             access.map_or(Ok(()), CpuAccess::end)?;
@@ -300,7 +302,10 @@ impl std::fmt::Debug for SlotsOfPattern {
 
 /// Opens the buffer's memory to the CPU, where it is a dma-buf.
 fn begin(buffer: &Buffer) -> Result<Option<CpuAccess<'_>>> {
-    buffer.dma_buf(0).map(|dma_buf| CpuAccess::begin(dma_buf, Access::ReadWrite)).transpose()
+    buffer
+        .dma_buf(0)
+        .map(|dma_buf| CpuAccess::begin(dma_buf, Access::ReadWrite))
+        .transpose()
 }
 
 fn checked_layout(request: &PatternRequest) -> Result<Layout> {

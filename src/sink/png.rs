@@ -64,7 +64,10 @@ impl Sink for Png {
             return Err(refusal("modifier", None, format!("its rows are tiled ({modifier})")).into());
         }
         if let Some(buffer) = buffers.first() {
-            buffer.read().map(drop).map_err(|cause| refusal("mmap", cause.errno(), cause.line()))?;
+            buffer
+                .read()
+                .map(drop)
+                .map_err(|cause| refusal("mmap", cause.errno(), cause.line()))?;
         }
         Ok(Rung::Copied)
     }
@@ -194,7 +197,10 @@ fn place_of(path: &Path) -> Result<PathBuf> {
         Ok(there) if there.is_file() => path.canonicalize().context("write", || path.display().to_string()),
         Ok(_) => Err(about(path, Kind::Invalid).because("something that is not a file has that name")),
         Err(_) => {
-            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let folder = path
+                .parent()
+                .filter(|folder| !folder.as_os_str().is_empty())
+                .unwrap_or(Path::new("."));
             let there = fs::metadata(folder).context("write", || path.display().to_string())?;
             match path.file_name() {
                 Some(_) if there.is_dir() => Ok(path.to_owned()),
@@ -230,7 +236,9 @@ mod tests {
     }
 
     fn pixels(path: &Path) -> (u32, u32, Vec<u8>) {
-        let mut reader = ::png::Decoder::new(io::BufReader::new(File::open(path).unwrap())).read_info().unwrap();
+        let mut reader = ::png::Decoder::new(io::BufReader::new(File::open(path).unwrap()))
+            .read_info()
+            .unwrap();
         let mut bytes = vec![0; reader.output_buffer_size().unwrap()];
         let info = reader.next_frame(&mut bytes).unwrap();
         (info.width, info.height, bytes)

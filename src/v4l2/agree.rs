@@ -68,12 +68,12 @@ pub(super) fn agree_format(device: &Device, request: &CameraRequest) -> Result<L
             pix.plane_fmt = planes;
         }
     }
-    raw::set_format(device.as_fd(), &mut format).context("set the format of", || device.name()).map_err(|error| {
-        match error.kind() {
+    raw::set_format(device.as_fd(), &mut format)
+        .context("set the format of", || device.name())
+        .map_err(|error| match error.kind() {
             Kind::Busy => error.repair("another program streams from this camera; close it"),
             _ => error,
-        }
-    })?;
+        })?;
     let layout = read_layout(device, &format)?;
     match request.size {
         Some(wanted) if wanted != layout.size() => Err(lacks_size(device, &format, wanted, layout.size())),
@@ -85,7 +85,11 @@ fn lacks_size(device: &Device, format: &sys::v4l2_format, wanted: (u32, u32), gi
     let code = format_code(device.info().api, format);
     let distance = |(width, height): (u32, u32)| width.abs_diff(wanted.0) + height.abs_diff(wanted.1);
     let offered = device.sizes(code).unwrap_or_default();
-    let nearest = offered.iter().map(|sizes| sizes.nearest(wanted)).min_by_key(|&size| distance(size)).unwrap_or(given);
+    let nearest = offered
+        .iter()
+        .map(|sizes| sizes.nearest(wanted))
+        .min_by_key(|&size| distance(size))
+        .unwrap_or(given);
     let error = Error::new(Kind::Unsupported, "set the size of", device.name());
     error
         .because(format!("{} has no {}x{} in {code}", device.info().card, wanted.0, wanted.1))
@@ -99,16 +103,28 @@ fn choose_code(device: &Device, (code, format): (Option<Fourcc>, Option<Format>)
         (Some(code), _) => offer.code == code,
         (None, format) => offer.known.map(|(known, _)| known) == format,
     };
-    let best = offers.iter().filter(fits).min_by_key(|offer| offer.known.map(|(_, planes)| planes));
+    let best = offers
+        .iter()
+        .filter(fits)
+        .min_by_key(|offer| offer.known.map(|(_, planes)| planes));
     best.map(|offer| offer.code).ok_or_else(|| {
-        let wanted = code.or(format.map(Format::name)).map(|code| code.to_string()).unwrap_or_default();
-        let mut names: Vec<_> = offers.iter().map(|offer| match offer.known {
-            Some((format, _)) if format.v4l2().next().map(|(code, _)| code) == Some(offer.code) => format.name(),
-            _ => offer.code,
-        }).map(|name| name.to_string()).collect();
+        let wanted = code
+            .or(format.map(Format::name))
+            .map(|code| code.to_string())
+            .unwrap_or_default();
+        let mut names: Vec<_> = offers
+            .iter()
+            .map(|offer| match offer.known {
+                Some((format, _)) if format.v4l2().next().map(|(code, _)| code) == Some(offer.code) => format.name(),
+                _ => offer.code,
+            })
+            .map(|name| name.to_string())
+            .collect();
         names.dedup();
         let error = Error::new(Kind::Unsupported, "set the format of", device.name());
-        error.because(format!("{} has no {wanted}", device.info().card)).repair(format!("it offers {}", names.join(" ")))
+        error
+            .because(format!("{} has no {wanted}", device.info().card))
+            .repair(format!("it offers {}", names.join(" ")))
     })
 }
 
@@ -148,7 +164,11 @@ fn read_layout(device: &Device, reply: &sys::v4l2_format) -> Result<Layout> {
             let encoding = unsafe { pix.__bindgen_anon_1.ycbcr_enc };
             let colour = Colour::from_v4l2(pix.colorspace, u32::from(encoding), u32::from(pix.quantization));
             let planes = pix.plane_fmt;
-            let strides = planes.iter().take(usize::from(pix.num_planes)).map(|plane| plane.bytesperline).collect();
+            let strides = planes
+                .iter()
+                .take(usize::from(pix.num_planes))
+                .map(|plane| plane.bytesperline)
+                .collect();
             ((pix.width, pix.height), strides, colour)
         }
     };

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::queue::{Allocated, Dequeued, Event, Idle, Queue, Streaming};
 use super::agree::{agree_format, agree_rate};
+use super::queue::{Allocated, Dequeued, Event, Idle, Queue, Streaming};
 use super::{Device, Rate};
 use crate::endpoint::{Ready, Source, SourceCounts};
 use crate::error::{Context, Error, Kind, Result};
@@ -153,7 +153,9 @@ impl Camera {
         match self.streaming()?.event()? {
             Some(Event::SourceChange) => {
                 let error = Error::new(Kind::FormatChanged, "read frames from", name);
-                Err(error.because("the signal at its input changed").repair("start again to use the new format"))
+                Err(error
+                    .because("the signal at its input changed")
+                    .repair("start again to use the new format"))
             }
             Some(Event::EndOfStream) => Err(Error::new(Kind::Ended, "read frames from", name)),
             None => Ok(()),
@@ -281,7 +283,9 @@ impl Source for Camera {
                 let cause = format!("{cause}; the camera has no buffer to fill: {}", queue.counts());
                 error.because(cause).repair("drop frames sooner, or ask for more buffers")
             }
-            _ => error.because(cause).repair("the camera sends nothing: check its input and its cable"),
+            _ => error
+                .because(cause)
+                .repair("the camera sends nothing: check its input and its cable"),
         }
     }
 

@@ -103,16 +103,25 @@ impl Device {
             return Err(Error::new(Kind::Unsupported, step, subject()).because("its values are not numbers"));
         }
         let wide = control.kind == ControlKind::Integer64;
-        raw::control(self.as_fd(), control.id, wide, value).context(step, subject).map_err(|error| {
-            let range = format!("it takes {} to {}", control.minimum, control.maximum);
-            if value.is_some_and(|v| v < control.minimum || v > control.maximum) { error.repair(range) } else { error }
-        })
+        raw::control(self.as_fd(), control.id, wide, value)
+            .context(step, subject)
+            .map_err(|error| {
+                let range = format!("it takes {} to {}", control.minimum, control.maximum);
+                if value.is_some_and(|v| v < control.minimum || v > control.maximum) {
+                    error.repair(range)
+                } else {
+                    error
+                }
+            })
     }
 
     /// How many buffers the driver wants queued at least (`V4L2_CID_MIN_BUFFERS_FOR_CAPTURE`); 1 if it does not say.
     pub(super) fn minimum_buffers(&self) -> u32 {
         let minimum = raw::control(self.as_fd(), sys::V4L2_CID_MIN_BUFFERS_FOR_CAPTURE, false, None);
-        minimum.ok().and_then(|count| u32::try_from(count).ok()).map_or(1, |count| count.max(1))
+        minimum
+            .ok()
+            .and_then(|count| u32::try_from(count).ok())
+            .map_or(1, |count| count.max(1))
     }
 }
 
@@ -142,7 +151,9 @@ fn describe(query: &sys::v4l2_query_ext_ctrl) -> Control {
 
 /// The driver's words as one word: runs of anything but letters and digits become one `_`.
 fn control_name(words: &str) -> String {
-    let parts = words.split(|c: char| !c.is_ascii_alphanumeric()).filter(|part| !part.is_empty());
+    let parts = words
+        .split(|c: char| !c.is_ascii_alphanumeric())
+        .filter(|part| !part.is_empty());
     parts.map(str::to_ascii_lowercase).collect::<Vec<_>>().join("_")
 }
 

@@ -54,7 +54,11 @@ pub struct Device {
 impl Device {
     /// All capture devices of this machine that this process may open, by number of their nodes.
     pub fn list() -> Vec<DeviceInfo> {
-        nodes().iter().filter_map(|path| Device::open(path).ok()).map(|device| device.info).collect()
+        nodes()
+            .iter()
+            .filter_map(|path| Device::open(path).ok())
+            .map(|device| device.info)
+            .collect()
     }
 
     /// The camera that a person calls `name`: a path, a driver's name, or a card's name or part of it.
@@ -80,7 +84,10 @@ impl Device {
             return Err(error);
         }
         let repair = match there.as_slice() {
-            [] => "there is no camera on this machine; `modprobe vivid` makes a virtual one, `--from pattern` needs none".into(),
+            [] => {
+                "there is no camera on this machine; `modprobe vivid` makes a virtual one, `--from pattern` needs none"
+                    .into()
+            }
             _ => format!("there is {}", there.join(", ")),
         };
         Err(Error::new(Kind::NotFound, "find", format!("a camera called \"{name}\"")).repair(repair))
@@ -94,11 +101,15 @@ impl Device {
     pub fn open(path: &Path) -> Result<Device> {
         let name = || path.display().to_string();
         let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-        let fd = open(path, flags, Mode::empty()).context("open", name).map_err(|error| match error.kind() {
-            Kind::NotFound => error.repair("`dmaflow list` shows the cameras that are there"),
-            Kind::Permission => error.repair("members of the group that owns the node (usually `video`) may open it"),
-            _ => error,
-        })?;
+        let fd = open(path, flags, Mode::empty())
+            .context("open", name)
+            .map_err(|error| match error.kind() {
+                Kind::NotFound => error.repair("`dmaflow list` shows the cameras that are there"),
+                Kind::Permission => {
+                    error.repair("members of the group that owns the node (usually `video`) may open it")
+                }
+                _ => error,
+            })?;
         let mut capability: sys::v4l2_capability = raw::zeroed();
         raw::query_capability(fd.as_fd(), &mut capability)
             .context("ask the capabilities of", name)
@@ -154,7 +165,9 @@ impl AsFd for Device {
 fn nodes() -> Vec<PathBuf> {
     let number = |path: &Path| path.file_name()?.to_str()?.strip_prefix("video")?.parse::<u32>().ok();
     let entries = fs::read_dir("/dev").into_iter().flatten().flatten();
-    let mut nodes: Vec<_> = entries.filter_map(|entry| Some((number(&entry.path())?, entry.path()))).collect();
+    let mut nodes: Vec<_> = entries
+        .filter_map(|entry| Some((number(&entry.path())?, entry.path())))
+        .collect();
     nodes.sort();
     nodes.into_iter().map(|(_, path)| path).collect()
 }

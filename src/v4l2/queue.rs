@@ -109,12 +109,12 @@ impl<S> Queue<S> {
         request.type_ = self.api().buffer_type();
         request.memory = sys::v4l2_memory_V4L2_MEMORY_MMAP;
         let step = if count == 0 { "free the buffers of" } else { "allocate buffers of" };
-        raw::request_buffers(self.device.as_fd(), &mut request).context(step, || self.name()).map_err(|error| {
-            match error.kind() {
+        raw::request_buffers(self.device.as_fd(), &mut request)
+            .context(step, || self.name())
+            .map_err(|error| match error.kind() {
                 Kind::Busy => error.repair("another program streams from this camera; close it"),
                 _ => error,
-            }
-        })?;
+            })?;
         Ok(request.count)
     }
 
@@ -181,19 +181,22 @@ impl Queue<Idle> {
             return Ok(self.layout);
         }
         let mut planes = no_planes();
-        self.call(BufferCall::Query, 0, &mut planes).context("ask about a buffer of", || self.name())?;
+        self.call(BufferCall::Query, 0, &mut planes)
+            .context("ask about a buffer of", || self.name())?;
         let mut places = self.layout.planes().to_vec();
         for place in &mut places {
             place.offset += planes.get(place.memory as usize).map_or(0, |plane| plane.data_offset);
         }
         let layout = Layout::new(self.layout.format(), self.layout.size(), &places);
-        let layout = layout.map_err(|cause| Error::new(Kind::Unsupported, "use the buffers of", self.name()).because(cause))?;
+        let layout =
+            layout.map_err(|cause| Error::new(Kind::Unsupported, "use the buffers of", self.name()).because(cause))?;
         Ok(layout.with_colour(self.layout.colour()).with_modifier(self.layout.modifier()))
     }
 
     fn export(&self, layout: Layout, index: u32) -> Result<Buffer> {
         let mut planes = no_planes();
-        self.call(BufferCall::Query, index, &mut planes).context("ask about a buffer of", || self.name())?;
+        self.call(BufferCall::Query, index, &mut planes)
+            .context("ask about a buffer of", || self.name())?;
         let count = layout.memory_planes();
         let buffer_type = self.api().buffer_type();
         let mut lens = Vec::with_capacity(count);
@@ -364,7 +367,9 @@ impl Queue<Streaming> {
         let error = Error::from_io("read frames from", self.name(), error);
         match error.errno() {
             Some(libc::ENODEV) => error.repair("the camera was disconnected"),
-            Some(libc::EIO) => error.repair("the driver has stopped the stream for a fatal error; the kernel log may say which"),
+            Some(libc::EIO) => {
+                error.repair("the driver has stopped the stream for a fatal error; the kernel log may say which")
+            }
             _ => error,
         }
     }

@@ -9,21 +9,21 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::libc;
 use v4l::v4l_sys as sys;
-use v4l::v4l2::vidioc;
+use v4l::v4l2::vidioc::{self, _IOC_TYPE as Number};
 
 /// The plane array of the multi-planar API has eight entries (`VIDEO_MAX_PLANES`).
 pub(super) const MAX_V4L2_PLANES: usize = 8;
 
-const VIDIOC_DQEVENT: u64 = nix::request_code_read!(b'V', 89, size_of::<sys::v4l2_event>());
-const VIDIOC_PREPARE_BUF: u64 = nix::request_code_readwrite!(b'V', 93, size_of::<sys::v4l2_buffer>());
-const VIDIOC_SUBSCRIBE_EVENT: u64 = nix::request_code_write!(b'V', 90, size_of::<sys::v4l2_event_subscription>());
+const VIDIOC_DQEVENT: Number = nix::request_code_read!(b'V', 89, size_of::<sys::v4l2_event>());
+const VIDIOC_PREPARE_BUF: Number = nix::request_code_readwrite!(b'V', 93, size_of::<sys::v4l2_buffer>());
+const VIDIOC_SUBSCRIBE_EVENT: Number = nix::request_code_write!(b'V', 90, size_of::<sys::v4l2_event_subscription>());
 
 /// # Safety
 /// `request` must be one whose argument is a `T`, and every pointer inside `arg` must be valid for what the request does.
-unsafe fn call<T>(fd: BorrowedFd<'_>, request: u64, arg: &mut T) -> io::Result<()> {
+unsafe fn call<T>(fd: BorrowedFd<'_>, request: Number, arg: &mut T) -> io::Result<()> {
     loop {
         // SAFETY: `arg` is a live, exclusive `T`, which the caller vouches is this request's type.
-        let result = unsafe { v4l::v4l2::ioctl(fd.as_raw_fd(), request as _, std::ptr::from_mut(arg).cast()) };
+        let result = unsafe { v4l::v4l2::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(arg).cast()) };
         match result {
             Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
             result => return result,
@@ -35,7 +35,7 @@ macro_rules! calls {
     ($($name:ident $request:expr, $type:ty;)*) => {$(
         pub(super) fn $name(fd: BorrowedFd<'_>, arg: &mut $type) -> io::Result<()> {
             // SAFETY: the request number is declared with this very structure, which holds no pointers (videodev2.h).
-            unsafe { call(fd, $request as u64, arg) }
+            unsafe { call(fd, $request, arg) }
         }
     )*};
 }
@@ -105,10 +105,10 @@ pub(super) fn buffer(
         buffer.length = MAX_V4L2_PLANES as u32;
     }
     let request = match which {
-        BufferCall::Query => vidioc::VIDIOC_QUERYBUF as u64,
+        BufferCall::Query => vidioc::VIDIOC_QUERYBUF,
         BufferCall::Prepare => VIDIOC_PREPARE_BUF,
-        BufferCall::Queue => vidioc::VIDIOC_QBUF as u64,
-        BufferCall::Dequeue => vidioc::VIDIOC_DQBUF as u64,
+        BufferCall::Queue => vidioc::VIDIOC_QBUF,
+        BufferCall::Dequeue => vidioc::VIDIOC_DQBUF,
     };
     // SAFETY: all four take a `v4l2_buffer`; its only pointer, `m.planes`, is used for multi-planar types alone and points
     // to `length` planes that live across the call.
@@ -123,7 +123,7 @@ pub(super) fn export(fd: BorrowedFd<'_>, buffer_type: u32, index: u32, plane: u3
     export.plane = plane;
     export.flags = (libc::O_CLOEXEC | libc::O_RDWR).cast_unsigned();
     // SAFETY: the request takes a `v4l2_exportbuffer`, which holds no pointers.
-    unsafe { call(fd, vidioc::VIDIOC_EXPBUF as u64, &mut export) }?;
+    unsafe { call(fd, vidioc::VIDIOC_EXPBUF, &mut export) }?;
     // SAFETY: the call succeeded, so `fd` is a new descriptor that nobody else owns (vb2_core_expbuf).
     Ok(unsafe { OwnedFd::from_raw_fd(export.fd) })
 }
@@ -146,7 +146,7 @@ pub(super) fn control(fd: BorrowedFd<'_>, id: u32, wide: bool, set: Option<i64>)
     let request = if set.is_some() { vidioc::VIDIOC_S_EXT_CTRLS } else { vidioc::VIDIOC_G_EXT_CTRLS };
     // SAFETY: the requests take a `v4l2_ext_controls` whose pointer points to `count` controls that live across the call;
     // `size` 0 makes the kernel read no further pointer (integer-like controls only, as the caller has checked).
-    unsafe { call(fd, request as u64, &mut controls) }?;
+    unsafe { call(fd, request, &mut controls) }?;
     // SAFETY: all bytes of the union were initialised (zeroed, then written by the kernel), and both fields are integers.
     Ok(unsafe { if wide { control.__bindgen_anon_1.value64 } else { i64::from(control.__bindgen_anon_1.value) } })
 }

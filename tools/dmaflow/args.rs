@@ -153,7 +153,9 @@ fn size(text: &str) -> Result<(u32, u32), String> {
 }
 
 fn control(text: &str) -> Result<(String, i64), String> {
-    let parts = text.split_once('=').and_then(|(name, value)| Some((name.to_owned(), value.parse().ok()?)));
+    let parts = text
+        .split_once('=')
+        .and_then(|(name, value)| Some((name.to_owned(), value.parse().ok()?)));
     parts.ok_or_else(|| format!("\"{text}\" is not a control such as brightness=128"))
 }
 

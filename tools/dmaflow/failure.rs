@@ -29,7 +29,9 @@ pub fn explain(error: &anyhow::Error) -> (ExitCode, String) {
         FAILED
     };
     let mut line = format!("{error:#}");
-    let repair = error.chain().find_map(|cause| cause.downcast_ref::<dmaflow::Error>()?.known_repair());
+    let repair = error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<dmaflow::Error>()?.known_repair());
     if let Some(repair) = repair {
         line.push_str("; ");
         line.push_str(repair);

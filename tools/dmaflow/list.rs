@@ -96,8 +96,14 @@ pub fn run(args: &ListArgs) -> anyhow::Result<ExitCode> {
         let formats = card.formats()?;
         let display = info.path.display().to_string();
         for (camera, known) in &camera_formats {
-            let shared = formats.iter().filter(|format| known.contains(format)).map(Format::to_string).collect();
-            listing.shared.push(SharedListing { camera: camera.clone(), display: display.clone(), formats: shared });
+            let shared = formats
+                .iter()
+                .filter(|format| known.contains(format))
+                .map(Format::to_string)
+                .collect();
+            listing
+                .shared
+                .push(SharedListing { camera: camera.clone(), display: display.clone(), formats: shared });
         }
         listing.displays.push(DisplayListing {
             path: display,
@@ -119,7 +125,8 @@ fn camera(device: &Device, offers: &[FormatOffer]) -> anyhow::Result<CameraListi
         for range in device.sizes(offer.code)? {
             // The rates of a range are those of its largest size.
             let rates = device.rates(offer.code, range.nearest((u32::MAX, u32::MAX)))?;
-            sizes.push(SizesListing { size: range.to_string(), rates: rates.iter().map(ToString::to_string).collect() });
+            sizes
+                .push(SizesListing { size: range.to_string(), rates: rates.iter().map(ToString::to_string).collect() });
         }
         formats.push(FormatListing {
             v4l2: offer.code.to_string(),
@@ -222,5 +229,10 @@ fn table(listing: &Listing) -> String {
 }
 
 fn numbered(names: &[String]) -> String {
-    names.iter().enumerate().map(|(index, name)| format!("{index} {name}")).collect::<Vec<_>>().join(", ")
+    names
+        .iter()
+        .enumerate()
+        .map(|(index, name)| format!("{index} {name}"))
+        .collect::<Vec<_>>()
+        .join(", ")
 }

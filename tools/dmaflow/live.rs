@@ -38,8 +38,13 @@ impl Live {
             return;
         }
         let fps = (now.presented - last.presented) as f64 / Duration::from_micros(elapsed).as_secs_f64();
-        let latency = now.latency_us.map_or(String::new(), |us| format!("  latency {:.1} ms", us as f64 / 1000.0));
-        bar.set_message(format!("{:6.1} fps  {}  {} shown  {} dropped{latency}", fps, self.path, now.presented, now.dropped));
+        let latency = now
+            .latency_us
+            .map_or(String::new(), |us| format!("  latency {:.1} ms", us as f64 / 1000.0));
+        bar.set_message(format!(
+            "{:6.1} fps  {}  {} shown  {} dropped{latency}",
+            fps, self.path, now.presented, now.dropped
+        ));
         self.last = Some(*now);
     }
 

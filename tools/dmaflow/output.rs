@@ -16,8 +16,13 @@ pub fn check() -> anyhow::Result<()> {
     let stdout = io::stdout();
     let fd = stdout.as_fd();
     let null = std::fs::metadata("/dev/null").map(|null| null.rdev()).unwrap_or(0);
-    let same = File::from(fd.try_clone_to_owned().context("cannot look at stdout")?).metadata()?.rdev() == null;
-    let mode = fcntl(fd, FcntlArg::F_GETFL).map(OFlag::from_bits_truncate).context("cannot look at stdout")?;
+    let same = File::from(fd.try_clone_to_owned().context("cannot look at stdout")?)
+        .metadata()?
+        .rdev()
+        == null;
+    let mode = fcntl(fd, FcntlArg::F_GETFL)
+        .map(OFlag::from_bits_truncate)
+        .context("cannot look at stdout")?;
     if same && mode & OFlag::O_ACCMODE == OFlag::O_RDWR {
         return Err(anyhow!("cannot write the result: stdout is closed"));
     }
@@ -27,7 +32,9 @@ pub fn check() -> anyhow::Result<()> {
 /// Writes the result to stdout.
 pub fn print(text: &str) -> anyhow::Result<()> {
     let mut stdout = io::stdout().lock();
-    writeln!(stdout, "{text}").and_then(|()| stdout.flush()).context("cannot write the result to stdout")
+    writeln!(stdout, "{text}")
+        .and_then(|()| stdout.flush())
+        .context("cannot write the result to stdout")
 }
 
 /// Writes a line for people to stderr. If that cannot be done there is nobody left to tell.

@@ -2,7 +2,7 @@
 
 use dmaflow::endpoint::{Refusal, Verdict, errno_name};
 use dmaflow::format::Layout;
-use dmaflow::ledger::{Copies, Ledger};
+use dmaflow::ledger::Ledger;
 use dmaflow::pipe::Account;
 use serde::Serialize;
 
@@ -34,7 +34,7 @@ struct Flow {
     fps: Option<f64>,
     imports: u64,
     bytes_copied: u64,
-    copies: Vec<Copies>,
+    copies: Vec<CopiesReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
     cpu_us_per_frame: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -50,6 +50,13 @@ struct Frames {
     dropped_by_camera: u64,
     dropped_by_display: u64,
     errored: u64,
+}
+
+#[derive(Serialize)]
+struct CopiesReport {
+    cause: &'static str,
+    count: u64,
+    bytes: u64,
 }
 
 #[derive(Serialize)]
@@ -141,7 +148,12 @@ impl Report {
             fps: account.fps.map(|fps| round(fps, 1e2)),
             imports: sink.imports,
             bytes_copied: sink.ledger.bytes(),
-            copies: sink.ledger.entries().to_vec(),
+            copies: sink
+                .ledger
+                .entries()
+                .iter()
+                .map(|copies| CopiesReport { cause: copies.cause, count: copies.count, bytes: copies.bytes })
+                .collect(),
             cpu_us_per_frame: account.cpu.map(|cpu| round(cpu.as_secs_f64() * 1e6 / shown, 1e3)),
             latency_us: (|| {
                 let at = |quantile| latency.quantile(quantile);
@@ -199,9 +211,15 @@ impl Report {
             }
         }
         for refusal in &self.refusals {
-            rows.push(("refused", format!("{} at {}: {}; {}", refusal.rung, refusal.step, refusal.why, refusal.repair)));
+            rows.push((
+                "refused",
+                format!("{} at {}: {}; {}", refusal.rung, refusal.step, refusal.why, refusal.repair),
+            ));
         }
-        rows.iter().map(|(name, value)| format!("{name:8} {value}")).collect::<Vec<_>>().join("\n")
+        rows.iter()
+            .map(|(name, value)| format!("{name:8} {value}"))
+            .collect::<Vec<_>>()
+            .join("\n")
     }
 }
 

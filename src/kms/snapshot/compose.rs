@@ -112,8 +112,8 @@ impl Layer {
     /// pixel is: the sum of both is the pixel's index. The nearest pixel is taken.
     fn steps(&self, part: &Part, columns: Span<u32>, rows: Span<u32>) -> (Vec<usize>, Vec<usize>) {
         let [x, y, w, h] = self.source;
-        // Reflection comes before rotation, and rotation is counter-clockwise (drm_rect_rotate): so turned by 90 degrees
-        // the first row of the screen is the last column of the buffer.
+        // Reflection comes before rotation, and rotation is counter-clockwise (drm_rect_rotate): so turned by 90
+        // degrees the first row of the screen is the last column of the buffer.
         let turn = |bits: u32| self.rotation & bits != 0;
         let back_x = turn(DRM_MODE_ROTATE_90 | DRM_MODE_ROTATE_180) != turn(DRM_MODE_REFLECT_X);
         let back_y = turn(DRM_MODE_ROTATE_180 | DRM_MODE_ROTATE_270) != turn(DRM_MODE_REFLECT_Y);
@@ -182,8 +182,8 @@ fn alpha_of(pixel: Raw) -> u8 {
     }
 }
 
-/// Where a plane of `len` pixels at `at` and a screen of `limit` pixels meet: the first pixel of the screen, and which of
-/// the plane's.
+/// Where a plane of `len` pixels at `at` and a screen of `limit` pixels meet: the first pixel of the screen, and
+/// which of the plane's.
 fn meet(at: i32, len: u32, limit: u32) -> (u32, Span<u32>) {
     let place = u32::try_from(at).unwrap_or(0);
     let start = at.min(0).unsigned_abs();
@@ -221,7 +221,9 @@ mod tests {
         for (y, row) in rows.iter().enumerate() {
             let mut memory = [&mut bytes[..]];
             let mut pixels = PixelsMut::at(&layout, &mut memory, y as u32);
-            (0..).zip(row.bytes()).for_each(|(x, letter)| pixels.set(x, colour(letter), Colour::default()));
+            (0..)
+                .zip(row.bytes())
+                .for_each(|(x, letter)| pixels.set(x, colour(letter), Colour::default()));
         }
         buffer.map(Access::ReadWrite).unwrap()[0].write(0, &bytes);
         buffer
@@ -241,7 +243,10 @@ mod tests {
     fn shows(size: (u32, u32), layers: &[Layer]) -> Vec<String> {
         let bytes = compose(size, BLACK, layers).unwrap();
         let letter = |pixel: &[u8]| if pixel[0] == 0 { '.' } else { char::from(pixel[0]) };
-        bytes.chunks(3 * size.0 as usize).map(|row| row.chunks(3).map(letter).collect()).collect()
+        bytes
+            .chunks(3 * size.0 as usize)
+            .map(|row| row.chunks(3).map(letter).collect())
+            .collect()
     }
 
     #[test]
@@ -321,6 +326,10 @@ mod tests {
         let rows = ["abcd", "efgh", "ijkl", "mnop"];
         let near: Vec<_> = compose((4, 4), BLACK, &[Layer::whole(picture("NV12", &rows))]).unwrap();
         let letters = rows.concat().into_bytes();
-        assert!(near.chunks(3).zip(letters).all(|(pixel, letter)| pixel.iter().all(|c| c.abs_diff(letter) <= 2)));
+        assert!(
+            near.chunks(3)
+                .zip(letters)
+                .all(|(pixel, letter)| pixel.iter().all(|c| c.abs_diff(letter) <= 2))
+        );
     }
 }
