@@ -68,6 +68,14 @@ pub(super) fn agree_format(device: &Device, request: &CameraRequest) -> Result<L
             pix.plane_fmt = planes;
         }
     }
+    // Asked first where the driver can be asked, so that a refusal leaves the camera as it was.
+    let mut tried = format;
+    if let (Some(wanted), Ok(())) = (request.size, raw::try_format(device.as_fd(), &mut tried)) {
+        let given = read_layout(device, &tried)?.size();
+        if given != wanted {
+            return Err(lacks_size(device, &tried, wanted, given));
+        }
+    }
     raw::set_format(device.as_fd(), &mut format)
         .context("set the format of", || device.name())
         .map_err(|error| match error.kind() {
@@ -202,24 +210,30 @@ pub(super) fn agree_rate(device: &Device, request: RateRequest, layout: &Layout)
     if !known {
         return Err(Error::new(Kind::Unsupported, "set", subject()).because("the driver has no rates"));
     }
+    let same = |given: f64| (given - fps).abs() <= fps * SAME_RATE;
+    let distance = |offer: &f64| (offer - fps).abs();
+    let nearest = offered().into_iter().filter_map(|rates| rates.nearest(fps));
+    let nearest = nearest.min_by(|a, b| distance(a).total_cmp(&distance(b)));
+    let lacks = |nearest: f64| {
+        let (width, height) = layout.size();
+        let because = format!("{} has no {fps} frames a second at {width}x{height}", device.info().card);
+        let repair = format!("the nearest that it offers is {}", (nearest * 1000.0).round() / 1000.0);
+        Error::new(Kind::Unsupported, "set", subject()).because(because).repair(repair)
+    };
+    // Refused before it is set, where the camera tells what it offers, so that a refusal leaves the camera as it was.
+    if let Some(nearest) = nearest.filter(|&nearest| !same(nearest)) {
+        return Err(lacks(nearest));
+    }
     let wanted = Rate::from_fps(fps);
     // SAFETY: the type is a capture type, for which `capture` is the member; all its fields are integers.
     let capture = unsafe { &mut parameters.parm.capture };
     capture.timeperframe = sys::v4l2_fract { numerator: wanted.numerator, denominator: wanted.denominator };
     raw::set_parameters(device.as_fd(), &mut parameters).context("set", subject)?;
     let given = read_rate(&parameters);
-    if given.fps().is_some_and(|given| (given - fps).abs() <= fps * SAME_RATE) {
+    if given.fps().is_some_and(same) {
         return Ok(Some(given));
     }
-    let distance = |offer: &f64| (offer - fps).abs();
-    let nearest = offered().into_iter().filter_map(|rates| rates.nearest(fps));
-    let nearest = nearest.min_by(|a, b| distance(a).total_cmp(&distance(b)));
-    let nearest = nearest.or(given.fps()).unwrap_or(0.0);
-    let (width, height) = layout.size();
-    let error = Error::new(Kind::Unsupported, "set", subject());
-    Err(error
-        .because(format!("{} has no {fps} frames a second at {width}x{height}", device.info().card))
-        .repair(format!("the nearest that it offers is {}", (nearest * 1000.0).round() / 1000.0)))
+    Err(lacks(nearest.or(given.fps()).unwrap_or(0.0)))
 }
 
 fn read_rate(parameters: &sys::v4l2_streamparm) -> Rate {

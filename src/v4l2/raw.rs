@@ -45,6 +45,7 @@ calls! {
     enum_format vidioc::VIDIOC_ENUM_FMT, sys::v4l2_fmtdesc;
     get_format vidioc::VIDIOC_G_FMT, sys::v4l2_format;
     set_format vidioc::VIDIOC_S_FMT, sys::v4l2_format;
+    try_format vidioc::VIDIOC_TRY_FMT, sys::v4l2_format;
     enum_frame_size vidioc::VIDIOC_ENUM_FRAMESIZES, sys::v4l2_frmsizeenum;
     enum_frame_interval vidioc::VIDIOC_ENUM_FRAMEINTERVALS, sys::v4l2_frmivalenum;
     get_parameters vidioc::VIDIOC_G_PARM, sys::v4l2_streamparm;

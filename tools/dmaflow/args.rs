@@ -5,6 +5,13 @@ use std::path::PathBuf;
 use clap::builder::styling::Styles;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
+/// Below every help text.
+const NAMES: &str = "\
+SOURCE  /dev/videoN | a driver or card name (vivid) | pattern (a test card, no device needed)
+SINK    /dev/dri/cardN | a driver name (vkms) | png:FILE | null
+
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 zero copy demanded and refused, 4 a frame was shown wrong";
+
 /// Moves frames between cameras and displays without copying them, and says exactly what it did.
 #[derive(Parser)]
 #[command(
@@ -12,11 +19,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
     about,
     max_term_width = 100,
     styles = Styles::plain(),
-    after_help = "\
-SOURCE  /dev/videoN | a driver or card name (vivid) | pattern (a test card, no device needed)
-SINK    /dev/dri/cardN | a driver name (vkms) | png:FILE | null
-
-Exit status  0 done · 1 failed · 2 wrong usage · 3 zero copy demanded and refused · 4 --verify found a wrong frame"
+    after_help = NAMES
 )]
 pub struct Args {
     #[command(subcommand)]
@@ -41,6 +44,7 @@ pub struct ListArgs {
 }
 
 #[derive(ClapArgs)]
+#[command(after_help = NAMES)]
 pub struct PipeArgs {
     /// Where frames come from [default: the first camera]
     #[arg(long, value_name = "SOURCE")]
@@ -59,11 +63,11 @@ pub struct PipeArgs {
     /// Stop after S seconds
     #[arg(long, value_name = "S")]
     pub seconds: Option<f64>,
-    /// Which copies are allowed
-    #[arg(long, value_enum, default_value_t = PathChoice::Auto)]
+    /// Without a copy where that works, or fail rather than copy, or copy always
+    #[arg(long, value_enum, default_value_t = PathChoice::Auto, value_name = "PATH")]
     pub path: PathChoice,
-    /// Show every frame, or the newest
-    #[arg(long, value_enum, default_value_t = PresentChoice::Fifo)]
+    /// Show every frame in order, or always the newest
+    #[arg(long, value_enum, default_value_t = PresentChoice::Fifo, value_name = "HOW")]
     pub present: PresentChoice,
     /// Compare each picture that the display reports (its CRC) with the captured bytes
     #[arg(long)]
@@ -103,6 +107,7 @@ pub struct Shape {
 }
 
 #[derive(ClapArgs)]
+#[command(after_help = NAMES)]
 pub struct SnapArgs {
     /// A source, or a display
     #[arg(value_name = "SOURCE|DISPLAY")]
@@ -112,34 +117,34 @@ pub struct SnapArgs {
     pub file: PathBuf,
     #[command(flatten)]
     pub shape: Shape,
-    /// How to read a display [default: writeback where it works, else its framebuffers]
+    /// How to read a display: the framebuffers of its planes, or its hardware's writeback [default: the latter where it works]
     #[arg(long, value_enum)]
     pub via: Option<Via>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum PathChoice {
-    /// Without a copy where that works
+    // Without a copy where that works.
     Auto,
-    /// Fail rather than copy
+    // Fail rather than copy.
     ZeroCopy,
-    /// Always copy
+    // Always copy.
     Copy,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum PresentChoice {
-    /// Every frame, in order
+    // Every frame, in order.
     Fifo,
-    /// The newest frame
+    // The newest frame.
     Mailbox,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Via {
-    /// The framebuffers of its planes, composed here
+    // The framebuffers of its planes, composed here.
     Framebuffers,
-    /// The display hardware's own writeback
+    // The display hardware's own writeback.
     Writeback,
 }
 
