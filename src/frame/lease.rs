@@ -97,14 +97,14 @@ impl Slots {
     }
 
     /// The driver gave slot `index` back filled: the first lease on it. `None` if the driver did not have that slot.
-    pub(crate) fn dequeued(self: &Arc<Self>, index: u32) -> Option<Lease> {
-        let slot = self.slots.get(index as usize)?;
+    pub(crate) fn dequeued(this: &Arc<Self>, index: u32) -> Option<Lease> {
+        let slot = this.slots.get(index as usize)?;
         let (from, to) = (Stage::Queued as u8, Stage::Dequeued as u8);
         slot.stage
             .compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed)
             .ok()?;
         slot.leases.store(1, Ordering::Relaxed);
-        Some(Lease { slots: Arc::clone(self), index })
+        Some(Lease { slots: Arc::clone(this), index })
     }
 
     /// The driver gave all slots back unfilled (`VIDIOC_STREAMOFF`).
@@ -289,7 +289,7 @@ mod tests {
         assert_eq!(free(&slots), [0, 1, 2]);
         queue_all(&slots);
         assert_eq!(slots.counts().queued, 3);
-        let first = slots.dequeued(1).unwrap();
+        let first = Slots::dequeued(&slots, 1).unwrap();
         let second = first.clone();
         first.mark_on_screen();
         assert_eq!(second.stage(), Stage::OnScreen);
@@ -303,11 +303,11 @@ mod tests {
     #[test]
     fn a_driver_cannot_give_what_it_does_not_have() {
         let slots = Slots::new(2);
-        assert!(slots.dequeued(0).is_none(), "slot 0 was never queued");
+        assert!(Slots::dequeued(&slots, 0).is_none(), "slot 0 was never queued");
         queue_all(&slots);
-        assert!(slots.dequeued(2).is_none(), "there is no slot 2");
-        let lease = slots.dequeued(0).unwrap();
-        assert!(slots.dequeued(0).is_none(), "slot 0 is leased");
+        assert!(Slots::dequeued(&slots, 2).is_none(), "there is no slot 2");
+        let lease = Slots::dequeued(&slots, 0).unwrap();
+        assert!(Slots::dequeued(&slots, 0).is_none(), "slot 0 is leased");
         drop(lease);
     }
 
@@ -325,7 +325,7 @@ mod tests {
     fn stopping_gives_back_what_the_driver_had_and_no_more() {
         let slots = Slots::new(3);
         queue_all(&slots);
-        let lease = slots.dequeued(2).unwrap();
+        let lease = Slots::dequeued(&slots, 2).unwrap();
         slots.cancelled();
         assert_eq!(free(&slots), [0, 1]);
         drop(lease);
@@ -343,7 +343,7 @@ mod tests {
     fn a_lease_outlives_its_queue() {
         let slots = Slots::new(1);
         queue_all(&slots);
-        let lease = slots.dequeued(0).unwrap();
+        let lease = Slots::dequeued(&slots, 0).unwrap();
         drop(slots);
         drop(lease.clone());
         drop(lease);
@@ -382,7 +382,7 @@ mod loom_tests {
             let slots = Slots::new(1);
             let memory = Arc::new(Memory(UnsafeCell::new(0)));
             assert!(queue(&slots, &memory));
-            let lease = slots.dequeued(0).unwrap();
+            let lease = Slots::dequeued(&slots, 0).unwrap();
             let holders: Vec<_> = [lease.clone(), lease]
                 .into_iter()
                 .map(|lease| {
@@ -400,7 +400,7 @@ mod loom_tests {
                 holder.join().unwrap();
             }
             assert!(early || queue(&slots, &memory), "the slot was lost");
-            assert!(slots.dequeued(0).is_some());
+            assert!(Slots::dequeued(&slots, 0).is_some());
         });
     }
 
@@ -409,7 +409,7 @@ mod loom_tests {
         loom::model(|| {
             let slots = Slots::new(2);
             slots.take_free().for_each(FreeSlot::queued);
-            let leases = [slots.dequeued(0).unwrap(), slots.dequeued(1).unwrap()];
+            let leases = [Slots::dequeued(&slots, 0).unwrap(), Slots::dequeued(&slots, 1).unwrap()];
             let threads = leases.map(|lease| thread::spawn(move || drop(lease)));
             let mut found = slots.take_free().map(FreeSlot::queued).count();
             for thread in threads {

@@ -3,23 +3,21 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use drm::control::Device as _;
-use drm_ffi::{DRM_MODE_OBJECT_CONNECTOR, DRM_MODE_OBJECT_CRTC, DRM_MODE_OBJECT_PLANE};
 use nix::libc;
 
 use super::atomic::{CommitFlags, Request};
-use super::card::Properties;
 use super::flip::Flip;
 use super::import::{Framebuffer, KmsImporter};
 use super::quirks::shown_wrong;
 use super::route::Route;
 use super::saved::{Blob, Saved};
+use super::setup::{Setup, mode_bytes};
 use super::verify::Verifier;
 use super::{Card, Snapshot};
 use crate::clock::now_us;
 use crate::endpoint::{ImportCache, JoinError, Refusal, Rung, Shown, Sink, Verdict};
-use crate::error::{Context, Error, Kind, Result};
-use crate::format::{Encoding, Format, Layout, Range};
+use crate::error::{Error, Kind, Result};
+use crate::format::{Format, Layout};
 use crate::frame::{Buffer, Frame};
 
 /// Longest wait for a page flip, in ms: the kernel itself gives up after 10 s (drm_atomic_helper_wait_for_flip_done).
@@ -56,12 +54,12 @@ pub struct Display {
     request: DisplayRequest,
     importer: KmsImporter,
     way: Option<Way>,
+    // Before the frames: dropped in this order, so that a framebuffer has left the screen when its frame's lease ends.
+    framebuffers: ImportCache<Framebuffer>,
     on_screen: Option<Frame>,
     pending: Option<Frame>,
     waiting: Option<Frame>,
     dropped: u64,
-    // After the frames: a framebuffer goes before the card, and later than the leases of frames that it shows.
-    framebuffers: ImportCache<Framebuffer>,
 }
 
 /// The way to the screen that `join` has found.
@@ -76,18 +74,6 @@ struct Way {
     /// Whether the screen shows frames of ours.
     lit: bool,
     verifier: Option<Verifier>,
-}
-
-/// The properties to set once.
-#[derive(Debug)]
-struct Setup {
-    /// Planes and connectors to turn off, and the connector to turn on.
-    around: Request,
-    /// The plane's place, colours and blending, without the framebuffer.
-    plane: Vec<(u32, u64)>,
-    active: u32,
-    mode: u32,
-    framebuffer: u32,
 }
 
 impl Display {
@@ -156,7 +142,10 @@ impl Display {
             }
             _ => Ok(()),
         };
-        (self.waiting, self.pending, self.on_screen) = (None, None, None);
+        // Otherwise a frame may still be on screen; it is given up after its framebuffer, when the display is dropped.
+        if restored.is_ok() {
+            (self.waiting, self.pending, self.on_screen) = (None, None, None);
+        }
         restored
     }
 
@@ -165,22 +154,18 @@ impl Display {
         let framebuffer = self.framebuffer(&frame)?;
         let way = joined(&mut self.way, &self.name)?;
         let mut mode = mode_bytes(&way.route);
-        let blob = Blob::new(&self.card, &mut mode)?;
         frame.lease().mark_pending();
         let flags = CommitFlags { allow_modeset: true, ..CommitFlags::default() };
+        let blob = Blob::new(&self.card, &mut mode)?;
         way.setup
             .request(&way.route, framebuffer, blob.id)
             .commit(&self.card, flags, "show the first frame on")?;
+        drop(blob);
         way.lit = true;
-        let shown = Shown { meta: *frame.meta(), at_us: now_us() };
-        frame.lease().mark_on_screen();
-        if self.request.verify {
-            let Way { verifier, route, .. } = way;
-            if let Some(verifier) = verifier {
-                verifier.first(&self.card, route, &frame)?;
-            }
+        let shown = self.replaced(frame, now_us());
+        if let (Some(Way { route, verifier: Some(verifier), .. }), Some(frame)) = (&mut self.way, &self.on_screen) {
+            verifier.first(&self.card, route, frame)?;
         }
-        self.on_screen = Some(frame);
         Ok(shown)
     }
 
@@ -201,7 +186,15 @@ impl Display {
             // A blocking commit returns when the flip is done, so what it replaced has left the screen.
             return Ok(self.replaced(frame, now_us()));
         }
+        self.pending = Some(frame);
+        self.wait_pending()
+    }
+
+    /// Waits until the pending frame is on screen. Until then, and if that fails, it stays pending, with its lease.
+    fn wait_pending(&mut self) -> Result<Shown> {
         let flip = self.card.wait_flip(FLIP_TIMEOUT_MS)?;
+        let nothing = || Error::new(Kind::Invalid, "wait for a frame on", &self.name).because("none is pending");
+        let frame = self.pending.take().ok_or_else(nothing)?;
         self.arrived(frame, flip)
     }
 
@@ -274,116 +267,9 @@ impl Display {
     }
 }
 
-impl Setup {
-    fn new(card: &Card, route: &Route, layout: &Layout) -> Result<Setup> {
-        let resources = card.resource_handles().context("list the outputs of", || card.name())?;
-        let connectors = resources.connectors().iter().map(|&handle| u32::from(handle));
-        let mut around = Request::default();
-        for connector in connectors {
-            let properties = card.properties(connector, DRM_MODE_OBJECT_CONNECTOR)?;
-            let (crtc_id, current) = property(card, &properties, "CRTC_ID")?;
-            if connector == route.connector {
-                around.object(connector).set(crtc_id, u64::from(route.crtc));
-            } else if current == u64::from(route.crtc) {
-                around.object(connector).set(crtc_id, 0);
-            }
-        }
-        for plane in card.planes()?.iter().filter(|plane| plane.id != route.plane) {
-            let properties = card.properties(plane.id, DRM_MODE_OBJECT_PLANE)?;
-            let (crtc_id, current) = property(card, &properties, "CRTC_ID")?;
-            if current == u64::from(route.crtc) {
-                let (framebuffer, _) = property(card, &properties, "FB_ID")?;
-                around.object(plane.id).set(framebuffer, 0).set(crtc_id, 0);
-            }
-        }
-        let crtc = card.properties(route.crtc, DRM_MODE_OBJECT_CRTC)?;
-        let properties = card.properties(route.plane, DRM_MODE_OBJECT_PLANE)?;
-        Ok(Setup {
-            around,
-            plane: plane_values(card, &properties, route, layout)?,
-            active: property(card, &crtc, "ACTIVE")?.0,
-            mode: property(card, &crtc, "MODE_ID")?.0,
-            framebuffer: property(card, &properties, "FB_ID")?.0,
-        })
-    }
-
-    fn request(&self, route: &Route, framebuffer: u32, mode: u32) -> Request {
-        let mut request = self.around.clone();
-        request.object(route.crtc).set(self.active, 1).set(self.mode, u64::from(mode));
-        request.object(route.plane).set(self.framebuffer, u64::from(framebuffer));
-        for &(property, value) in &self.plane {
-            request.set(property, value);
-        }
-        request
-    }
-}
-
-/// Where the picture lies and how its pixels are taken: unscaled, unturned, opaque, with the colours that the layout states.
-fn plane_values(card: &Card, properties: &Properties, route: &Route, layout: &Layout) -> Result<Vec<(u32, u64)>> {
-    let (width, height) = layout.size();
-    // Source coordinates are 16.16 fixed point; positions are signed, in two's complement (drm_plane.c).
-    let signed = |value: i32| i64::from(value).cast_unsigned();
-    let required = [
-        ("CRTC_ID", u64::from(route.crtc)),
-        ("SRC_X", 0),
-        ("SRC_Y", 0),
-        ("SRC_W", u64::from(width) << 16),
-        ("SRC_H", u64::from(height) << 16),
-        ("CRTC_X", signed(route.at.0)),
-        ("CRTC_Y", signed(route.at.1)),
-        ("CRTC_W", u64::from(width)),
-        ("CRTC_H", u64::from(height)),
-    ];
-    let mut values = Vec::with_capacity(required.len() + 5);
-    for (name, value) in required {
-        values.push((property(card, properties, name)?.0, value));
-    }
-    // Planes without one of these do what it would say anyway.
-    let mut optional = |name: &str, value: Option<u64>| {
-        if let (Some(&(property, _)), Some(value)) = (properties.get(name), value) {
-            values.push((property, value));
-        }
-    };
-    // DRM_MODE_ROTATE_0 is bit 0; full opacity is 0xffff.
-    optional("rotation", Some(1));
-    optional("alpha", Some(0xffff));
-    let number = |name: &str, value: &str| card.enum_value(properties.get(name)?.0, value);
-    optional("pixel blend mode", number("pixel blend mode", "Pre-multiplied"));
-    if layout.format().is_yuv() {
-        let encoding = match layout.colour().encoding {
-            Encoding::Bt601 => "ITU-R BT.601 YCbCr",
-            Encoding::Bt709 => "ITU-R BT.709 YCbCr",
-            Encoding::Bt2020 => "ITU-R BT.2020 YCbCr",
-        };
-        let range = match layout.colour().range {
-            Range::Limited => "YCbCr limited range",
-            Range::Full => "YCbCr full range",
-        };
-        optional("COLOR_ENCODING", number("COLOR_ENCODING", encoding));
-        optional("COLOR_RANGE", number("COLOR_RANGE", range));
-    }
-    Ok(values)
-}
-
-fn property(card: &Card, properties: &Properties, name: &str) -> Result<(u32, u64)> {
-    let lacks = || {
-        let error = Error::new(Kind::Unsupported, "set a mode on", card.name());
-        error.because(format!("its driver has no property {name}"))
-    };
-    properties.get(name).copied().ok_or_else(lacks)
-}
-
 fn joined<'a>(way: &'a mut Option<Way>, name: &str) -> Result<&'a mut Way> {
     let not = || Error::new(Kind::Invalid, "show a frame on", name).because("no source was joined to it");
     way.as_mut().ok_or_else(not)
-}
-
-/// The mode as the bytes that a `MODE_ID` blob holds.
-fn mode_bytes(route: &Route) -> Vec<u8> {
-    let mode = route.mode;
-    let start = std::ptr::from_ref(&mode).cast::<u8>();
-    // SAFETY: `drm_mode_modeinfo` is a C structure of integers without padding (drm_mode.h: 68 bytes), here a live copy.
-    unsafe { std::slice::from_raw_parts(start, size_of_val(&mode)) }.to_vec()
 }
 
 impl Sink for Display {
@@ -396,6 +282,13 @@ impl Sink for Display {
     }
 
     fn join(&mut self, layout: &Layout, rate: Option<f64>, buffers: &[Buffer]) -> Result<Rung, JoinError> {
+        if self.way.as_ref().is_some_and(|way| way.lit) {
+            let error = Error::new(Kind::Invalid, "join another source to", &self.name);
+            return Err(error
+                .because("it shows frames of one already")
+                .repair("restore it first")
+                .into());
+        }
         let routes = Route::candidates(&self.card, layout, rate)?;
         if let Some(refusal) = shown_wrong(&self.card, layout) {
             return Err(refusal.into());
@@ -450,9 +343,10 @@ impl Sink for Display {
     }
 
     fn finish(&mut self) -> Result<Option<Shown>> {
-        let Some(frame) = self.pending.take() else { return Ok(None) };
-        let flip = self.card.wait_flip(FLIP_TIMEOUT_MS)?;
-        let shown = self.arrived(frame, flip)?;
+        if self.pending.is_none() {
+            return Ok(None);
+        }
+        let shown = self.wait_pending()?;
         if let Some(frame) = self.waiting.take() {
             self.submit(frame)?;
         }
@@ -469,6 +363,13 @@ impl Sink for Display {
 
     fn verdict(&self) -> Option<Verdict> {
         self.way.as_ref()?.verifier.as_ref().map(Verifier::verdict)
+    }
+}
+
+impl AsFd for Display {
+    /// Readable when a frame that was presented in mailbox mode has come on screen.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.card.as_fd()
     }
 }
 

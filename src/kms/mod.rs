@@ -16,6 +16,7 @@ mod predict;
 mod quirks;
 mod route;
 mod saved;
+mod setup;
 mod snapshot;
 mod verify;
 mod writeback;

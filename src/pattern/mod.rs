@@ -207,7 +207,7 @@ impl Pattern {
         bytes_used[0] = self.layout.memory_len(0) as u32;
         let timestamp = Timestamp { us: tick.at_ns / 1000, clock: Clock::Monotonic };
         let meta = FrameMeta { sequence: tick.sequence, timestamp, bytes_used, flags: FrameFlags::default() };
-        let lease = self.slots.0.dequeued(slot).ok_or_else(lost)?;
+        let lease = Slots::dequeued(&self.slots.0, slot).ok_or_else(lost)?;
         Ok(Frame::new(buffer.clone(), meta, lease))
     }
 }

@@ -302,7 +302,7 @@ impl Queue<Streaming> {
             let error = Error::new(Kind::System, "read frames from", self.name());
             error.because(format!("the driver returned buffer {}, which it did not have", buffer.index))
         };
-        let lease = self.state.0.slots.dequeued(buffer.index).ok_or_else(unknown)?;
+        let lease = Slots::dequeued(&self.state.0.slots, buffer.index).ok_or_else(unknown)?;
         let memory = self.state.0.buffers.get(buffer.index as usize).ok_or_else(unknown)?;
         let meta = meta(&buffer, &planes);
         if meta.flags.error {

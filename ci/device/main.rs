@@ -1,0 +1,51 @@
+//! Tests on devices: vivid as the camera, vkms as the display. Build them with
+//! `cargo test --release --no-run --test device` and run the program as root where those modules are loaded (in the virtual
+//! machine: `tools/vm/run -- target/release/deps/device-…`). `--help` tells the rest.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a panic in a test is a failure of that test, and a test program's output is its stdout"
+)]
+
+mod alloc;
+mod camera;
+mod commands;
+mod cycles;
+mod display;
+mod faults;
+mod formats;
+mod harness;
+mod modules;
+mod process;
+mod screen;
+mod signals;
+mod sinks;
+mod snap;
+mod streams;
+mod syscalls;
+mod verify;
+
+fn main() -> std::process::ExitCode {
+    // Cheap and telling first; what takes minutes last.
+    let tests = [
+        camera::TESTS,
+        streams::TESTS,
+        display::TESTS,
+        screen::TESTS,
+        commands::TESTS,
+        sinks::TESTS,
+        snap::TESTS,
+        verify::TESTS,
+        faults::TESTS,
+        alloc::TESTS,
+        syscalls::TESTS,
+        formats::TESTS,
+        signals::TESTS,
+        cycles::TESTS,
+    ];
+    harness::main(&tests.concat())
+}
