@@ -35,6 +35,7 @@ pub mod frame;
 pub mod kms;
 pub mod ledger;
 pub mod memory;
+mod node;
 pub mod pattern;
 pub mod pipe;
 pub mod sink;

@@ -1,7 +1,6 @@
 //! One DRM device with modesetting: how it is found and opened, and the properties of its objects.
 
 use std::collections::HashMap;
-use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -12,6 +11,7 @@ use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{Mode, fstat, minor};
 
 use crate::error::{Context, Error, Kind, Result};
+use crate::node::{self, Named};
 
 /// What a card says of itself.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -61,30 +61,7 @@ impl Card {
     /// # Errors
     /// [`Kind::NotFound`], naming the cards that are there, or what [`Card::open`] says.
     pub fn find(name: &str) -> Result<Card> {
-        if name.contains('/') {
-            return Card::open(Path::new(name));
-        }
-        let mut first_error = None;
-        let mut there = Vec::new();
-        for path in nodes() {
-            let is_node = path.file_name().is_some_and(|node| node == name);
-            match Card::open(&path) {
-                Ok(card) if is_node || card.info.driver == name => return Ok(card),
-                Ok(card) => there.push(format!("{} ({})", card.name(), card.info.driver)),
-                Err(error) if is_node => return Err(error),
-                Err(error) if error.kind() == Kind::Unsupported => {}
-                Err(error) => first_error = first_error.or(Some(error)),
-            }
-        }
-        if let (true, Some(error)) = (there.is_empty(), first_error) {
-            return Err(error);
-        }
-        let repair = match there.as_slice() {
-            [] => "there is no display on this machine; `modprobe vkms` makes a virtual one, `--to null` needs none"
-                .into(),
-            _ => format!("there is {}", there.join(", ")),
-        };
-        Err(Error::new(Kind::NotFound, "find", format!("a display called \"{name}\"")).repair(repair))
+        node::find(name, &nodes())
     }
 
     /// Opens a card, close-on-exec and without blocking reads.
@@ -198,13 +175,24 @@ impl Card {
     }
 }
 
-/// All `/dev/dri/card*`, by number.
+impl Named for Card {
+    const WHAT: &'static str = "a display";
+    const NONE: &'static str =
+        "there is none on this machine; `modprobe vkms` makes a virtual one, the sink `null` needs none";
+
+    fn open(path: &Path) -> Result<Card> {
+        Card::open(path)
+    }
+
+    fn is_called(&self, name: &str) -> bool {
+        self.info.driver == name
+    }
+
+    fn describe(&self) -> String {
+        format!("{} ({})", self.name(), self.info.driver)
+    }
+}
+
 fn nodes() -> Vec<PathBuf> {
-    let number = |path: &Path| path.file_name()?.to_str()?.strip_prefix("card")?.parse::<u32>().ok();
-    let entries = fs::read_dir("/dev/dri").into_iter().flatten().flatten();
-    let mut nodes: Vec<_> = entries
-        .filter_map(|entry| Some((number(&entry.path())?, entry.path())))
-        .collect();
-    nodes.sort();
-    nodes.into_iter().map(|(_, path)| path).collect()
+    node::numbered("/dev/dri", "card")
 }

@@ -1,6 +1,5 @@
 //! One V4L2 capture node: how it is found and opened.
 
-use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -10,6 +9,7 @@ use v4l::v4l_sys as sys;
 
 use super::raw;
 use crate::error::{Context, Error, Kind, Result};
+use crate::node::{self, Named};
 
 /// Which of V4L2's two capture interfaces a node has.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -66,31 +66,7 @@ impl Device {
     /// # Errors
     /// [`Kind::NotFound`], naming the cameras that are there, or what [`Device::open`] says.
     pub fn find(name: &str) -> Result<Device> {
-        if name.contains('/') {
-            return Device::open(Path::new(name));
-        }
-        let mut first_error = None;
-        let mut there = Vec::new();
-        for path in nodes() {
-            match Device::open(&path) {
-                Ok(device) if device.is_called(name) => return Ok(device),
-                Ok(device) => there.push(format!("{} ({})", device.name(), device.info.driver)),
-                // A node that is no camera is not an answer; one that may not be opened could be the one.
-                Err(error) if error.kind() == Kind::Unsupported => {}
-                Err(error) => first_error = first_error.or(Some(error)),
-            }
-        }
-        if let (true, Some(error)) = (there.is_empty(), first_error) {
-            return Err(error);
-        }
-        let repair = match there.as_slice() {
-            [] => {
-                "there is no camera on this machine; `modprobe vivid` makes a virtual one, `--from pattern` needs none"
-                    .into()
-            }
-            _ => format!("there is {}", there.join(", ")),
-        };
-        Err(Error::new(Kind::NotFound, "find", format!("a camera called \"{name}\"")).repair(repair))
+        node::find(name, &nodes())
     }
 
     /// Opens a capture node, without blocking and close-on-exec.
@@ -148,10 +124,23 @@ impl Device {
     pub fn name(&self) -> String {
         self.info.path.display().to_string()
     }
+}
+
+impl Named for Device {
+    const WHAT: &'static str = "a camera";
+    const NONE: &'static str =
+        "there is none on this machine; `modprobe vivid` makes a virtual one, the source `pattern` needs none";
+
+    fn open(path: &Path) -> Result<Device> {
+        Device::open(path)
+    }
 
     fn is_called(&self, name: &str) -> bool {
-        let card = self.info.card.to_lowercase();
-        self.info.driver == name || card.contains(&name.to_lowercase())
+        self.info.driver == name || self.info.card.to_lowercase().contains(&name.to_lowercase())
+    }
+
+    fn describe(&self) -> String {
+        format!("{} ({})", self.name(), self.info.driver)
     }
 }
 
@@ -161,13 +150,6 @@ impl AsFd for Device {
     }
 }
 
-/// All `/dev/video*`, by number.
 fn nodes() -> Vec<PathBuf> {
-    let number = |path: &Path| path.file_name()?.to_str()?.strip_prefix("video")?.parse::<u32>().ok();
-    let entries = fs::read_dir("/dev").into_iter().flatten().flatten();
-    let mut nodes: Vec<_> = entries
-        .filter_map(|entry| Some((number(&entry.path())?, entry.path())))
-        .collect();
-    nodes.sort();
-    nodes.into_iter().map(|(_, path)| path).collect()
+    node::numbered("/dev", "video")
 }

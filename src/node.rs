@@ -1,0 +1,119 @@
+//! Device nodes: how they are listed, and how the one that a person means is found.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Kind, Result};
+
+/// All nodes called `prefix` and a number in a folder, by number.
+pub(crate) fn numbered(folder: &str, prefix: &str) -> Vec<PathBuf> {
+    let number = |path: &Path| path.file_name()?.to_str()?.strip_prefix(prefix)?.parse::<u32>().ok();
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut nodes: Vec<_> = entries
+        .filter_map(|entry| Some((number(&entry.path())?, entry.path())))
+        .collect();
+    nodes.sort();
+    nodes.into_iter().map(|(_, path)| path).collect()
+}
+
+/// A sort of device that can be looked for by name.
+pub(crate) trait Named: Sized {
+    /// The sort, with its article: `a camera`.
+    const WHAT: &'static str;
+    /// What to do where there is none.
+    const NONE: &'static str;
+
+    /// Opens a node.
+    fn open(path: &Path) -> Result<Self>;
+
+    /// Whether a person may mean this one by `name`.
+    fn is_called(&self, name: &str) -> bool;
+
+    /// Path and driver, for a list of those that are there.
+    fn describe(&self) -> String;
+}
+
+/// The device that a person calls `name`: a path, or what the device is called.
+///
+/// # Errors
+/// [`Kind::NotFound`], naming those that are there; for a path what opening it says. If nothing is there that may be opened, why
+/// the first could not be.
+pub(crate) fn find<D: Named>(name: &str, nodes: &[PathBuf]) -> Result<D> {
+    if name.contains('/') {
+        return D::open(Path::new(name));
+    }
+    let mut first_error = None;
+    let mut there = Vec::new();
+    for path in nodes {
+        let is_node = path.file_name().is_some_and(|node| node == name);
+        match D::open(path) {
+            Ok(device) if is_node || device.is_called(name) => return Ok(device),
+            Ok(device) => there.push(device.describe()),
+            Err(error) if is_node => return Err(error),
+            // A node of another sort is not an answer; one that may not be opened could be the one.
+            Err(error) if error.kind() == Kind::Unsupported => {}
+            Err(error) => first_error = first_error.or(Some(error)),
+        }
+    }
+    if let (true, Some(error)) = (there.is_empty(), first_error) {
+        return Err(error);
+    }
+    let repair = match there.as_slice() {
+        [] => D::NONE.to_owned(),
+        _ => format!("there is {}", there.join(", ")),
+    };
+    Err(Error::new(Kind::NotFound, "find", format!("{} called \"{name}\"", D::WHAT)).repair(repair))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nodes_are_sorted_by_number_and_nothing_else_is_taken() {
+        let folder = std::env::temp_dir().join(format!("dmaflow-nodes-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        for name in ["video10", "video2", "video", "videox", "vbi0"] {
+            fs::write(folder.join(name), "").unwrap();
+        }
+        let found = numbered(folder.to_str().unwrap(), "video");
+        fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(found, [folder.join("video2"), folder.join("video10")]);
+    }
+
+    #[derive(Debug)]
+    struct Odd(PathBuf);
+
+    impl Named for Odd {
+        const WHAT: &'static str = "an odd one";
+        const NONE: &'static str = "make one";
+
+        fn open(path: &Path) -> Result<Odd> {
+            let number = path.display().to_string().bytes().last().unwrap_or(0);
+            match number % 2 {
+                1 => Ok(Odd(path.to_owned())),
+                _ => Err(Error::new(Kind::Permission, "open", path.display().to_string())),
+            }
+        }
+
+        fn is_called(&self, name: &str) -> bool {
+            name == "odd"
+        }
+
+        fn describe(&self) -> String {
+            self.0.display().to_string()
+        }
+    }
+
+    #[test]
+    fn the_one_that_is_meant_or_what_there_is() {
+        let nodes = ["/dev/n0", "/dev/n1", "/dev/n3"].map(PathBuf::from);
+        assert_eq!(find::<Odd>("odd", &nodes).unwrap().0, nodes[1]);
+        assert_eq!(find::<Odd>("n3", &nodes).unwrap().0, nodes[2]);
+        assert_eq!(find::<Odd>("n0", &nodes).unwrap_err().kind(), Kind::Permission);
+        let error = find::<Odd>("even", &nodes).unwrap_err();
+        assert_eq!(error.line(), "cannot find an odd one called \"even\" (there is /dev/n1, /dev/n3)");
+        assert_eq!(find::<Odd>("odd", &nodes[..1]).unwrap_err().kind(), Kind::Permission);
+        assert_eq!(find::<Odd>("odd", &[]).unwrap_err().known_repair(), Some("make one"));
+    }
+}
