@@ -42,7 +42,7 @@ pub(crate) fn find<D: Named>(name: &str, nodes: &[PathBuf]) -> Result<D> {
     if name.contains('/') {
         return D::open(Path::new(name));
     }
-    let mut first_error = None;
+    let mut refused = None;
     let mut there = Vec::new();
     for path in nodes {
         let is_node = path.file_name().is_some_and(|node| node == name);
@@ -52,10 +52,10 @@ pub(crate) fn find<D: Named>(name: &str, nodes: &[PathBuf]) -> Result<D> {
             Err(error) if is_node => return Err(error),
             // A node of another sort is not an answer; one that may not be opened could be the one.
             Err(error) if error.kind() == Kind::Unsupported => {}
-            Err(error) => first_error = first_error.or(Some(error)),
+            Err(error) => refused = refused.or(Some(error)),
         }
     }
-    if let (true, Some(error)) = (there.is_empty(), first_error) {
+    if let (true, Some(error)) = (there.is_empty(), refused) {
         return Err(error);
     }
     let repair = match there.as_slice() {
@@ -63,6 +63,31 @@ pub(crate) fn find<D: Named>(name: &str, nodes: &[PathBuf]) -> Result<D> {
         _ => format!("there is {}", there.join(", ")),
     };
     Err(Error::new(Kind::NotFound, "find", format!("{} called \"{name}\"", D::WHAT)).repair(repair))
+}
+
+/// Every device of the sort, open, or why it could not be opened; nodes of another sort are left out.
+pub(crate) fn all<D: Named>(nodes: &[PathBuf]) -> Vec<Result<D>> {
+    let opened = nodes.iter().map(|path| D::open(path));
+    opened
+        .filter(|device| !matches!(device, Err(error) if error.kind() == Kind::Unsupported))
+        .collect()
+}
+
+/// The first device that can be opened.
+///
+/// # Errors
+/// [`Kind::NotFound`] if there is none; if there are some and none may be opened, why the first could not be.
+pub(crate) fn first<D: Named>(nodes: &[PathBuf]) -> Result<D> {
+    let mut refused = None;
+    for path in nodes {
+        match D::open(path) {
+            Ok(device) => return Ok(device),
+            Err(error) if error.kind() == Kind::Unsupported => {}
+            Err(error) => refused = refused.or(Some(error)),
+        }
+    }
+    let none = || Error::new(Kind::NotFound, "find", format!("{} to use when none is named", D::WHAT)).repair(D::NONE);
+    Err(refused.unwrap_or_else(none))
 }
 
 #[cfg(test)]
@@ -115,5 +140,13 @@ mod tests {
         assert_eq!(error.line(), "cannot find an odd one called \"even\" (there is /dev/n1, /dev/n3)");
         assert_eq!(find::<Odd>("odd", &nodes[..1]).unwrap_err().kind(), Kind::Permission);
         assert_eq!(find::<Odd>("odd", &[]).unwrap_err().known_repair(), Some("make one"));
+    }
+
+    #[test]
+    fn the_first_that_may_be_opened() {
+        let nodes = ["/dev/n0", "/dev/n1"].map(PathBuf::from);
+        assert_eq!(first::<Odd>(&nodes).unwrap().0, nodes[1]);
+        assert_eq!(first::<Odd>(&nodes[..1]).unwrap_err().kind(), Kind::Permission);
+        assert_eq!(first::<Odd>(&[]).unwrap_err().kind(), Kind::NotFound);
     }
 }

@@ -47,12 +47,12 @@ impl drm::Device for Card {}
 impl control::Device for Card {}
 
 impl Card {
-    /// All cards that can set modes atomically and that this process may open, by number of their nodes.
-    pub fn list() -> Vec<CardInfo> {
-        nodes()
-            .iter()
-            .filter_map(|path| Card::open(path).ok())
-            .map(|card| card.info)
+    /// All cards that can set modes atomically, by number of their nodes, and for those that cannot be opened why not. Cards without
+    /// displays, or without atomic modesetting, are left out.
+    pub fn list() -> Vec<Result<CardInfo>> {
+        node::all(&nodes())
+            .into_iter()
+            .map(|device: Result<Card>| Ok(device?.info))
             .collect()
     }
 
@@ -62,6 +62,14 @@ impl Card {
     /// [`Kind::NotFound`], naming the cards that are there, or what [`Card::open`] says.
     pub fn find(name: &str) -> Result<Card> {
         node::find(name, &nodes())
+    }
+
+    /// The first card of this machine that this process may open, by number of its node.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] if there is none; if there are some and none may be opened, why not.
+    pub fn first() -> Result<Card> {
+        node::first(&nodes())
     }
 
     /// Opens a card, close-on-exec and without blocking reads.

@@ -52,21 +52,30 @@ pub struct Device {
 }
 
 impl Device {
-    /// All capture devices of this machine that this process may open, by number of their nodes.
-    pub fn list() -> Vec<DeviceInfo> {
-        nodes()
-            .iter()
-            .filter_map(|path| Device::open(path).ok())
-            .map(|device| device.info)
+    /// All capture devices of this machine, by number of their nodes, and for those that cannot be opened why not. Nodes that capture
+    /// no video are left out.
+    pub fn list() -> Vec<Result<DeviceInfo>> {
+        node::all(&nodes())
+            .into_iter()
+            .map(|device: Result<Device>| Ok(device?.info))
             .collect()
     }
 
-    /// The camera that a person calls `name`: a path, a driver's name, or a card's name or part of it.
+    /// The camera that a person calls `name`: a path, a node's name (`video0`), a driver's name, or a card's name or
+    /// part of it.
     ///
     /// # Errors
     /// [`Kind::NotFound`], naming the cameras that are there, or what [`Device::open`] says.
     pub fn find(name: &str) -> Result<Device> {
         node::find(name, &nodes())
+    }
+
+    /// The first camera of this machine that this process may open, by number of its node.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] if there is none; if there are some and none may be opened, why not.
+    pub fn first() -> Result<Device> {
+        node::first(&nodes())
     }
 
     /// Opens a capture node, without blocking and close-on-exec.

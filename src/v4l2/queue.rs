@@ -113,6 +113,9 @@ impl<S> Queue<S> {
             .context(step, || self.name())
             .map_err(|error| match error.kind() {
                 Kind::Busy => error.repair("another program streams from this camera; close it"),
+                _ if error.errno() == Some(libc::EINVAL) => {
+                    error.repair("the driver refused; the kernel log may say why")
+                }
                 _ => error,
             })?;
         Ok(request.count)
@@ -275,7 +278,7 @@ impl Queue<Streaming> {
     pub fn recycle(&mut self) -> Result<()> {
         for slot in self.state.0.slots.take_free() {
             let queued = self.call(BufferCall::Queue, slot.index(), &mut no_planes());
-            queued.context("queue a buffer of", || self.name())?;
+            queued.map_err(|error| self.broken("queue a buffer of", error))?;
             slot.queued();
         }
         Ok(())
@@ -294,7 +297,7 @@ impl Queue<Streaming> {
                 return match error.raw_os_error() {
                     Some(libc::EAGAIN) => Ok(Dequeued::Nothing),
                     Some(libc::EPIPE) => Err(Error::new(Kind::Ended, "read frames from", self.name())),
-                    _ => Err(self.broken(error)),
+                    _ => Err(self.broken("read frames from", error)),
                 };
             }
         };
@@ -333,7 +336,7 @@ impl Queue<Streaming> {
             Ok(()) => Ok(None),
             // No event pending (v4l2_event_dequeue), or a driver without events.
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTTY | libc::EAGAIN)) => Ok(None),
-            Err(error) => Err(self.broken(error)),
+            Err(error) => Err(self.broken("read the events of", error)),
         }
     }
 
@@ -357,19 +360,23 @@ impl Queue<Streaming> {
 
     fn switch(&self, on: bool) -> Result<()> {
         let mut buffer_type = self.api().buffer_type().cast_signed();
-        match on {
-            true => raw::stream_on(self.device.as_fd(), &mut buffer_type).context("start", || self.name()),
-            false => raw::stream_off(self.device.as_fd(), &mut buffer_type).context("stop", || self.name()),
-        }
+        let switched = match on {
+            true => raw::stream_on(self.device.as_fd(), &mut buffer_type),
+            false => raw::stream_off(self.device.as_fd(), &mut buffer_type),
+        };
+        switched.map_err(|error| self.broken(if on { "start" } else { "stop" }, error))
     }
 
-    fn broken(&self, error: std::io::Error) -> Error {
-        let error = Error::from_io("read frames from", self.name(), error);
+    /// What an errno of a queue with buffers means; the numbers are those that videobuf2 and the calls' documentation give.
+    fn broken(&self, step: &'static str, error: std::io::Error) -> Error {
+        let error = Error::from_io(step, self.name(), error);
         match error.errno() {
             Some(libc::ENODEV) => error.repair("the camera was disconnected"),
             Some(libc::EIO) => {
                 error.repair("the driver has stopped the stream for a fatal error; the kernel log may say which")
             }
+            Some(libc::ENOSPC) => error.repair("the bus has no bandwidth left: ask for a smaller size or rate"),
+            Some(libc::EINVAL) => error.repair("the driver refused; the kernel log may say why"),
             _ => error,
         }
     }

@@ -2,7 +2,6 @@
 
 use anyhow::{Context, bail};
 use dmaflow::endpoint::{Sink, Source};
-use dmaflow::error::{Error, Kind};
 use dmaflow::format::{Format, Fourcc};
 use dmaflow::kms::{Card, Display, DisplayRequest, Present};
 use dmaflow::pattern::{Pattern, PatternRequest};
@@ -47,17 +46,14 @@ pub fn open_sink(name: Option<&str>, present: PresentChoice, verify: bool) -> an
         PresentChoice::Fifo => Present::Fifo,
         PresentChoice::Mailbox => Present::Mailbox,
     };
-    let display = |name: &str| -> anyhow::Result<AnySink> {
-        let display = Display::find(name, DisplayRequest { present, verify })?;
+    let display = |card: Card| -> anyhow::Result<AnySink> {
+        let display = Display::open(card, DisplayRequest { present, verify })?;
         Ok(AnySink::Display(Box::new(display)))
     };
     let Some(name) = name else {
-        let Some(card) = Card::list().into_iter().next() else {
-            let error = Error::new(Kind::NotFound, "find", "a display on this machine");
-            bail!(error.repair("name a sink that needs none: --to null, --to png:FILE"));
-        };
-        note(&format!("to {} ({})", card.path.display(), card.driver));
-        return display(&card.path.display().to_string());
+        let card = Card::first()?;
+        note(&format!("to {} ({})", card.info().path.display(), card.info().driver));
+        return display(card);
     };
     let sink = match name.split_once(':') {
         Some(("png", "")) => bail!(Usage("png: needs a file, as in png:picture.png".into())),
@@ -66,7 +62,7 @@ pub fn open_sink(name: Option<&str>, present: PresentChoice, verify: bool) -> an
         Some(_) => bail!(Usage(format!("there is no sink called \"{name}\""))),
         None if name == "null" => AnySink::Null(Null::new()),
         None if name == "vulkan" || name == "gbm" => bail!(Usage(format!("this version has no sink {name}"))),
-        None => display(name)?,
+        None => display(Card::find(name)?)?,
     };
     if verify && !matches!(sink, AnySink::Display(_)) {
         bail!(Usage(format!("--verify compares what a display shows; {name} is none")));
@@ -90,12 +86,9 @@ pub fn open_source(
         Some(name) if name.starts_with("unix:") => bail!(Usage("this version has no source unix:".into())),
         Some(name) => open_camera(Device::find(name)?, shape, wanted, buffers, formats),
         None => {
-            let Some(first) = Device::list().into_iter().next() else {
-                let error = Error::new(Kind::NotFound, "find", "a camera on this machine");
-                bail!(error.repair("`--from pattern` needs none"));
-            };
-            note(&format!("from {} ({})", first.path.display(), first.card));
-            open_camera(Device::open(&first.path)?, shape, wanted, buffers, formats)
+            let device = Device::first()?;
+            note(&format!("from {} ({})", device.info().path.display(), device.info().card));
+            open_camera(device, shape, wanted, buffers, formats)
         }
     }
 }

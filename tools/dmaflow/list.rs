@@ -17,6 +17,8 @@ struct Listing {
     displays: Vec<DisplayListing>,
     allocators: Vec<AllocatorListing>,
     shared: Vec<SharedListing>,
+    /// Devices that are there and could not be opened, and why.
+    refused: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -81,18 +83,31 @@ struct SharedListing {
 
 pub fn run(args: &ListArgs) -> anyhow::Result<ExitCode> {
     output::check()?;
-    let mut listing = Listing { cameras: vec![], displays: vec![], allocators: allocators(), shared: vec![] };
+    let mut listing =
+        Listing { cameras: vec![], displays: vec![], allocators: allocators(), shared: vec![], refused: vec![] };
     let mut camera_formats = Vec::new();
     for info in Device::list() {
-        // What disappears between two looks is not listed.
-        let Ok(device) = Device::open(&info.path) else { continue };
+        let device = match info.and_then(|info| Device::open(&info.path)) {
+            Ok(device) => device,
+            Err(error) => {
+                listing.refused.push(error.line());
+                continue;
+            }
+        };
         let offers = device.formats()?;
         let known: Vec<Format> = offers.iter().filter_map(|offer| Some(offer.known?.0)).collect();
-        camera_formats.push((info.path.display().to_string(), known));
+        camera_formats.push((device.name(), known));
         listing.cameras.push(camera(&device, &offers)?);
     }
     for info in Card::list() {
-        let Ok(card) = Card::open(&info.path) else { continue };
+        let card = match info.and_then(|info| Card::open(&info.path)) {
+            Ok(card) => card,
+            Err(error) => {
+                listing.refused.push(error.line());
+                continue;
+            }
+        };
+        let info = card.info();
         let formats = card.formats()?;
         let display = info.path.display().to_string();
         for (camera, known) in &camera_formats {
@@ -107,8 +122,8 @@ pub fn run(args: &ListArgs) -> anyhow::Result<ExitCode> {
         }
         listing.displays.push(DisplayListing {
             path: display,
-            driver: info.driver,
-            description: info.description,
+            driver: info.driver.clone(),
+            description: info.description.clone(),
             connectors: card.connectors()?.iter().map(connector).collect(),
             formats: formats.iter().map(Format::to_string).collect(),
         });
@@ -224,6 +239,10 @@ fn table(listing: &Listing) -> String {
     }
     if listing.shared.is_empty() {
         none(&mut lines);
+    }
+    if !listing.refused.is_empty() {
+        lines.push("not to be opened".to_owned());
+        lines.extend(listing.refused.iter().map(|line| format!("  {line}")));
     }
     lines.join("\n")
 }
