@@ -116,6 +116,10 @@ impl<S> Queue<S> {
                 _ if error.errno() == Some(libc::EINVAL) => {
                     error.repair("the driver refused; the kernel log may say why")
                 }
+                _ if error.errno() == Some(libc::ENOMEM) => error.repair(
+                    "ask for fewer or smaller buffers; a driver that needs contiguous memory takes it from CMA (cma= on the \
+                     kernel's command line)",
+                ),
                 _ => error,
             })?;
         Ok(request.count)
@@ -317,9 +321,13 @@ impl Queue<Streaming> {
 
     /// Asks to be told of changes at the source and of its end. Drivers without such events say so, and it does not matter.
     pub(super) fn subscribe(&self) {
-        for event in [sys::V4L2_EVENT_SOURCE_CHANGE, sys::V4L2_EVENT_EOS] {
+        // A source change is told for one input, by its number ("V4L2_EVENT_SOURCE_CHANGE" in the documentation of VIDIOC_DQEVENT).
+        let mut input = 0;
+        let input = raw::get_input(self.device.as_fd(), &mut input).map_or(0, |()| input.cast_unsigned());
+        for (event, id) in [(sys::V4L2_EVENT_SOURCE_CHANGE, input), (sys::V4L2_EVENT_EOS, 0)] {
             let mut subscription: sys::v4l2_event_subscription = raw::zeroed();
             subscription.type_ = event;
+            subscription.id = id;
             let _ = raw::subscribe_event(self.device.as_fd(), &mut subscription);
         }
     }

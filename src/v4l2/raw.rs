@@ -50,6 +50,7 @@ calls! {
     enum_frame_interval vidioc::VIDIOC_ENUM_FRAMEINTERVALS, sys::v4l2_frmivalenum;
     get_parameters vidioc::VIDIOC_G_PARM, sys::v4l2_streamparm;
     set_parameters vidioc::VIDIOC_S_PARM, sys::v4l2_streamparm;
+    get_input vidioc::VIDIOC_G_INPUT, i32;
     set_input vidioc::VIDIOC_S_INPUT, i32;
     enum_input vidioc::VIDIOC_ENUMINPUT, sys::v4l2_input;
     request_buffers vidioc::VIDIOC_REQBUFS, sys::v4l2_requestbuffers;
