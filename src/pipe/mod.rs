@@ -1,23 +1,24 @@
 //! The loop from a source to a sink.
 //!
-//! In the steady state it makes four system calls a frame (`poll`, `DQBUF`, `ATOMIC`, `QBUF`; in mailbox mode two more for the
+//! In the steady state it makes four system calls a frame (`epoll_wait`, `DQBUF`, `ATOMIC`, `QBUF`; in mailbox mode two more for the
 //! flip event) and allocates nothing.
 
-use std::os::fd::{AsFd, BorrowedFd};
+mod wait;
+
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeVal;
 
 use crate::clock::now_us;
-use crate::endpoint::{JoinError, Ready, Rung, Shown, Sink, Source, SourceCounts};
+use crate::endpoint::{JoinError, Rung, Shown, Sink, Source, SourceCounts};
 use crate::error::{Context, Error, Kind, Result};
 use crate::format;
 use crate::frame::{Clock, Frame};
 use crate::memory::{Access, CpuAccess};
+use wait::{Waiter, Wake};
 
 /// When a pipe ends, besides at its source's end and when it is told to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -163,10 +164,12 @@ impl<'a> Pipe<'a> {
             .limits
             .duration
             .map(|duration| start + u64::try_from(duration.as_micros()).unwrap_or(u64::MAX / 2));
+        let waiter = Waiter::new(self.source.as_fd(), stop, self.sink.event_fd());
+        let waiter = waiter.context("wait for", || self.source.name())?;
         self.source.start()?;
         loop {
             self.source.recycle()?;
-            let Some(wake) = self.wait(end, stop)? else { break };
+            let Some(wake) = self.wait(&waiter, end)? else { break };
             if wake.stop || end.is_some_and(|end| now_us() >= end) {
                 break;
             }
@@ -174,10 +177,7 @@ impl<'a> Pipe<'a> {
                 let shown = self.sink.dispatch()?;
                 self.account(shown, progress);
             }
-            if wake.source.is_none() {
-                continue;
-            }
-            let ready = wake.source.unwrap_or_default();
+            let Some(ready) = wake.source else { continue };
             let frame = match self.source.try_next(ready) {
                 Ok(Some(frame)) => frame,
                 Ok(None) => continue,
@@ -202,38 +202,15 @@ impl<'a> Pipe<'a> {
     }
 
     /// Waits for the source, the sink or the order to stop; `None` when the time is up.
-    fn wait(&self, end: Option<u64>, stop: Option<BorrowedFd<'_>>) -> Result<Option<Wake>> {
+    fn wait(&self, waiter: &Waiter, end: Option<u64>) -> Result<Option<Wake>> {
         let watchdog = self.source.watchdog();
         let remaining = end.map(|end| Duration::from_micros(end.saturating_sub(now_us())));
         let timeout = [watchdog, remaining].into_iter().flatten().min();
-        // Rounded up: a timeout that is too short would be taken for the watchdog.
-        let timeout = timeout.map_or(PollTimeout::NONE, |time| {
-            PollTimeout::try_from(time + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
-        });
-        let source = self.source.as_fd();
-        let sink = self.sink.event_fd();
-        // A fixed array, of which only those that are there are passed: nothing to allocate.
-        let mut fds = [
-            PollFd::new(source, PollFlags::POLLIN | PollFlags::POLLPRI),
-            PollFd::new(stop.or(sink).unwrap_or(source), PollFlags::POLLIN),
-            PollFd::new(sink.unwrap_or(source), PollFlags::POLLIN),
-        ];
-        let count = 1 + usize::from(stop.is_some() || sink.is_some()) + usize::from(stop.is_some() && sink.is_some());
-        let ready = match poll(&mut fds[..count], timeout) {
-            Err(Errno::EINTR) => return Ok(Some(Wake::default())),
-            other => other.context("wait for", || self.source.name())?,
-        };
-        if ready == 0 {
-            let time_is_up = remaining.is_some_and(|remaining| watchdog.is_none_or(|watchdog| remaining <= watchdog));
-            return if time_is_up { Ok(None) } else { Err(self.source.stalled()) };
+        let wake = waiter.wait(timeout).context("wait for", || self.source.name())?;
+        if wake.is_some() || remaining.is_some_and(|remaining| watchdog.is_none_or(|watchdog| remaining <= watchdog)) {
+            return Ok(wake);
         }
-        let events = |index: usize| fds.get(index).filter(|_| index < count).and_then(PollFd::revents);
-        let any = |index: usize| events(index).is_some_and(|events| !events.is_empty());
-        Ok(Some(Wake {
-            source: events(0).filter(|events| !events.is_empty()).map(Ready::from),
-            stop: stop.is_some() && any(1),
-            sink: sink.is_some() && any(count - 1),
-        }))
+        Err(self.source.stalled())
     }
 
     fn account(&mut self, shown: Option<Shown>, progress: &mut dyn FnMut(&Progress)) {
@@ -274,13 +251,6 @@ pub struct Progress {
     pub at_us: u64,
     /// From the last frame's capture to its show, in µs, where its clock allows the comparison.
     pub latency_us: Option<u64>,
-}
-
-#[derive(Default)]
-struct Wake {
-    source: Option<Ready>,
-    stop: bool,
-    sink: bool,
 }
 
 /// CPU time of this process, user and system together.
