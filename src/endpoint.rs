@@ -277,7 +277,7 @@ pub trait Sink {
         Ok(())
     }
 
-    /// Takes a frame, and tells which frame is now on show because of it, if that is known already.
+    /// Takes a frame, and tells which frame has come on show meanwhile, or because of it.
     ///
     /// # Errors
     /// The device's refusal.
@@ -286,6 +286,12 @@ pub trait Sink {
     /// What to poll for input, if the sink has something to say between two frames.
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         None
+    }
+
+    /// Whether something waits for the next event. Otherwise it may as well be handled with the next frame, which saves a wake-up:
+    /// [`present`](Sink::present) does so.
+    fn wants_event(&self) -> bool {
+        false
     }
 
     /// Handles what [`event_fd`](Sink::event_fd) announced.

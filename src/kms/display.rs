@@ -60,6 +60,9 @@ pub struct Display {
     pending: Option<Frame>,
     waiting: Option<Frame>,
     dropped: u64,
+    /// When the last frame came on screen, and when the pending one is expected to, by the mode's refresh; µs of `CLOCK_MONOTONIC`.
+    last_flip_us: u64,
+    flip_due_us: u64,
 }
 
 /// The way to the screen that `join` has found.
@@ -102,6 +105,8 @@ impl Display {
             pending: None,
             waiting: None,
             dropped: 0,
+            last_flip_us: 0,
+            flip_due_us: 0,
             framebuffers: ImportCache::new(),
         })
     }
@@ -202,7 +207,22 @@ impl Display {
     fn submit(&mut self, frame: Frame) -> Result<()> {
         self.flip(&frame, CommitFlags { nonblock: true, event: true, ..CommitFlags::default() })?;
         self.pending = Some(frame);
+        let period = self.way.as_ref().map_or(0, |way| way.route.period_us()).max(1);
+        let since_last = now_us().saturating_sub(self.last_flip_us);
+        self.flip_due_us = self.last_flip_us + (since_last / period + 1) * period;
         Ok(())
+    }
+
+    /// Submits a frame if the one before is on screen, else keeps it, instead of one that waits already.
+    fn queue(&mut self, frame: Frame) -> Result<Option<Shown>> {
+        // A look at the wrong time would be a system call for nothing.
+        let shown = if self.pending.is_some() && now_us() >= self.flip_due_us { self.dispatch()? } else { None };
+        if self.pending.is_some() {
+            self.dropped += u64::from(self.waiting.replace(frame).is_some());
+        } else {
+            self.submit(frame)?;
+        }
+        Ok(shown)
     }
 
     /// A frame has come on screen with a flip event.
@@ -216,6 +236,7 @@ impl Display {
     /// The lease of the frame that was on screen before ends here.
     fn replaced(&mut self, frame: Frame, at_us: u64) -> Shown {
         let shown = Shown { meta: *frame.meta(), at_us };
+        self.last_flip_us = at_us;
         frame.lease().mark_on_screen();
         self.on_screen = Some(frame);
         shown
@@ -320,16 +341,16 @@ impl Sink for Display {
         }
         match self.request.present {
             Present::Fifo => self.show(frame).map(Some),
-            Present::Mailbox if self.pending.is_some() => {
-                self.dropped += u64::from(self.waiting.replace(frame).is_some());
-                Ok(None)
-            }
-            Present::Mailbox => self.submit(frame).map(|()| None),
+            Present::Mailbox => self.queue(frame),
         }
     }
 
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         (self.request.present == Present::Mailbox).then(|| self.card.as_fd())
+    }
+
+    fn wants_event(&self) -> bool {
+        self.waiting.is_some()
     }
 
     fn dispatch(&mut self) -> Result<Option<Shown>> {

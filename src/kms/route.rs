@@ -28,6 +28,12 @@ impl Route {
         ModeOffer::of(&self.mode).size
     }
 
+    /// Time from one picture to the next, in µs.
+    pub(super) fn period_us(&self) -> u64 {
+        // A refresh of 0 is a mode without a clock; then there is no period.
+        (1e6 / ModeOffer::of(&self.mode).refresh.max(1e-3)) as u64
+    }
+
     /// All ways that fit, best first: connectors in the card's order, the CRTC that a connector has before others, primary
     /// planes before overlays. A driver may still refuse one of them, which only a test commit tells.
     ///

@@ -206,7 +206,9 @@ impl<'a> Pipe<'a> {
         let watchdog = self.source.watchdog();
         let remaining = end.map(|end| Duration::from_micros(end.saturating_sub(now_us())));
         let timeout = [watchdog, remaining].into_iter().flatten().min();
-        let wake = waiter.wait(timeout).context("wait for", || self.source.name())?;
+        let wake = waiter
+            .wait(timeout, self.sink.wants_event())
+            .context("wait for", || self.source.name())?;
         if wake.is_some() || remaining.is_some_and(|remaining| watchdog.is_none_or(|watchdog| remaining <= watchdog)) {
             return Ok(wake);
         }

@@ -25,7 +25,13 @@ pub(super) struct Wake {
 }
 
 /// The descriptors to wait for. The kernel forgets one of them when it is closed.
-pub(super) struct Waiter(Epoll);
+pub(super) struct Waiter {
+    /// Source and stop: while the sink has nothing to say that matters before the next frame.
+    without_sink: Epoll,
+    /// The same and the sink's; none if it has none. A second list costs nothing while it is not used, and changing one would be
+    /// a system call each time.
+    with_sink: Option<Epoll>,
+}
 
 impl Waiter {
     /// # Errors
@@ -35,27 +41,31 @@ impl Waiter {
         stop: Option<BorrowedFd<'_>>,
         sink: Option<BorrowedFd<'_>>,
     ) -> io::Result<Waiter> {
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        epoll.add(source, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLPRI, SOURCE))?;
-        for (fd, name) in [(stop, STOP), (sink, SINK)] {
-            if let Some(fd) = fd {
-                epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, name))?;
+        let list = |sink: Option<BorrowedFd<'_>>| -> io::Result<Epoll> {
+            let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+            epoll.add(&source, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLPRI, SOURCE))?;
+            for (fd, name) in [(stop, STOP), (sink, SINK)] {
+                if let Some(fd) = fd {
+                    epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, name))?;
+                }
             }
-        }
-        Ok(Waiter(epoll))
+            Ok(epoll)
+        };
+        Ok(Waiter { without_sink: list(None)?, with_sink: sink.map(|sink| list(Some(sink))).transpose()? })
     }
 
-    /// Waits, for ever without a timeout: one system call. `None` when the time is up; an empty [`Wake`] when a signal came.
+    /// Waits, for ever without a timeout, for the sink only if asked to: one system call. `None` when the time is up; an empty [`Wake`] when a signal came.
     ///
     /// # Errors
     /// What `epoll_wait` says.
-    pub(super) fn wait(&self, timeout: Option<Duration>) -> io::Result<Option<Wake>> {
+    pub(super) fn wait(&self, timeout: Option<Duration>, sink: bool) -> io::Result<Option<Wake>> {
         // Rounded up: a wait that is too short would be taken for a stall.
         let timeout = timeout.map_or(EpollTimeout::NONE, |time| {
             EpollTimeout::try_from(time + Duration::from_millis(1)).unwrap_or(EpollTimeout::MAX)
         });
         let mut events = [EpollEvent::empty(); 3];
-        let count = match self.0.wait(&mut events, timeout) {
+        let list = self.with_sink.as_ref().filter(|_| sink).unwrap_or(&self.without_sink);
+        let count = match list.wait(&mut events, timeout) {
             Ok(0) => return Ok(None),
             Ok(count) => count,
             Err(Errno::EINTR) => 0,
@@ -90,13 +100,14 @@ mod tests {
     fn each_descriptor_is_told_apart() {
         let [source, stop, sink] = [0; 3].map(|_| pipe().unwrap());
         let waiter = Waiter::new(&source.0, Some(stop.0.as_fd()), Some(sink.0.as_fd())).unwrap();
-        assert_eq!(waiter.wait(Some(Duration::ZERO)).unwrap(), None);
+        assert_eq!(waiter.wait(Some(Duration::ZERO), true).unwrap(), None);
         write(&sink.1, b"x").unwrap();
-        assert_eq!(waiter.wait(None).unwrap(), Some(Wake { sink: true, ..Wake::default() }));
+        assert_eq!(waiter.wait(None, true).unwrap(), Some(Wake { sink: true, ..Wake::default() }));
+        assert_eq!(waiter.wait(Some(Duration::ZERO), false).unwrap(), None, "nobody asked for the sink");
         write(&stop.1, b"x").unwrap();
-        assert_eq!(waiter.wait(None).unwrap(), Some(Wake { sink: true, stop: true, source: None }));
+        assert_eq!(waiter.wait(None, true).unwrap(), Some(Wake { sink: true, stop: true, source: None }));
         write(&source.1, b"x").unwrap();
-        assert_eq!(waiter.wait(None).unwrap().unwrap().source, Some(Ready::FRAME));
+        assert_eq!(waiter.wait(None, true).unwrap().unwrap().source, Some(Ready::FRAME));
     }
 
     #[test]
@@ -104,6 +115,6 @@ mod tests {
         let (source, end) = pipe().unwrap();
         let waiter = Waiter::new(&source, None, None).unwrap();
         drop(end);
-        assert!(waiter.wait(None).unwrap().unwrap().source.unwrap().failed);
+        assert!(waiter.wait(None, true).unwrap().unwrap().source.unwrap().failed);
     }
 }
