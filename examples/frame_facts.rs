@@ -2,6 +2,8 @@
 //!
 //!     cargo run --release --example frame_facts -- [CAMERA]
 
+#![expect(clippy::print_stdout, reason = "what it prints is what it is for")]
+
 use dmaflow::endpoint::Source;
 use dmaflow::v4l2::{Camera, CameraRequest, Device};
 

@@ -1,7 +1,8 @@
 //! The floor: what the kernel charges for moving a frame from a V4L2 camera to a KMS display, and nothing else.
 //!
-//! `floor events|blocking WIDTHxHEIGHT FPS FRAMES [/dev/videoN [DRIVER]]` shows FRAMES frames and ends. Its two loops
-//! have these calls and no more:
+//! `bench-floor events|blocking WIDTHxHEIGHT FPS FRAMES [MODE]` shows FRAMES frames of vivid on vkms and ends. MODE is
+//! as in `640x480`; without it, the mode of the frame's size or the preferred one. Its two loops have these calls and
+//! no more:
 //! - events: poll, DQBUF, ATOMIC (nonblocking, with event), poll, read, QBUF;
 //! - blocking: DQBUF, ATOMIC, QBUF.
 //!
@@ -27,19 +28,23 @@ const BUFFERS: u32 = 5;
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let argument = |i: usize| arguments.get(i).map(String::as_str);
-    let usage = "floor events|blocking WIDTHxHEIGHT FPS FRAMES [/dev/videoN [DRIVER]]";
+    let usage = "bench-floor events|blocking WIDTHxHEIGHT FPS FRAMES [MODE]";
+    let size = |text: &str| -> Result<(u32, u32)> {
+        let (width, height) = text.split_once('x').context(usage)?;
+        Ok((width.parse()?, height.parse()?))
+    };
     let events = match argument(0) {
         Some("events") => true,
         Some("blocking") => false,
         _ => bail!(usage),
     };
-    let (width, height) = argument(1).and_then(|size| size.split_once('x')).context(usage)?;
-    let size = (width.parse()?, height.parse()?);
+    let frame = size(argument(1).context(usage)?)?;
     let rate: u32 = argument(2).context(usage)?.parse()?;
     let frames: u32 = argument(3).context(usage)?.parse()?;
-    let mut camera = Camera::open(argument(4).unwrap_or("/dev/video0"), events, size, rate)?;
-    let mut display = Display::open(argument(5).unwrap_or("vkms"))?;
-    display.set_up(&camera)?;
+    let mode = argument(4).map(size).transpose()?;
+    let mut camera = Camera::open("/dev/video0", events, frame, rate)?;
+    let mut display = Display::open("vkms")?;
+    display.set_up(&camera, mode.unwrap_or(frame))?;
     if events { with_events(&mut camera, &mut display, frames) } else { blocking(&mut camera, &mut display, frames) }
 }
 
@@ -84,7 +89,8 @@ struct Camera {
 }
 
 /// # Safety
-/// `request` must be one that takes a `T`, and a `T` must be fine as zeroes and hold no pointers that the request follows.
+/// `request` must be one that takes a `T`, and a `T` must be fine as zeroes and hold no pointers that the request
+/// follows.
 unsafe fn call<T>(file: &File, request: libc::c_ulong, argument: &mut T) -> io::Result<()> {
     // SAFETY: a live, exclusive `T`, which the caller vouches is what the request takes.
     match unsafe { libc::ioctl(file.as_raw_fd(), request, std::ptr::from_mut(argument)) } {
@@ -185,6 +191,10 @@ struct Display {
     first: u32,
 }
 
+/// An object, its kind, and values for its properties.
+type Setting<'a> = (u32, u32, &'a [(&'a str, u64)]);
+
+/// Kinds of objects (`DRM_MODE_OBJECT_*`).
 const PLANE: u32 = 0xeeee_eeee;
 const CRTC: u32 = 0xcccc_cccc;
 const CONNECTOR: u32 = 0xc0c0_c0c0;
@@ -204,7 +214,7 @@ impl Display {
     }
 
     /// Imports all buffers and shows the first frame.
-    fn set_up(&mut self, camera: &Camera) -> Result<()> {
+    fn set_up(&mut self, camera: &Camera, wanted: (u32, u32)) -> Result<()> {
         let fd = self.file.as_fd();
         drm_ffi::set_capability(fd, drm_ffi::DRM_CLIENT_CAP_ATOMIC.into(), true)?;
         for index in 0..BUFFERS {
@@ -225,11 +235,11 @@ impl Display {
         self.plane = planes.into_iter().find(primary).context("no primary plane")?;
         let mut modes = Vec::new();
         mode::get_connector(fd, connector, None, None, Some(&mut modes), None, true)?;
-        // The mode of the frame's size, or the preferred one, which comes first, with the frame in its corner.
-        let (width, height) = camera.size;
-        let fits = |mode: &&drm_ffi::drm_mode_modeinfo| (mode.hdisplay.into(), mode.vdisplay.into()) == (width, height);
+        // The mode that is wanted, or the preferred one, which comes first; the frame is in its corner.
+        let fits = |mode: &&drm_ffi::drm_mode_modeinfo| (mode.hdisplay.into(), mode.vdisplay.into()) == wanted;
         let chosen = modes.iter().find(fits).or(modes.first()).context("no mode")?;
-        // SAFETY: the structure has integers and characters alone, no padding, and is read for as long as `modes` lives.
+        // SAFETY: the structure has integers and characters alone, no padding, and is read for as long as `modes`
+        // lives.
         let bytes = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(chosen).cast::<u8>(), size_of_val(chosen)) };
         let blob = mode::create_property_blob(fd, &mut bytes.to_vec())?.blob_id;
         let plane = self.plane;
@@ -239,8 +249,8 @@ impl Display {
         start.start()?;
         wait(start.file.as_fd())?;
         self.first = start.dequeue()?;
-        let (w, h) = (u64::from(width), u64::from(height));
-        let settings: [(u32, u32, &[(&str, u64)]); 3] = [
+        let (w, h) = (u64::from(camera.size.0), u64::from(camera.size.1));
+        let settings: [Setting<'_>; 3] = [
             (connector, CONNECTOR, &[("CRTC_ID", crtc.into())]),
             (crtc, CRTC, &[("MODE_ID", blob.into()), ("ACTIVE", 1)]),
             (

@@ -21,9 +21,9 @@ pub fn run(command: &[String]) -> Result<Usage> {
     let log = std::env::temp_dir().join("bench.log");
     let mut child = prepare(command)?;
     child.stderr(fs::File::create(&log)?);
-    // SAFETY: the closure does nothing, so nothing that is forbidden between fork and exec. It is here because its being
-    // there makes the library fork, and not share this process's memory until exec: the kernel counts the memory before
-    // exec into the child's peak, and a fork takes over little of it.
+    // SAFETY: the closure does nothing, so nothing that is forbidden between fork and exec. It is here because its
+    // being there makes the library fork, and not share this process's memory until exec: the kernel counts the memory
+    // before exec into the child's peak, and a fork takes over little of it.
     unsafe { child.pre_exec(|| Ok(())) };
     let child = child.spawn().with_context(|| command.join(" "))?;
     let mut status = 0;
@@ -60,6 +60,20 @@ pub fn system_calls(command: &[String]) -> Result<u64> {
     total
         .and_then(|calls| calls.trim().parse().ok())
         .with_context(|| format!("strace's table has no total:\n{text}"))
+}
+
+/// The size of the display's mode, as in `640x480`, that dmaflow says it has used. `None` if it does not run.
+pub fn mode_of(command: &[String]) -> Option<String> {
+    let output = prepare(command)
+        .ok()?
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .output()
+        .ok()?;
+    let result: serde_json::Value = serde_json::from_slice(&output.stdout).ok()?;
+    // "Virtual-1 640x480"
+    let (_, size) = result.get("mode")?.as_str()?.rsplit_once(' ')?;
+    Some(size.to_owned())
 }
 
 fn prepare(command: &[String]) -> Result<Command> {

@@ -82,17 +82,19 @@ impl Program {
         size.rate == 60 || !is_gst
     }
 
-    /// The command that shows this many frames and ends.
-    pub fn command(self, size: Size, frames: u32) -> Vec<String> {
+    /// The command that shows this many frames and ends. `mode` is the floor's, which is to have the same as dmaflow:
+    /// what a frame costs depends on how the display's rate and the camera's lie to each other.
+    pub fn command(self, size: Size, mode: Option<&str>, frames: u32) -> Vec<String> {
         let Size { width, height, rate } = size;
-        let gst = |mode: &str, sink: &str| {
+        let mode = mode.unwrap_or_default();
+        let gst = |io: &str, sink: &str| {
             format!(
-                "gst-launch-1.0 -q v4l2src device=/dev/video0 num-buffers={frames} io-mode={mode} ! \
+                "gst-launch-1.0 -q v4l2src device=/dev/video0 num-buffers={frames} io-mode={io} ! \
                  video/x-raw,format=BGRx,width={width},height={height},framerate={rate}/1 ! \
                  kmssink driver-name=vkms {sink}"
             )
         };
-        let floor = |way: &str| format!("{} {way} {width}x{height} {rate} {frames}", sibling("bench-floor"));
+        let floor = |way: &str| format!("{} {way} {width}x{height} {rate} {frames} {mode}", sibling("bench-floor"));
         let dmaflow = |present: &str| {
             format!(
                 "dmaflow pipe --from vivid --to vkms --format XR24 --size {width}x{height} --fps {rate} \

@@ -1,10 +1,10 @@
 //! How many frames a second the display shows, whoever drives it.
 //!
 //! A commit is not a picture: two commits between two vertical blanks show one. So the kernel is asked: a probe on
-//! `drm_atomic_set_fb_for_plane`, through which every way to a new picture goes (atomic, page flip, set plane), one on vkms's
-//! update of a plane, which ends each of those ways, and the tracepoint of the vertical blank. A frame is counted at a
-//! vertical blank if the plane has another framebuffer than at the one before. Each buffer of the camera is one
-//! framebuffer and no camera fills the same buffer twice in a row, so that is another frame.
+//! `drm_atomic_set_fb_for_plane`, through which every way to a new picture goes (atomic, page flip, set plane), one on
+//! vkms's update of a plane, which ends each of those ways, and the tracepoint of the vertical blank. A frame is
+//! counted at a vertical blank if the plane has another framebuffer than at the one before. Each buffer of the camera
+//! is one framebuffer and no camera fills the same buffer twice in a row, so that is another frame.
 
 use std::collections::HashMap;
 use std::fs;
@@ -47,7 +47,6 @@ fn traced(command: &[String]) -> Result<String> {
     write("tracing_on", "1")?;
     measure::run(command)?;
     write("tracing_on", "0")?;
-    let _ = fs::copy(Path::new(TRACING).join("trace"), "/work/main/target/vm/out/trace.txt");
     fs::read_to_string(Path::new(TRACING).join("trace")).context("read the trace")
 }
 
@@ -74,18 +73,20 @@ fn shown(trace: &str) -> Vec<f64> {
         // "program-123  [000] d..1.  12.345678: choose: (function+0x0/0x10) fb=0xffff8880"
         let Some((head, event)) = line.split_once(": ") else { continue };
         let Some(time) = head.rsplit(' ').next().and_then(|time| time.parse::<f64>().ok()) else { continue };
-        if let Some((_, fb)) = event.split_once("fb=").filter(|_| event.starts_with("choose:")) {
-            chosen = fb.trim();
+        if event.starts_with("choose:") {
+            chosen = event.split_once("fb=").map_or("", |(_, fb)| fb.trim());
         } else if event.starts_with("update:") {
             updated = chosen;
         } else if event.starts_with("drm_vblank_event:") && updated != on_show {
             on_show = updated;
-            // Without a framebuffer the plane is off.
-            if !on_show.ends_with("=0x0") && on_show != "0x0" {
-                times.push(time);
-                *seen.entry(on_show).or_default() += 1;
-            }
+            times.push((time, on_show));
+            *seen.entry(on_show).or_default() += 1;
         }
     }
+    // What the console or the system had on show before and after comes once or twice, the camera's buffers in turn.
     times
+        .into_iter()
+        .filter(|(_, fb)| seen.get(fb).is_some_and(|&count| count > 4))
+        .map(|(time, _)| time)
+        .collect()
 }

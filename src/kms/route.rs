@@ -3,8 +3,8 @@
 use drm::control::{Device as _, ResourceHandles, connector};
 use drm_ffi::drm_mode_modeinfo;
 
+use super::Card;
 use super::offers::{ModeOffer, PlaneOffer};
-use super::{Card, offers};
 use crate::endpoint::{JoinError, Refusal, Rung};
 use crate::error::{Context, Error, Kind};
 use crate::format::{Format, Layout};
@@ -122,33 +122,34 @@ fn crtcs_of(card: &Card, resources: &ResourceHandles, info: &connector::Info) ->
     crtcs.into_iter().map(|(index, &crtc)| (index, u32::from(crtc))).collect()
 }
 
-/// The mode that equals the picture, else the smallest that holds it; of several of one size the one whose refresh is nearest to
-/// the rate without being lower (half a per cent apart counts as equal: 59.94 and 60), else the fastest.
+/// The mode that equals the picture, else the smallest that holds it and shows as many pictures a second as come; a slower one only
+/// if there is no other. Of several of one size the one whose refresh is nearest to the rate without being lower, else the fastest.
+///
+/// A mode of 59.94 Hz is slower than a camera of 60 frames a second: frames would queue up before it, a frame time late each, and
+/// one in a thousand be lost.
 fn choose_mode(
     modes: &[drm::control::Mode],
     (width, height): (u32, u32),
     rate: Option<f64>,
 ) -> Option<drm_mode_modeinfo> {
-    let modes = modes
-        .iter()
-        .map(|&mode| drm_mode_modeinfo::from(mode))
-        .map(|mode| (offers::ModeOffer::of(&mode), mode));
+    let modes = modes.iter().map(|&mode| drm_mode_modeinfo::from(mode));
+    let modes = modes.map(|mode| (ModeOffer::of(&mode), mode));
     // Interlaced modes show half a picture at a time.
     let progressive = modes.filter(|(_, mode)| mode.flags & drm_ffi::DRM_MODE_FLAG_INTERLACE == 0);
     let holding = progressive.filter(|(offer, _)| offer.size.0 >= width && offer.size.1 >= height);
+    let rate = rate.unwrap_or(0.0);
     let key = |offer: &ModeOffer| {
         let area = u64::from(offer.size.0) * u64::from(offer.size.1);
-        let rate = rate.unwrap_or(60.0);
-        let slow = offer.refresh < rate * 0.995;
-        let distance = if slow { -offer.refresh } else { offer.refresh - rate };
-        (area, slow, distance)
+        let slow = offer.refresh < rate * (1.0 - SAME_REFRESH);
+        (offer.size != (width, height), slow, area)
     };
-    let best = holding.min_by(|(a, _), (b, _)| {
-        let (a, b) = (key(a), key(b));
-        (a.0, a.1).cmp(&(b.0, b.1)).then(a.2.total_cmp(&b.2))
-    });
-    best.map(|(_, mode)| mode)
+    let distance = |offer: &ModeOffer| if key(offer).1 { -offer.refresh } else { offer.refresh - rate };
+    let order = |a: &ModeOffer, b: &ModeOffer| key(a).cmp(&key(b)).then(distance(a).total_cmp(&distance(b)));
+    holding.min_by(|(a, _), (b, _)| order(a, b)).map(|(_, mode)| mode)
 }
+
+/// Clocks in kHz make refreshes that differ by less than this share from the one that is meant.
+const SAME_REFRESH: f64 = 0.0005;
 
 fn lacks_format(card: &Card, format: Format) -> Refusal {
     let formats: Vec<_> = card
@@ -192,6 +193,20 @@ mod tests {
         raw.into()
     }
 
+    /// 848x480 at 60.00 Hz rather than 640x480 at 59.94, for 60 frames a second.
+    #[test]
+    fn a_mode_that_is_a_little_slow_is_not_taken() {
+        let timing = |clock, size: (u16, u16), total: (u16, u16)| {
+            let mut raw = drm_mode_modeinfo { clock, ..drm_mode_modeinfo::default() };
+            (raw.hdisplay, raw.vdisplay, raw.htotal, raw.vtotal) = (size.0, size.1, total.0, total.1);
+            drm::control::Mode::from(raw)
+        };
+        let modes = [timing(25175, (640, 480), (800, 525)), timing(33750, (848, 480), (1088, 517))];
+        assert_eq!(chosen(&modes, (640, 360), 60.0), Some((848, 480, 60)));
+        assert_eq!(chosen(&modes, (640, 360), 59.94), Some((640, 480, 60)));
+        assert_eq!(chosen(&modes, (640, 360), 30.0), Some((640, 480, 60)));
+    }
+
     fn chosen(modes: &[drm::control::Mode], size: (u32, u32), rate: f64) -> Option<(u32, u32, u32)> {
         let mode = choose_mode(modes, size, Some(rate))?;
         let offer = ModeOffer::of(&mode);
@@ -205,7 +220,9 @@ mod tests {
         assert_eq!(chosen(&modes, (1280, 720), 60.0), Some((1280, 720, 60)));
         assert_eq!(chosen(&modes, (640, 360), 60.0), Some((640, 480, 60)));
         assert_eq!(chosen(&modes, (640, 360), 70.0), Some((640, 480, 75)));
-        assert_eq!(chosen(&modes, (640, 360), 120.0), Some((640, 480, 75)));
+        assert_eq!(chosen(&modes, (640, 360), 120.0), Some((640, 480, 75)), "none is fast enough");
+        assert_eq!(chosen(&modes[..3], (640, 360), 75.0), Some((640, 480, 60)), "none is fast enough");
+        assert_eq!(chosen(&modes[..2], (1920, 1080), 75.0), Some((1920, 1080, 60)), "the equal one, however slow");
         assert_eq!(chosen(&modes, (640, 360), 25.0), Some((640, 480, 30)));
         assert_eq!(chosen(&modes, (4096, 2160), 60.0), None);
     }
