@@ -60,14 +60,20 @@ make_qemu_command() {
 	# Both processors on one host thread. With a thread each (thread=multi), QEMU 7.2 runs a breakpoint that the kernel
 	# has already taken back while it patches itself, and kernel 7.2 dies of it ("Oops: int3") in one boot of ten; and
 	# it is not faster.
-	local console_tty=$1 level=7 accel=(-accel tcg,thread=single,tb-size=512 -smp 2)
+	local console_tty=$1 level=7 cpus=2
+	# One processor for 6.12: on two, its vkms can deadlock when a CRTC is turned off. vkms_disable_vblank waits for the
+	# timer (hrtimer_cancel) with a lock held that the timer's function, on the other processor, waits for
+	# (drm_handle_vblank). Later kernels do not wait there ("Calling hrtimer_cancel() could result in a deadlock",
+	# drm_vblank.c). Under emulation a second processor is no faster, both being one thread of the host.
+	[ "$kernel" != 6.12 ] || cpus=1
+	local accel=(-accel tcg,thread=single,tb-size=512 -smp "$cpus")
 	shift
 	if [ -n "$icount" ]; then
 		# Fewer lines on the serial console: what the kernel prints is time of the guest, too.
 		level=5
 		accel=(-accel tcg,thread=single -icount shift=0,sleep=off -smp 1 -rtc clock=vm)
 	elif [ "${kvm:-}" = yes ]; then
-		accel=(-accel kvm -smp 2)
+		accel=(-accel kvm -smp "$cpus")
 	fi
 	# tsc: so that reading the clock stays in the vDSO and is no system call. The rest: no watchdog that takes a slow
 	# host for a hung guest, no mitigations and no security modules that cost time under emulation, no cursor that blinks
