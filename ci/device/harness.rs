@@ -45,10 +45,10 @@ DMAFLOW_SEED=N              the seed of the random moments";
 
 pub fn main(tests: &[Test]) -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    if let [first, name] = arguments.as_slice() {
-        if first == RUN_ONE {
-            return run_one(tests, name);
-        }
+    if let [first, name] = arguments.as_slice()
+        && first == RUN_ONE
+    {
+        return run_one(tests, name);
     }
     let mut filters = Vec::new();
     for argument in &arguments {
@@ -135,7 +135,9 @@ fn run_in_process(test: &Test) -> Ended {
         return Ended::Failed(format!("the camera could not be put into its first state: {error:#}"));
     }
     let before = State::read();
-    let child = Command::new("/proc/self/exe")
+    let child = std::env::current_exe()
+        .map(Command::new)
+        .unwrap_or_else(|_| Command::new("/proc/self/exe"))
         .args([RUN_ONE, test.name])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

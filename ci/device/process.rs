@@ -98,15 +98,10 @@ impl Running {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// Waits until it holds memory that a device shares and a few frames have passed.
-    pub fn wait_until_it_streams(&mut self) -> Result<()> {
-        self.wait_until("to stream", |pid| {
-            let maps = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-            maps.filter(|entry| fs::read_link(entry.path()).is_ok_and(|to| to.starts_with("/dmabuf:")))
-                .count()
-                >= 2
-        })?;
-        thread::sleep(Duration::from_millis(300));
+    /// Waits until a picture of its is on screen and some frames have followed.
+    pub fn wait_until_it_shows(&mut self) -> Result<()> {
+        self.wait_until("to show pictures", |_| modules::screen().contains("allocated by = dmaflow"))?;
+        thread::sleep(Duration::from_millis(200));
         ensure!(self.runs(), "{} ended before it was to", self.what);
         Ok(())
     }
@@ -228,16 +223,26 @@ pub fn command_of(pid: i32) -> String {
     String::from_utf8_lossy(&line).replace('\0', " ").trim().to_owned()
 }
 
-/// The inodes of all dma-bufs of the machine.
+/// The inodes of all dma-bufs of the machine, but for those that a display exports: such a one stays for as long as the owner of
+/// its memory, the console for one, has a handle of it (`drm_gem_object_exported_dma_buf_free`), whoever asked for it.
 pub fn dma_bufs() -> BTreeSet<u64> {
+    all_dma_bufs()
+        .into_iter()
+        .filter(|(_, exporter)| exporter != "drm")
+        .map(|(inode, _)| inode)
+        .collect()
+}
+
+/// The inodes of all dma-bufs of the machine, with their exporters.
+pub fn all_dma_bufs() -> BTreeSet<(u64, String)> {
     let text = fs::read_to_string("/sys/kernel/debug/dma_buf/bufinfo").unwrap_or_default();
     // `size flags mode count exp_name ino name`, under two lines of heading.
-    let inode = |line: &str| {
+    let entry = |line: &str| {
         let fields: Vec<_> = line.split_whitespace().collect();
         let size_first = fields.first()?.parse::<u64>().is_ok();
-        if size_first && fields.len() >= 6 { fields[5].parse().ok() } else { None }
+        if size_first && fields.len() >= 6 { Some((fields[5].parse().ok()?, fields[4].to_owned())) } else { None }
     };
-    text.lines().filter_map(inode).collect()
+    text.lines().filter_map(entry).collect()
 }
 
 /// What must be after a test as it was before: what is on screen, the framebuffers of the card, the dma-bufs.
@@ -251,19 +256,30 @@ impl State {
         State { screen: modules::screen(), dma_bufs: dma_bufs() }
     }
 
+    /// The dma-bufs that were not there then.
+    pub fn new_dma_bufs(&self) -> BTreeSet<u64> {
+        dma_bufs().difference(&self.dma_bufs).copied().collect()
+    }
+
+    /// What is not as it was, now.
+    pub fn changes(&self) -> Vec<String> {
+        let now = State::read();
+        let mut changes = Vec::new();
+        let new: Vec<_> = now.dma_bufs.difference(&self.dma_bufs).map(u64::to_string).collect();
+        if !new.is_empty() {
+            changes.push(format!("dma-bufs {}", new.join(" ")));
+        }
+        if now.screen != self.screen {
+            changes.push(format!("another picture on the display:\n{}", difference(&self.screen, &now.screen)));
+        }
+        changes
+    }
+
     /// What is not as it was. The kernel frees some things a moment after the last close, so this waits for it.
     pub fn left_behind(&self) -> Vec<String> {
         let start = Instant::now();
         loop {
-            let now = State::read();
-            let mut left = Vec::new();
-            if now.dma_bufs.difference(&self.dma_bufs).next().is_some() {
-                let new: Vec<_> = now.dma_bufs.difference(&self.dma_bufs).map(u64::to_string).collect();
-                left.push(format!("dma-bufs {}", new.join(" ")));
-            }
-            if now.screen != self.screen {
-                left.push(format!("another picture on the display:\n{}", difference(&self.screen, &now.screen)));
-            }
+            let left = self.changes();
             if left.is_empty() || start.elapsed() > Duration::from_secs(2) {
                 return left;
             }

@@ -1,3 +1,146 @@
-use crate::harness::Test;
+//! Pictures of sources and of what a display shows.
 
-pub const TESTS: &[Test] = &[];
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+use nix::sys::signal::Signal;
+
+use crate::harness::{Outcome, PASSED, Test, note};
+use crate::modules::{Witness, kernel};
+use crate::process::{State, all_dma_bufs, dmaflow, finish, number, pipe, start};
+use crate::sinks::{has_bars, read_png};
+
+const NEEDS: &[&str] = &["vivid", "vkms"];
+
+pub const TESTS: &[Test] = &[
+    Test { name: "snap::a_camera", needs: NEEDS, seconds: 60, run: a_camera },
+    Test { name: "snap::the_pattern", needs: &[], seconds: 60, run: the_pattern },
+    Test { name: "snap::the_console", needs: NEEDS, seconds: 60, run: the_console },
+    Test { name: "snap::a_display_that_another_drives", needs: NEEDS, seconds: 120, run: another_drives },
+    Test { name: "snap::at_the_end_of_a_pipe", needs: NEEDS, seconds: 120, run: at_the_end },
+    Test { name: "snap::by_writeback", needs: NEEDS, seconds: 120, run: by_writeback },
+];
+
+const FILE: &str = "/tmp/snap.png";
+
+type Picture = ((u32, u32), Vec<u8>);
+
+fn snapped(options: &str) -> Result<Picture> {
+    let _ = fs::remove_file(FILE);
+    let run = finish(&mut dmaflow(&format!("snap {options}")))?;
+    run.has_status(0)?;
+    ensure!(run.stdout.is_empty(), "{}", run.stdout);
+    read_png(Path::new(FILE))
+}
+
+fn a_camera() -> anyhow::Result<Outcome> {
+    for (options, size) in [
+        ("--format XR24 --size 640x360", (640, 360)),
+        ("--format NV12 --size 1280x720", (1280, 720)),
+        ("", (1280, 720)),
+        ("--input 3 --format XR24 --size 720x576", (720, 576)),
+    ] {
+        let picture = snapped(&format!("vivid {FILE} {options}"))?;
+        ensure!(options.is_empty() || picture.0 == size, "{options}: {:?}", picture.0);
+        ensure!(has_bars(&picture), "{options}: no colour bars");
+    }
+    PASSED
+}
+
+fn the_pattern() -> anyhow::Result<Outcome> {
+    for format in ["XR24", "NV12", "GREY"] {
+        let picture = snapped(&format!("pattern {FILE} --format {format} --size 320x180"))?;
+        ensure!(picture.0 == (320, 180), "{:?}", picture.0);
+        ensure!(format == "GREY" || has_bars(&picture), "{format}: no colour bars");
+    }
+    PASSED
+}
+
+/// Nobody but the kernel drives it.
+fn the_console() -> anyhow::Result<Outcome> {
+    let witness = Witness::new()?;
+    let before = State::read();
+    let card = crate::modules::card()?.display().to_string();
+    let mut first = None;
+    for name in ["vkms", &card, "vkms"] {
+        let picture = snapped(&format!("{name} {FILE} --via framebuffers"))?;
+        ensure!(picture.0 == (1024, 768), "{:?}", picture.0);
+        // The console's memory keeps the dma-buf of the first look; a second look makes no second one.
+        let bufs = all_dma_bufs();
+        ensure!(*first.get_or_insert(bufs.clone()) == bufs, "{first:?} became {bufs:?}");
+    }
+    before.is_back()?;
+    drop(witness);
+    PASSED
+}
+
+fn pixel(((width, _), rgb): &Picture, (x, y): (u32, u32)) -> [u8; 3] {
+    let at = ((y * width + x) * 3) as usize;
+    [rgb[at], rgb[at + 1], rgb[at + 2]]
+}
+
+/// 640x360 in the middle of 640x480 (the mode for 30 frames a second): bars between two black bands.
+fn is_the_camera_on_640x480(picture: &Picture) -> Result<()> {
+    ensure!(picture.0 == (640, 480), "{:?}", picture.0);
+    ensure!(has_bars(picture), "no colour bars");
+    for y in [0, 30, 59, 420, 450, 479] {
+        for x in [0, 100, 320, 639] {
+            ensure!(pixel(picture, (x, y)) == [0, 0, 0], "({x}, {y}) is {:?} and not black", pixel(picture, (x, y)));
+        }
+    }
+    ensure!(pixel(picture, (20, 240)) != [0, 0, 0], "the picture does not begin where it should");
+    Ok(())
+}
+
+fn another_drives() -> anyhow::Result<Outcome> {
+    let before = State::read();
+    for format in if kernel() >= (7, 0) { &["XR24", "RG16", "NV12"][..] } else { &["XR24", "RG16"][..] } {
+        let mut running = start(&mut pipe(&format!("--format {format} --size 640x360 --fps 30")))?;
+        running.wait_until_it_shows()?;
+        is_the_camera_on_640x480(&snapped(&format!("vkms {FILE} --via framebuffers"))?)?;
+        // Left to choose, it may not disturb the one who drives it.
+        is_the_camera_on_640x480(&snapped(&format!("vkms {FILE}"))?)?;
+        ensure!(running.runs(), "it was disturbed");
+        running.signal(Signal::SIGINT)?;
+        let result = running.end()?.json(0)?;
+        ensure!(number(&result, "frames/presented")? > 3, "{result}");
+        before.is_back()?;
+    }
+    PASSED
+}
+
+fn at_the_end() -> anyhow::Result<Outcome> {
+    let witness = Witness::new()?;
+    let before = State::read();
+    for options in ["--present fifo", "--present mailbox", "--present fifo --verify"] {
+        let _ = fs::remove_file(FILE);
+        finish(&mut pipe(&format!("--format XR24 --size 640x360 --fps 30 --frames 4 --snap {FILE} {options}")))?
+            .json(0)?;
+        is_the_camera_on_640x480(&read_png(Path::new(FILE))?)?;
+        before.is_back()?;
+    }
+    let run = finish(&mut pipe("--format XR24 --size 640x360 --frames 2 --snap /tmp/no/such/x.png"))?;
+    run.one_line(1, &["/tmp/no/such/x.png"])?;
+    before.is_back()?;
+    finish(&mut dmaflow(&format!("pipe --from vivid --to null --frames 2 --snap {FILE}")))?.has_status(2)?;
+    drop(witness);
+    PASSED
+}
+
+/// The hardware's own picture must be the composed one. Linux 6.12's vkms cannot do it beside a running display.
+fn by_writeback() -> anyhow::Result<Outcome> {
+    let composed = snapped(&format!("vkms {FILE} --via framebuffers"))?;
+    let before = State::read();
+    let run = finish(&mut dmaflow(&format!("snap vkms {FILE}.wb --via writeback")))?;
+    before.is_back()?;
+    if run.status.success() {
+        let written = read_png(Path::new(&format!("{FILE}.wb")))?;
+        ensure!(written == composed, "writeback and framebuffers differ");
+        note("by writeback: equal");
+    } else {
+        ensure!(kernel() < (7, 0), "writeback works on this kernel: {}", run.stderr);
+        note(run.one_line(1, &["write back"])?);
+    }
+    PASSED
+}
