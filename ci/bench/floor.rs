@@ -279,6 +279,10 @@ impl Display {
                 values.push(value);
             }
         }
+        // The display's cycle starts here, so this decides how long before each vertical blank the frames will come. Just before,
+        // and a frame may miss the blank, wait for the next, and find the following frame there already: a frame time late, and one
+        // sleep less a frame. Four milliseconds keep the floor in the phase without the delay, in which dmaflow is as well.
+        std::thread::sleep(std::time::Duration::from_millis(4));
         let flags = drm_ffi::DRM_MODE_ATOMIC_ALLOW_MODESET;
         mode::atomic_commit(fd, flags, &mut objects, &mut counts, &mut ids, &mut values).context("modeset")
     }

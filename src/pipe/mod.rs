@@ -1,8 +1,9 @@
 //! The loop from a source to a sink.
 //!
-//! In the steady state it makes four system calls a frame (`epoll_wait`, `DQBUF`, `ATOMIC`, `QBUF`; in mailbox mode two more for the
-//! flip event) and allocates nothing.
+//! In the steady state it makes at most four system calls a frame (`epoll_wait`, `DQBUF`, `ATOMIC`, `QBUF`; in mailbox mode one or two
+//! more for the flip event) and allocates nothing.
 
+mod pace;
 mod wait;
 
 use std::os::fd::BorrowedFd;
@@ -18,6 +19,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::format;
 use crate::frame::{Clock, Frame};
 use crate::memory::{Access, CpuAccess};
+use pace::Pace;
 use wait::{Waiter, Wake};
 
 /// When a pipe ends, besides at its source's end and when it is told to.
@@ -166,24 +168,31 @@ impl<'a> Pipe<'a> {
             .map(|duration| start + u64::try_from(duration.as_micros()).unwrap_or(u64::MAX / 2));
         let waiter = Waiter::new(self.source.as_fd(), stop, self.sink.event_fd());
         let waiter = waiter.context("wait for", || self.source.name())?;
+        // A sink without events blocks while it shows a frame; others are to be heard before every frame.
+        let mut pace = self.sink.event_fd().is_none().then(Pace::default);
         self.source.start()?;
         loop {
             self.source.recycle()?;
-            let Some(wake) = self.wait(&waiter, end)? else { break };
-            if wake.stop || end.is_some_and(|end| now_us() >= end) {
+            if end.is_some_and(|end| now_us() >= end) {
                 break;
             }
+            let at_once = pace.as_mut().is_some_and(Pace::ask_at_once);
+            let wake = if at_once { Some(Wake::FRAME) } else { self.wait(&waiter, end)? };
+            let Some(wake) = wake.filter(|wake| !wake.stop) else { break };
             if wake.sink {
                 let shown = self.sink.dispatch()?;
                 self.account(shown, progress);
             }
             let Some(ready) = wake.source else { continue };
-            let frame = match self.source.try_next(ready) {
-                Ok(Some(frame)) => frame,
-                Ok(None) => continue,
+            let next = match self.source.try_next(ready) {
+                Ok(next) => next,
                 Err(error) if error.kind() == Kind::Ended => break,
                 Err(error) => return Err(error),
             };
+            if let Some(pace) = pace.as_mut().filter(|_| at_once) {
+                pace.asked(next.is_some());
+            }
+            let Some(frame) = next else { continue };
             self.sink.inspect(&frame)?;
             if self.corrupt == Some(self.captured) {
                 corrupt(&frame)?;
