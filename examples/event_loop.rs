@@ -24,7 +24,9 @@ fn main() -> anyhow::Result<()> {
     let mut shown = 0;
     while shown < 300 {
         camera.recycle()?;
-        let (frame, flip) = wait(camera.as_fd(), display.event_fd())?;
+        let Some((frame, flip)) = wait(camera.as_fd(), display.event_fd())? else {
+            return Err(camera.stalled().into());
+        };
         if flip {
             shown += u32::from(display.dispatch()?.is_some());
         }
@@ -36,13 +38,16 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What is ready: the camera, and whether the display has something to say. A program has its own loop in this place.
-fn wait(camera: BorrowedFd<'_>, display: Option<BorrowedFd<'_>>) -> anyhow::Result<(Ready, bool)> {
+/// What is ready: the camera, and whether the display has something to say; `None` after 5 s of silence. A program has its own loop
+/// in this place.
+fn wait(camera: BorrowedFd<'_>, display: Option<BorrowedFd<'_>>) -> anyhow::Result<Option<(Ready, bool)>> {
     let mut fds = [
         PollFd::new(camera, PollFlags::POLLIN | PollFlags::POLLPRI),
         PollFd::new(display.unwrap_or(camera), PollFlags::POLLIN),
     ];
-    poll(&mut fds, PollTimeout::from(5000u16))?;
+    if poll(&mut fds, PollTimeout::from(5000u16))? == 0 {
+        return Ok(None);
+    }
     let [camera, display] = fds.map(|fd| fd.revents().unwrap_or(PollFlags::empty()));
-    Ok((Ready::from(camera), display.contains(PollFlags::POLLIN)))
+    Ok(Some((Ready::from(camera), display.contains(PollFlags::POLLIN))))
 }

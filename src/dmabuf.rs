@@ -44,7 +44,7 @@ impl DmaBuf {
     /// Takes over a dma-buf descriptor and learns its identity and its length. Cost: two system calls.
     ///
     /// # Errors
-    /// When the descriptor's length or inode cannot be read, which means that it is not a dma-buf.
+    /// When the descriptor's length or inode cannot be read, as of a pipe or a socket.
     pub fn new(fd: OwnedFd) -> Result<DmaBuf> {
         let stat = fstat(&fd).context("identify", || "the dma-buf")?;
         // Seeking to the end tells a dma-buf's size and moves nothing (dma_buf_llseek).

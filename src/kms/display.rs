@@ -138,18 +138,21 @@ impl Display {
     pub fn restore(&mut self) -> Result<()> {
         let restored = match &mut self.way {
             Some(way) if way.lit => {
-                way.lit = false;
                 if let Some(verifier) = &mut way.verifier {
                     verifier.end();
                 }
                 // Blocks until a pending flip is done, so that no frame is given up while it is on its way to the screen.
-                way.saved.restore(&self.card)
+                let restored = way.saved.restore(&self.card);
+                way.lit = restored.is_err();
+                restored
             }
             _ => Ok(()),
         };
         // Otherwise a frame may still be on screen; it is given up after its framebuffer, when the display is dropped.
         if restored.is_ok() {
             (self.waiting, self.pending, self.on_screen) = (None, None, None);
+            // The event of a flip that was pending is there by now, and is of no frame that comes later.
+            while let Ok(Some(_)) = self.card.read_flip() {}
         }
         restored
     }
@@ -215,14 +218,13 @@ impl Display {
 
     /// Submits a frame if the one before is on screen, else keeps it, instead of one that waits already.
     fn queue(&mut self, frame: Frame) -> Result<Option<Shown>> {
-        // A look at the wrong time would be a system call for nothing.
-        let shown = if self.pending.is_some() && now_us() >= self.flip_due_us { self.dispatch()? } else { None };
-        if self.pending.is_some() {
-            self.dropped += u64::from(self.waiting.replace(frame).is_some());
-        } else {
-            self.submit(frame)?;
+        if self.pending.is_none() {
+            return self.submit(frame).map(|()| None);
         }
-        Ok(shown)
+        // Before the look at the event, which submits what waits: that is to be the newest.
+        self.dropped += u64::from(self.waiting.replace(frame).is_some());
+        // A look at the wrong time would be a system call for nothing.
+        if now_us() >= self.flip_due_us { self.dispatch() } else { Ok(None) }
     }
 
     /// A frame has come on screen with a flip event.

@@ -17,10 +17,10 @@ pub struct Mapping {
     access: Access,
 }
 
-// SAFETY: the mapping is plain memory owned by this value; all access goes through volatile or raw copies (below), which
-// need no exclusive reference and make no reference to the bytes.
+// SAFETY: the mapping is memory that belongs to no thread; it may be used and unmapped from any.
 unsafe impl Send for Mapping {}
-// SAFETY: as above: racing copies may mix old and new bytes, which is what memory shared with a device always may do.
+// SAFETY: through a shared reference the memory is only read, by raw copies that make no reference to it; writing takes an exclusive
+// one. What devices and other processes do meanwhile is not of this program.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
@@ -68,7 +68,7 @@ impl Mapping {
     }
 
     /// Copies bytes in, from `offset` on, and returns how many fitted. A mapping for reading takes none.
-    pub fn write(&self, offset: usize, bytes: &[u8]) -> usize {
+    pub fn write(&mut self, offset: usize, bytes: &[u8]) -> usize {
         let fits = self.len().saturating_sub(offset).min(bytes.len());
         if fits == 0 || self.access == Access::Read {
             return 0;
@@ -143,7 +143,7 @@ mod tests {
     fn copies_stay_inside() {
         let memfd = memfd_create("test", MFdFlags::MFD_CLOEXEC).unwrap();
         nix::unistd::ftruncate(&memfd, 4096).unwrap();
-        let map = Mapping::new(memfd.as_fd(), 4096, Access::ReadWrite).unwrap();
+        let mut map = Mapping::new(memfd.as_fd(), 4096, Access::ReadWrite).unwrap();
         assert_eq!(map.write(4090, &[1, 2, 3, 4, 5, 6, 7, 8]), 6);
         assert_eq!(map.write(4096, &[1]), 0);
         let mut out = [9; 8];
@@ -151,7 +151,7 @@ mod tests {
         assert_eq!(out, [3, 4, 5, 6, 0, 0, 0, 0]);
         map.read(usize::MAX, &mut out);
         assert_eq!(out, [0; 8]);
-        let read_only = Mapping::new(memfd.as_fd(), 4096, Access::Read).unwrap();
+        let mut read_only = Mapping::new(memfd.as_fd(), 4096, Access::Read).unwrap();
         assert_eq!(read_only.write(0, &[1]), 0);
         assert!(Mapping::new(memfd.as_fd(), 0, Access::Read).is_err());
     }

@@ -126,7 +126,7 @@ impl Card {
     }
 
     /// Draws all of frame 0 into a buffer's memory.
-    pub(super) fn begin(&self, mapping: Mapping) -> Canvas {
+    pub(super) fn begin(&self, mut mapping: Mapping) -> Canvas {
         let format = self.layout.format();
         for (plane, place) in self.layout.planes().iter().enumerate() {
             let vertical = if plane == 0 { 1 } else { format.subsampling().1 };
@@ -137,10 +137,10 @@ impl Card {
                 }
             }
         }
-        let canvas = Canvas { mapping, block: self.block.left(0), digits: [0; DIGITS] };
-        self.draw_block(&canvas.mapping, canvas.block, &self.block.white);
+        let mut canvas = Canvas { mapping, block: self.block.left(0), digits: [0; DIGITS] };
+        self.draw_block(&mut canvas.mapping, canvas.block, &self.block.white);
         for place in 0..DIGITS {
-            self.draw_digit(&canvas.mapping, place, 0);
+            self.draw_digit(&mut canvas.mapping, place, 0);
         }
         canvas
     }
@@ -149,8 +149,8 @@ impl Card {
     pub(super) fn draw(&self, canvas: &mut Canvas, sequence: u32) {
         let left = self.block.left(sequence);
         if left != canvas.block {
-            self.draw_block(&canvas.mapping, canvas.block, &self.block.black);
-            self.draw_block(&canvas.mapping, left, &self.block.white);
+            self.draw_block(&mut canvas.mapping, canvas.block, &self.block.black);
+            self.draw_block(&mut canvas.mapping, left, &self.block.white);
             canvas.block = left;
         }
         let mut rest = sequence;
@@ -159,7 +159,7 @@ impl Card {
             let digit = (rest % 10) as u8;
             rest /= 10;
             if canvas.digits[place] != digit {
-                self.draw_digit(&canvas.mapping, place, digit);
+                self.draw_digit(&mut canvas.mapping, place, digit);
                 canvas.digits[place] = digit;
             }
         }
@@ -171,13 +171,13 @@ impl Card {
         (self.number.left, self.number.top, self.number.scale)
     }
 
-    fn draw_block(&self, mapping: &Mapping, left: u32, bytes: &[u8]) {
+    fn draw_block(&self, mapping: &mut Mapping, left: u32, bytes: &[u8]) {
         for y in self.block.rows.clone() {
             mapping.write(self.at(left, y), bytes);
         }
     }
 
-    fn draw_digit(&self, mapping: &Mapping, place: usize, digit: u8) {
+    fn draw_digit(&self, mapping: &mut Mapping, place: usize, digit: u8) {
         let Number { left, top, scale, dots } = &self.number;
         let x = left + place as u32 * font::CELL * scale;
         let rows = dots

@@ -1,6 +1,6 @@
 //! The loop from a source to a sink.
 //!
-//! In the steady state it makes at most four system calls a frame (`epoll_wait`, `DQBUF`, `ATOMIC`, `QBUF`; in mailbox mode one or two
+//! In the steady state it makes about four system calls a frame (`epoll_wait`, `DQBUF`, `ATOMIC`, `QBUF`; in mailbox mode one or two
 //! more for the flip event) and allocates nothing.
 
 mod pace;
@@ -21,6 +21,9 @@ use crate::frame::{Clock, Frame};
 use crate::memory::{Access, CpuAccess};
 use pace::Pace;
 use wait::{Waiter, Wake};
+
+/// The longest time between two looks at the order to stop, in µs, frames being shown in less.
+const LONGEST_WITHOUT_WAIT_US: u64 = 100_000;
 
 /// When a pipe ends, besides at its source's end and when it is told to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -136,7 +139,7 @@ impl<'a> Pipe<'a> {
     /// frame shown, with the numbers so far.
     ///
     /// # Errors
-    /// The first failure of source or sink. Source and sink are stopped either way.
+    /// The first failure of source or sink. The source is stopped either way; a display goes on showing the last frame.
     pub fn run(mut self, stop: Option<BorrowedFd<'_>>, progress: &mut dyn FnMut(&Progress)) -> Result<Account> {
         let cpu = cpu_time();
         let start = now_us();
@@ -170,14 +173,22 @@ impl<'a> Pipe<'a> {
         let waiter = waiter.context("wait for", || self.source.name())?;
         // A sink without events blocks while it shows a frame; others are to be heard before every frame.
         let mut pace = self.sink.event_fd().is_none().then(Pace::default);
+        let mut last_wait = start;
         self.source.start()?;
         loop {
             self.source.recycle()?;
             if end.is_some_and(|end| now_us() >= end) {
                 break;
             }
-            let at_once = pace.as_mut().is_some_and(Pace::ask_at_once);
-            let wake = if at_once { Some(Wake::FRAME) } else { self.wait(&waiter, end)? };
+            // Not for long without a look at the order to stop: a sink that verifies can take a second for a frame.
+            let at_once =
+                pace.as_mut().is_some_and(Pace::ask_at_once) && now_us() < last_wait + LONGEST_WITHOUT_WAIT_US;
+            let wake = if at_once {
+                Some(Wake::FRAME)
+            } else {
+                last_wait = now_us();
+                self.wait(&waiter, end)?
+            };
             let Some(wake) = wake.filter(|wake| !wake.stop) else { break };
             if wake.sink {
                 let shown = self.sink.dispatch()?;
@@ -286,13 +297,13 @@ fn corrupt(frame: &Frame) -> Result<()> {
     };
     let Some(place) = layout.planes().first() else { return Ok(()) };
     let offset = place.offset as usize + place.stride as usize * row as usize + byte;
-    let mappings = frame.buffer().map(Access::ReadWrite)?;
+    let mut mappings = frame.buffer().map(Access::ReadWrite)?;
     let bracket = frame
         .buffer()
         .dma_buf(place.memory)
         .map(|dma_buf| CpuAccess::begin(dma_buf, Access::ReadWrite));
     let bracket = bracket.transpose()?;
-    if let Some(mapping) = mappings.get(place.memory as usize) {
+    if let Some(mapping) = mappings.get_mut(place.memory as usize) {
         let mut value = [0];
         mapping.read(offset, &mut value);
         mapping.write(offset, &[value[0] ^ 0x80]);

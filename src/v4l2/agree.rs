@@ -68,7 +68,7 @@ pub(super) fn agree_format(device: &Device, request: &CameraRequest) -> Result<L
             pix.plane_fmt = planes;
         }
     }
-    // Asked first where the driver can be asked, so that a refusal leaves the camera as it was.
+    // Asked first where the driver can be asked, so that a refusal leaves the format as it was.
     let mut tried = format;
     if let (Some(wanted), Ok(())) = (request.size, raw::try_format(device.as_fd(), &mut tried)) {
         let given = read_layout(device, &tried)?.size();
@@ -156,14 +156,14 @@ fn read_layout(device: &Device, reply: &sys::v4l2_format) -> Result<Layout> {
             .repair("ask for another one (`dmaflow list` shows what it offers)")
     };
     let (format, memory_planes) = Format::from_v4l2(code).ok_or_else(unknown)?;
-    let (size, strides, colour) = match device.info().api {
+    let (size, strides, colour, field) = match device.info().api {
         Api::SinglePlanar => {
             // SAFETY: the reply is of the single-planar type, for which the kernel wrote `pix`; all fields are integers.
             let pix = unsafe { reply.fmt.pix };
             // SAFETY: both members of the inner union are the same integer.
             let encoding = unsafe { pix.__bindgen_anon_1.ycbcr_enc };
             let colour = Colour::from_v4l2(pix.colorspace, encoding, pix.quantization);
-            ((pix.width, pix.height), vec![pix.bytesperline], colour)
+            ((pix.width, pix.height), vec![pix.bytesperline], colour, pix.field)
         }
         Api::MultiPlanar => {
             // SAFETY: the reply is of the multi-planar type, for which the kernel wrote `pix_mp`; all fields are integers.
@@ -177,9 +177,21 @@ fn read_layout(device: &Device, reply: &sys::v4l2_format) -> Result<Layout> {
                 .take(usize::from(pix.num_planes))
                 .map(|plane| plane.bytesperline)
                 .collect();
-            ((pix.width, pix.height), strides, colour)
+            ((pix.width, pix.height), strides, colour, pix.field)
         }
     };
+    // Whole pictures only, progressive or with the lines of both fields in turn; the other orders have a field, or one below the other.
+    const WHOLE: [u32; 4] = [
+        sys::v4l2_field_V4L2_FIELD_NONE,
+        sys::v4l2_field_V4L2_FIELD_INTERLACED,
+        sys::v4l2_field_V4L2_FIELD_INTERLACED_TB,
+        sys::v4l2_field_V4L2_FIELD_INTERLACED_BT,
+    ];
+    if !WHOLE.contains(&field) {
+        return Err(bad()
+            .because("it delivers fields and not whole pictures")
+            .repair("choose another input or size"));
+    }
     let layout = match strides.as_slice() {
         &[stride] if memory_planes == 1 => Layout::contiguous(format, size, stride),
         strides => Layout::separate(format, size, strides),
@@ -207,6 +219,11 @@ pub(super) fn agree_rate(device: &Device, request: RateRequest, layout: &Layout)
         return Ok(known.then(|| read_rate(&parameters)));
     };
     let subject = || format!("the rate of {}", device.name());
+    // A rate that nobody asked for is no reason to fail.
+    let strict = matches!(request, RateRequest::Exactly(_));
+    if !known && !strict {
+        return Ok(None);
+    }
     if !known {
         return Err(Error::new(Kind::Unsupported, "set", subject()).because("the driver has no rates"));
     }
@@ -220,16 +237,20 @@ pub(super) fn agree_rate(device: &Device, request: RateRequest, layout: &Layout)
         let repair = format!("the nearest that it offers is {}", (nearest * 1000.0).round() / 1000.0);
         Error::new(Kind::Unsupported, "set", subject()).because(because).repair(repair)
     };
-    // Refused before it is set, where the camera tells what it offers, so that a refusal leaves the camera as it was.
-    if let Some(nearest) = nearest.filter(|&nearest| !same(nearest)) {
+    // Refused before it is set, where the camera tells what it offers, so that a refusal leaves the rate as it was.
+    if let Some(nearest) = nearest.filter(|&nearest| strict && !same(nearest)) {
         return Err(lacks(nearest));
     }
     let wanted = Rate::from_fps(fps);
     // SAFETY: the type is a capture type, for which `capture` is the member; all its fields are integers.
     let capture = unsafe { &mut parameters.parm.capture };
     capture.timeperframe = sys::v4l2_fract { numerator: wanted.numerator, denominator: wanted.denominator };
-    raw::set_parameters(device.as_fd(), &mut parameters).context("set", subject)?;
+    let set = raw::set_parameters(device.as_fd(), &mut parameters).context("set", subject);
     let given = read_rate(&parameters);
+    if !strict {
+        return Ok(set.is_ok().then_some(given));
+    }
+    set?;
     if given.fps().is_some_and(same) {
         return Ok(Some(given));
     }

@@ -58,6 +58,7 @@ pub struct Camera {
     queue: State,
     watchdog: Duration,
     last_sequence: Option<u32>,
+    ended: bool,
     counts: SourceCounts,
 }
 
@@ -86,7 +87,8 @@ impl Camera {
         let queue = State::Idle(Queue::new(Arc::clone(&device), layout));
         let name = device.name();
         let counts = SourceCounts::default();
-        let mut camera = Camera { device, name, layout, rate, queue, watchdog: WATCHDOG, last_sequence: None, counts };
+        let mut camera =
+            Camera { device, name, layout, rate, queue, watchdog: WATCHDOG, last_sequence: None, ended: false, counts };
         let buffers = request.buffers.unwrap_or_else(|| camera.device.minimum_buffers() + 3);
         camera.allocate(buffers)?;
         Ok(camera)
@@ -157,7 +159,11 @@ impl Camera {
                     .because("the signal at its input changed")
                     .repair("start again to use the new format"))
             }
-            Some(Event::EndOfStream) => Err(Error::new(Kind::Ended, "read frames from", name)),
+            // What is filled already comes first.
+            Some(Event::EndOfStream) => {
+                self.ended = true;
+                Ok(())
+            }
             None => Ok(()),
         }
     }
@@ -212,11 +218,8 @@ impl Source for Camera {
 
     fn start(&mut self) -> Result<()> {
         let (state, result) = match std::mem::replace(&mut self.queue, State::Turning) {
-            State::Allocated(queue) => match queue.start() {
-                Ok(queue) => {
-                    queue.subscribe();
-                    (State::Streaming(queue), Ok(()))
-                }
+            State::Allocated(queue) => match queue.subscribed().start() {
+                Ok(queue) => (State::Streaming(queue), Ok(())),
                 Err(failed) => (State::Allocated(failed.queue), Err(failed.error)),
             },
             State::Streaming(queue) => (State::Streaming(queue), Ok(())),
@@ -235,7 +238,9 @@ impl Source for Camera {
         }
         let queue = self.streaming()?;
         queue.recycle()?;
-        match queue.dequeue()? {
+        let next = queue.dequeue()?;
+        let idle = ready.failed && queue.counts().queued == 0;
+        match next {
             Dequeued::Frame(frame) => {
                 self.count_gap(frame.meta().sequence);
                 Ok(Some(frame))
@@ -246,6 +251,9 @@ impl Source for Camera {
                 Ok(None)
             }
             // Without a frame to fetch, a failed queue would make every poll return at once for ever.
+            Dequeued::Nothing if self.ended => Err(Error::new(Kind::Ended, "read frames from", self.name.clone())),
+            // Nothing was queued when the flow started, because every frame of the last flow is still held.
+            Dequeued::Nothing if idle => Err(self.stalled()),
             Dequeued::Nothing if ready.failed => {
                 let error = Error::new(Kind::System, "read frames from", self.name.clone());
                 Err(error.because("the driver reports that its queue has failed"))
@@ -268,6 +276,7 @@ impl Source for Camera {
         };
         self.queue = state;
         self.last_sequence = None;
+        self.ended = false;
         result
     }
 

@@ -248,6 +248,20 @@ impl Queue<Allocated> {
         }
     }
 
+    /// Asks to be told of changes at the source and of its end. Drivers without such events say so, and it does not matter.
+    pub(super) fn subscribed(self) -> Queue<Allocated> {
+        // A source change is told for one input, by its number ("V4L2_EVENT_SOURCE_CHANGE" in the documentation of VIDIOC_DQEVENT).
+        let mut input = 0;
+        let input = raw::get_input(self.device.as_fd(), &mut input).map_or(0, |()| input.cast_unsigned());
+        for (event, id) in [(sys::V4L2_EVENT_SOURCE_CHANGE, input), (sys::V4L2_EVENT_EOS, 0)] {
+            let mut subscription: sys::v4l2_event_subscription = raw::zeroed();
+            subscription.type_ = event;
+            subscription.id = id;
+            let _ = raw::subscribe_event(self.device.as_fd(), &mut subscription);
+        }
+        self
+    }
+
     /// Frees the driver's buffers. Memory that somebody still holds lives on.
     ///
     /// # Errors
@@ -317,19 +331,6 @@ impl Queue<Streaming> {
             return Ok(Dequeued::Damaged(meta));
         }
         Ok(Dequeued::Frame(Frame::new(memory.clone(), meta, lease)))
-    }
-
-    /// Asks to be told of changes at the source and of its end. Drivers without such events say so, and it does not matter.
-    pub(super) fn subscribe(&self) {
-        // A source change is told for one input, by its number ("V4L2_EVENT_SOURCE_CHANGE" in the documentation of VIDIOC_DQEVENT).
-        let mut input = 0;
-        let input = raw::get_input(self.device.as_fd(), &mut input).map_or(0, |()| input.cast_unsigned());
-        for (event, id) in [(sys::V4L2_EVENT_SOURCE_CHANGE, input), (sys::V4L2_EVENT_EOS, 0)] {
-            let mut subscription: sys::v4l2_event_subscription = raw::zeroed();
-            subscription.type_ = event;
-            subscription.id = id;
-            let _ = raw::subscribe_event(self.device.as_fd(), &mut subscription);
-        }
     }
 
     /// The next event, if there is one of those subscribed to.

@@ -34,7 +34,8 @@ unsafe fn call<T>(fd: BorrowedFd<'_>, request: Number, arg: &mut T) -> io::Resul
 macro_rules! calls {
     ($($name:ident $request:expr, $type:ty;)*) => {$(
         pub(super) fn $name(fd: BorrowedFd<'_>, arg: &mut $type) -> io::Result<()> {
-            // SAFETY: the request number is declared with this very structure, which holds no pointers (videodev2.h).
+            // SAFETY: the request number is declared with this very structure; the pointers that some of their unions can hold are
+            // followed for other buffer types alone (video overlays), which this crate never asks for (videodev2.h).
             unsafe { call(fd, $request, arg) }
         }
     )*};

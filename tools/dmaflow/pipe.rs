@@ -33,9 +33,13 @@ pub fn run(args: &PipeArgs) -> anyhow::Result<ExitCode> {
     let flowed = flow(args, limits, source.as_mut(), &mut sink, &stop, &mut report);
     // Also after a failure, and before anything else is said: the screen first.
     let restored = sink.restore();
-    let status = flowed?;
-    restored?;
+    let status = match (flowed, &restored) {
+        (Ok(status), _) => status,
+        (Err(error), Err(also)) => return Err(error.context(also.line())),
+        (Err(error), Ok(())) => return Err(error),
+    };
     output::print(&if args.json { report.json()? } else { report.table() })?;
+    restored?;
     Ok(status)
 }
 
