@@ -1,9 +1,8 @@
 //! The loop from a source to a sink.
 //!
-//! In the steady state it makes about four system calls a frame (`epoll_wait`, `DQBUF`, `ATOMIC`, `QBUF`; in mailbox mode one or two
+//! In the steady state it makes four system calls a frame (`epoll_wait`, `DQBUF`, `ATOMIC`, `QBUF`; in mailbox mode one or two
 //! more for the flip event) and allocates nothing.
 
-mod pace;
 mod wait;
 
 use std::os::fd::BorrowedFd;
@@ -19,11 +18,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::format;
 use crate::frame::{Clock, Frame};
 use crate::memory::{Access, CpuAccess};
-use pace::Pace;
 use wait::{Waiter, Wake};
-
-/// The longest time between two looks at the order to stop, in µs, frames being shown in less.
-const LONGEST_WITHOUT_WAIT_US: u64 = 100_000;
 
 /// When a pipe ends, besides at its source's end and when it is told to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -171,26 +166,15 @@ impl<'a> Pipe<'a> {
             .map(|duration| start + u64::try_from(duration.as_micros()).unwrap_or(u64::MAX / 2));
         let waiter = Waiter::new(self.source.as_fd(), stop, self.sink.event_fd());
         let waiter = waiter.context("wait for", || self.source.name())?;
-        // A sink without events blocks while it shows a frame; others are to be heard before every frame.
-        let mut pace = self.sink.event_fd().is_none().then(Pace::default);
-        let mut last_wait = start;
         self.source.start()?;
         loop {
             self.source.recycle()?;
             if end.is_some_and(|end| now_us() >= end) {
                 break;
             }
-            // Not for long without a look at the order to stop: a sink that verifies can take a second for a frame.
-            let at_once =
-                pace.as_mut().is_some_and(Pace::ask_at_once) && now_us() < last_wait + LONGEST_WITHOUT_WAIT_US;
-            let wake = if at_once {
-                Some(Wake::FRAME)
-            } else {
-                last_wait = now_us();
-                self.wait(&waiter, end)?
-            };
-            let Some(wake) = wake.filter(|wake| !wake.stop) else { break };
-            if wake.sink {
+            let Some(wake) = self.wait(&waiter, end)?.filter(|wake| !wake.stop) else { break };
+            // With a frame there as well, `present` handles the event: the frame that it shows next is to be the newest.
+            if wake.sink && wake.source.is_none() {
                 let shown = self.sink.dispatch()?;
                 self.account(shown, progress);
             }
@@ -200,9 +184,6 @@ impl<'a> Pipe<'a> {
                 Err(error) if error.kind() == Kind::Ended => break,
                 Err(error) => return Err(error),
             };
-            if let Some(pace) = pace.as_mut().filter(|_| at_once) {
-                pace.asked(next.is_some());
-            }
             let Some(frame) = next else { continue };
             self.sink.inspect(&frame)?;
             if self.corrupt == Some(self.captured) {

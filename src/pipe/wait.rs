@@ -24,11 +24,6 @@ pub(super) struct Wake {
     pub sink: bool,
 }
 
-impl Wake {
-    /// As if only the source had something.
-    pub(super) const FRAME: Wake = Wake { source: Some(Ready::FRAME), stop: false, sink: false };
-}
-
 /// The descriptors to wait for. The kernel forgets one of them when it is closed.
 pub(super) struct Waiter {
     /// Source and stop: while the sink has nothing to say that matters before the next frame.
