@@ -133,9 +133,9 @@ fn yuv() -> Result<Option<[&'static str; 4]>> {
         .unwrap_or_default();
     ensure!(!offered.is_empty(), "vkms lists no formats");
     let takes = |format: &&str| offered.iter().any(|offer| offer == *format);
-    let all = formats.iter().all(|format| takes(format));
+    let all = formats.iter().all(&takes);
     ensure!(all || kernel() < (7, 0), "vkms of this kernel has all of {formats:?}, but the list says {offered:?}");
-    ensure!(all || !formats.iter().any(|format| takes(format)), "some of {formats:?} and not others: {offered:?}");
+    ensure!(all || !formats.iter().any(takes), "some of {formats:?} and not others: {offered:?}");
     Ok(all.then_some(formats))
 }
 

@@ -106,7 +106,13 @@ fn pattern_to_the_display() -> anyhow::Result<Outcome> {
         let options = format!(
             "pipe --from pattern --to vkms --format XR24 --frames 10 --fps 20 --present {present} --verify --json"
         );
-        shown_without_a_copy(&finish(&mut dmaflow(&options))?.json(0)?, 10)?;
+        let result = finish(&mut dmaflow(&options))?.json(0)?;
+        // In mailbox mode a newer frame may take the place of one that waits, when emulation is slow: it is counted, and no more.
+        let replaced = number(&result, "frames/dropped_by_display")?;
+        ensure!(present == "mailbox" || replaced == 0, "{result}");
+        ensure!(replaced < 5, "{result}");
+        ensure!(number(&result, "frames/captured")? == 10, "{result}");
+        shown_without_a_copy(&result, 10 - replaced)?;
     }
     drop(witness);
     PASSED
