@@ -52,6 +52,18 @@ host_for_making() {
 host_for_building() {
 	have cargo || die "no cargo on this host: get Rust from https://rustup.rs, or by 'apt install rustup && rustup default stable'"
 	host_needs cc:gcc /usr/include/stdio.h:libc6-dev
-	# bindgen, in the build of the crate v4l, looks for the library under any of these names.
-	compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null || host_needs /no/libclang:libclang-dev
+	have_libclang || host_needs /no/libclang:libclang-dev
+}
+
+# bindgen, in the build of the crate v4l, loads the library under one of these names. libclang-cpp is another library, which
+# Mesa's LLVM brings to many machines that lack this one.
+have_libclang() {
+	[ -z "${LIBCLANG_PATH:-}" ] || return 0
+	local folder name
+	for folder in /usr/lib/llvm-*/lib /usr/lib/*-linux-gnu /usr/lib64 /usr/local/lib; do
+		for name in 'libclang.so' 'libclang.so.*' 'libclang-[0-9]*.so*'; do
+			! compgen -G "$folder/$name" >/dev/null || return 0
+		done
+	done
+	return 1
 }
