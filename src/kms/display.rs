@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use nix::libc;
 
-use super::atomic::{CommitFlags, Request};
-use super::flip::Flip;
+use super::atomic::{CommitFlags, Request, explained};
+use super::fifo::Fifo;
+use super::flip::{Flip, wait_readable};
 use super::import::{Framebuffer, KmsImporter};
 use super::quirks::shown_wrong;
 use super::route::Route;
@@ -26,7 +27,8 @@ const FLIP_TIMEOUT_MS: u16 = 15_000;
 /// What happens to frames that come faster than the display shows them.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub enum Present {
-    /// Every frame is shown; presenting waits until the frame is on screen.
+    /// Every frame is shown. Presenting waits until the frame *before* is on screen, which it is unless frames come faster than
+    /// the display shows them; what was shown is told some frames later, with the time at which it was.
     #[default]
     Fifo,
     /// The newest frame is shown; presenting never waits, and a frame that waits is dropped for a newer one.
@@ -59,6 +61,7 @@ pub struct Display {
     on_screen: Option<Frame>,
     pending: Option<Frame>,
     waiting: Option<Frame>,
+    fifo: Fifo,
     dropped: u64,
     /// When the last frame came on screen, and when the pending one is expected to, by the mode's refresh; µs of `CLOCK_MONOTONIC`.
     last_flip_us: u64,
@@ -104,6 +107,7 @@ impl Display {
             on_screen: None,
             pending: None,
             waiting: None,
+            fifo: Fifo::new(),
             dropped: 0,
             last_flip_us: 0,
             flip_due_us: 0,
@@ -153,6 +157,7 @@ impl Display {
             (self.waiting, self.pending, self.on_screen) = (None, None, None);
             // The event of a flip that was pending is there by now, and is of no frame that comes later.
             while let Ok(Some(_)) = self.card.read_flip() {}
+            self.fifo.clear();
         }
         restored
     }
@@ -177,25 +182,66 @@ impl Display {
         Ok(shown)
     }
 
-    /// One commit of the plane's framebuffer alone.
-    fn flip(&mut self, frame: &Frame, flags: CommitFlags) -> Result<()> {
+    /// One commit of the plane's framebuffer alone. `Ok(false)` if it must wait for an earlier one and was told not to.
+    fn flip(&mut self, frame: &Frame, flags: CommitFlags) -> Result<bool> {
         let framebuffer = self.framebuffer(frame)?;
         let way = joined(&mut self.way, &self.name)?;
         way.flip.set_last(u64::from(framebuffer));
         frame.lease().mark_pending();
-        way.flip.commit(&self.card, flags, "show a frame on")
+        match way.flip.try_commit(&self.card, flags) {
+            // An expected answer, of which no error is made: that would allocate.
+            Err(cause) if flags.nonblock && cause.raw_os_error() == Some(libc::EBUSY) => Ok(false),
+            other => explained(other, &self.card, "show a frame on").map(|()| true),
+        }
     }
 
-    /// Shows a frame and returns when it is on screen: one system call, and one lease given up.
-    fn show(&mut self, frame: Frame) -> Result<Shown> {
-        let flags = CommitFlags { event: self.request.verify, ..CommitFlags::default() };
-        self.flip(&frame, flags)?;
-        if !self.request.verify {
-            // A blocking commit returns when the flip is done, so what it replaced has left the screen.
-            return Ok(self.replaced(frame, now_us()));
+    /// Sends a frame to the screen as soon as the one before is there: one system call, and one lease given up.
+    fn show_in_turn(&mut self, frame: Frame) -> Result<Option<Shown>> {
+        let flags = CommitFlags { event: true, ..CommitFlags::default() };
+        let mut on_its_way = !self.fifo.waits();
+        if on_its_way && !self.flip(&frame, CommitFlags { nonblock: true, ..flags })? {
+            self.fifo.refused();
+            on_its_way = false;
         }
+        if !on_its_way {
+            self.flip(&frame, flags)?;
+        }
+        self.fifo.submitted(*frame.meta());
+        // Either commit says that what was on its way is on screen, and so that what it replaced is not.
+        if let Some(before) = self.pending.take() {
+            self.put_on_screen(before);
+        }
+        match on_its_way {
+            true => self.pending = Some(frame),
+            false => self.put_on_screen(frame),
+        }
+        self.fifo.next_shown(&self.card, usize::from(on_its_way))
+    }
+
+    /// Shows a frame, waits until it is on screen, and verifies it.
+    fn show_verified(&mut self, frame: Frame) -> Result<Shown> {
+        self.flip(&frame, CommitFlags { event: true, ..CommitFlags::default() })?;
         self.pending = Some(frame);
         self.wait_pending()
+    }
+
+    /// Waits until every frame sent is on screen and its event read, and tells of one.
+    fn finish_in_turn(&mut self) -> Result<Option<Shown>> {
+        while !self.fifo.all_read() {
+            self.fifo.read(&self.card)?;
+            if !self.fifo.all_read() {
+                wait_readable(&*self.card, FLIP_TIMEOUT_MS, "get a page flip from", &self.name)?;
+            }
+        }
+        if let Some(frame) = self.pending.take() {
+            self.put_on_screen(frame);
+        }
+        Ok(self.fifo.told())
+    }
+
+    /// Whether frames are sent one after the other without waiting for each.
+    fn in_turn(&self) -> bool {
+        self.request.present == Present::Fifo && !self.request.verify
     }
 
     /// Waits until the pending frame is on screen. Until then, and if that fails, it stays pending, with its lease.
@@ -208,7 +254,10 @@ impl Display {
 
     /// Submits a frame and returns at once.
     fn submit(&mut self, frame: Frame) -> Result<()> {
-        self.flip(&frame, CommitFlags { nonblock: true, event: true, ..CommitFlags::default() })?;
+        if !self.flip(&frame, CommitFlags { nonblock: true, event: true, ..CommitFlags::default() })? {
+            let error = Error::from_io("show a frame on", &self.name, std::io::Error::from_raw_os_error(libc::EBUSY));
+            return Err(error.repair("an earlier commit has not completed"));
+        }
         self.pending = Some(frame);
         let period = self.way.as_ref().map_or(0, |way| way.route.period_us()).max(1);
         let since_last = now_us().saturating_sub(self.last_flip_us);
@@ -239,9 +288,13 @@ impl Display {
     fn replaced(&mut self, frame: Frame, at_us: u64) -> Shown {
         let shown = Shown { meta: *frame.meta(), at_us };
         self.last_flip_us = at_us;
+        self.put_on_screen(frame);
+        shown
+    }
+
+    fn put_on_screen(&mut self, frame: Frame) {
         frame.lease().mark_on_screen();
         self.on_screen = Some(frame);
-        shown
     }
 
     /// The framebuffer of a frame's buffer, imported now if `join` has not seen it.
@@ -342,7 +395,8 @@ impl Sink for Display {
             return self.light(frame).map(Some);
         }
         match self.request.present {
-            Present::Fifo => self.show(frame).map(Some),
+            Present::Fifo if self.in_turn() => self.show_in_turn(frame),
+            Present::Fifo => self.show_verified(frame).map(Some),
             Present::Mailbox => self.queue(frame),
         }
     }
@@ -356,6 +410,13 @@ impl Sink for Display {
     }
 
     fn dispatch(&mut self) -> Result<Option<Shown>> {
+        if self.in_turn() {
+            self.fifo.read(&self.card)?;
+            if let Some(frame) = self.pending.take_if(|_| self.fifo.all_read()) {
+                self.put_on_screen(frame);
+            }
+            return Ok(self.fifo.told());
+        }
         let Some(flip) = self.card.read_flip()? else { return Ok(None) };
         let Some(frame) = self.pending.take() else { return Ok(None) };
         let shown = self.arrived(frame, flip)?;
@@ -366,6 +427,9 @@ impl Sink for Display {
     }
 
     fn finish(&mut self) -> Result<Option<Shown>> {
+        if self.in_turn() {
+            return self.finish_in_turn();
+        }
         if self.pending.is_none() {
             return Ok(None);
         }
@@ -390,7 +454,7 @@ impl Sink for Display {
 }
 
 impl AsFd for Display {
-    /// Readable when a frame that was presented in mailbox mode has come on screen.
+    /// Readable when a frame has come on screen: [`dispatch`](Sink::dispatch) tells which.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.card.as_fd()
     }

@@ -1,13 +1,13 @@
 //! PRIME import and AddFB2: a buffer becomes a framebuffer of a card.
 
-use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use nix::libc;
 
 use super::Card;
+use super::gem::GemHandle;
 use crate::endpoint::{Importer, Refusal, Rung};
 use crate::format::MAX_PLANES;
 use crate::frame::Buffer;
@@ -33,55 +33,18 @@ impl Drop for Framebuffer {
     }
 }
 
-/// GEM handles of one open card by number. The kernel gives one handle for one buffer however often it is imported, and counts
-/// nothing (`DRM_IOCTL_PRIME_FD_TO_HANDLE`, drm_prime.c), so users are counted here.
-#[derive(Debug, Default)]
-struct GemTable(Mutex<HashMap<u32, usize>>);
-
-/// One use of a GEM handle; the last use closes it.
-struct GemHandle<'a> {
-    card: &'a Card,
-    table: &'a GemTable,
-    handle: u32,
-}
-
-impl GemTable {
-    fn import<'a>(&'a self, card: &'a Card, buffer: impl AsFd) -> io::Result<GemHandle<'a>> {
-        // Under the lock, so that nobody closes the same handle between import and count.
-        let mut users = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let handle = drm_ffi::gem::fd_to_handle(card.as_fd(), buffer.as_fd())?.handle;
-        *users.entry(handle).or_default() += 1;
-        Ok(GemHandle { card, table: self, handle })
-    }
-}
-
-impl Drop for GemHandle<'_> {
-    fn drop(&mut self) {
-        let mut users = self.table.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = users.get_mut(&self.handle) {
-            *count -= 1;
-            if *count == 0 {
-                users.remove(&self.handle);
-                // A failure means that the handle is closed already, which is the aim.
-                let _ = drm_ffi::gem::close(self.card.as_fd(), self.handle);
-            }
-        }
-    }
-}
-
 /// Imports buffers into one card.
 #[derive(Debug)]
 pub struct KmsImporter {
     card: Arc<Card>,
     name: String,
-    gem: GemTable,
 }
 
 impl KmsImporter {
     /// An importer into `card`.
     pub fn new(card: Arc<Card>) -> KmsImporter {
         let name = card.name();
-        KmsImporter { card, name, gem: GemTable::default() }
+        KmsImporter { card, name }
     }
 }
 
@@ -111,7 +74,7 @@ impl Importer for KmsImporter {
                     "make /dev/udmabuf or a dma-heap available to this user",
                 ));
             };
-            let handle = self.gem.import(&self.card, dma_buf).map_err(|cause| prime_refusal(&cause))?;
+            let handle = GemHandle::import(&self.card, dma_buf).map_err(|cause| prime_refusal(&cause))?;
             handles.push(handle);
         }
         let mut gems = [0; MAX_PLANES];
@@ -119,7 +82,7 @@ impl Importer for KmsImporter {
         let mut offsets = [0; MAX_PLANES];
         let mut modifiers = [0; MAX_PLANES];
         for (index, plane) in layout.planes().iter().enumerate() {
-            gems[index] = handles.get(plane.memory as usize).map_or(0, |gem| gem.handle);
+            gems[index] = handles.get(plane.memory as usize).map_or(0, |gem| gem.handle());
             pitches[index] = plane.stride;
             offsets[index] = plane.offset;
             modifiers[index] = layout.modifier().map_or(0, |modifier| modifier.to_drm());
