@@ -13,6 +13,7 @@
 
 mod alloc;
 mod camera;
+mod capture;
 mod commands;
 mod cycles;
 mod display;
@@ -34,6 +35,7 @@ fn main() -> std::process::ExitCode {
     let tests = [
         camera::TESTS,
         streams::TESTS,
+        capture::TESTS,
         display::TESTS,
         screen::TESTS,
         commands::TESTS,

@@ -59,6 +59,27 @@ impl Buffer {
         }
     }
 
+    /// The bytes of each memory plane that may be used.
+    pub fn memory_lens(&self) -> &[usize] {
+        &self.0.lens[..self.0.memory.len()]
+    }
+
+    /// The same dma-bufs with another layout; the very same handle if it has that layout already.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] if a row lies outside its memory plane, or a memory plane is no dma-buf.
+    pub fn with_layout(&self, layout: Layout) -> Result<Buffer> {
+        if *self.layout() == layout {
+            return Ok(self.clone());
+        }
+        let planes = (0u32..).zip(self.memory());
+        let shared = planes.map(|(plane, _)| self.dma_buf(plane).cloned().map(Memory::DmaBuf));
+        let not_shared = || Error::new(Kind::Invalid, "share the memory of", self.layout().to_string());
+        let memory = shared.collect::<Option<Vec<_>>>();
+        let memory = memory.ok_or_else(|| not_shared().because("a memory plane is no dma-buf"))?;
+        Buffer::new(layout, memory, self.memory_lens())
+    }
+
     /// Whether every memory plane is a dma-buf, so that devices can import it.
     pub fn is_dma_buf(&self) -> bool {
         self.0.memory.iter().all(|memory| matches!(memory, Memory::DmaBuf(_)))

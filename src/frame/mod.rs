@@ -3,11 +3,13 @@
 mod buffer;
 mod lease;
 mod meta;
+mod room;
 
 pub use buffer::{Buffer, BufferReader, WeakBuffer};
 pub use lease::{Lease, MAX_SLOTS, SlotCounts, Stage};
 pub(crate) use lease::{Slots, SlotsArc};
 pub use meta::{Clock, FrameFlags, FrameMeta, Timestamp};
+pub use room::Room;
 
 /// A buffer filled once: the buffer, what is known of this filling, and the lease that keeps it so.
 ///

@@ -22,6 +22,30 @@ impl Device {
     }
 }
 
+/// The bytes that the driver wants of each memory plane for the format that it has (`sizeimage`).
+///
+/// # Errors
+/// What `VIDIOC_G_FMT` says.
+pub(super) fn memory_lens(device: &Device) -> Result<Vec<usize>> {
+    let format = current_format(device)?;
+    Ok(match device.info().api {
+        Api::SinglePlanar => {
+            // SAFETY: `type_` is the single-planar type, for which the kernel wrote `pix`; all its fields are integers.
+            vec![unsafe { format.fmt.pix }.sizeimage as usize]
+        }
+        Api::MultiPlanar => {
+            // SAFETY: `type_` is the multi-planar type, for which the kernel wrote `pix_mp`; all its fields are integers.
+            let pix = unsafe { format.fmt.pix_mp };
+            let planes = pix.plane_fmt;
+            planes
+                .iter()
+                .take(usize::from(pix.num_planes))
+                .map(|plane| plane.sizeimage as usize)
+                .collect()
+        }
+    })
+}
+
 fn current_format(device: &Device) -> Result<sys::v4l2_format> {
     let mut current: sys::v4l2_format = raw::zeroed();
     current.type_ = device.info().api.buffer_type();

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::agree::{agree_format, agree_rate};
+use super::agree::{agree_format, agree_rate, memory_lens};
 use super::queue::{Allocated, Dequeued, Event, Idle, Queue, Streaming};
 use super::{Device, Rate};
 use crate::endpoint::{Ready, Source, SourceCounts};
@@ -56,6 +56,8 @@ pub struct Camera {
     layout: Layout,
     rate: Option<Rate>,
     queue: State,
+    /// How many buffers of its own it was asked for.
+    own_buffers: u32,
     watchdog: Duration,
     last_sequence: Option<u32>,
     ended: bool,
@@ -86,11 +88,20 @@ impl Camera {
         let rate = agree_rate(&device, request.rate, &layout)?;
         let queue = State::Idle(Queue::new(Arc::clone(&device), layout));
         let name = device.name();
-        let counts = SourceCounts::default();
-        let mut camera =
-            Camera { device, name, layout, rate, queue, watchdog: WATCHDOG, last_sequence: None, ended: false, counts };
-        let buffers = request.buffers.unwrap_or_else(|| camera.device.minimum_buffers() + 3);
-        camera.allocate(buffers)?;
+        let own_buffers = request.buffers.unwrap_or_else(|| device.minimum_buffers() + 3);
+        let mut camera = Camera {
+            device,
+            name,
+            layout,
+            rate,
+            queue,
+            own_buffers,
+            watchdog: WATCHDOG,
+            last_sequence: None,
+            ended: false,
+            counts: SourceCounts::default(),
+        };
+        camera.allocate()?;
         Ok(camera)
     }
 
@@ -131,9 +142,74 @@ impl Camera {
         }
     }
 
-    fn allocate(&mut self, count: u32) -> Result<()> {
+    /// The bytes that its driver wants of each memory plane, for [`Room::for_lens`](crate::frame::Room::for_lens). They may be
+    /// more than the rows need. Cost: one system call.
+    ///
+    /// # Errors
+    /// What `VIDIOC_G_FMT` says.
+    pub fn memory_lens(&self) -> Result<Vec<usize>> {
+        memory_lens(&self.device)
+    }
+
+    /// From now on captures into `buffers` (`V4L2_MEMORY_DMABUF`) and no longer into its own, whose slots are freed: memory that
+    /// somebody holds of them lives on. They need the camera's format, size, strides and memory planes
+    /// ([`Source::layout`]), and room for [`memory_lens`](Camera::memory_lens). The driver may use fewer than there are;
+    /// [`Source::buffers`] tells which.
+    ///
+    /// A device that needs contiguous memory, or memory within its reach, refuses here, or in [`start`](Source::start) if its driver
+    /// cannot try a buffer beforehand. [`use_own_buffers`](Camera::use_own_buffers) is the way back then.
+    ///
+    /// Cost: about four system calls and two for each buffer.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] while it streams, [`Kind::Invalid`] for a buffer that does not fit, otherwise the call that refused and why;
+    /// the camera then has buffers of its own again, new ones.
+    pub fn use_buffers(&mut self, buffers: Vec<Buffer>) -> Result<()> {
+        self.free()?;
         let (state, result) = match std::mem::replace(&mut self.queue, State::Turning) {
-            State::Idle(queue) => match queue.allocate(count) {
+            State::Idle(queue) => match queue.import(buffers) {
+                Ok(queue) => (State::Allocated(queue), Ok(())),
+                Err(failed) => (State::Idle(failed.queue), Err(failed.error)),
+            },
+            other => (other, Ok(())),
+        };
+        self.queue = state;
+        if result.is_err() {
+            // If that fails too, the next start says so; the first refusal is the one to report.
+            let _ = self.allocate();
+        }
+        result
+    }
+
+    /// From now on captures into buffers that its driver makes, new ones and as many as at first.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] while it streams, otherwise what making them says.
+    pub fn use_own_buffers(&mut self) -> Result<()> {
+        self.free()?;
+        self.allocate()
+    }
+
+    /// Gives up the buffers.
+    fn free(&mut self) -> Result<()> {
+        let (state, result) = match std::mem::replace(&mut self.queue, State::Turning) {
+            State::Allocated(queue) => match queue.release() {
+                Ok(queue) => (State::Idle(queue), Ok(())),
+                Err(failed) => (State::Allocated(failed.queue), Err(failed.error)),
+            },
+            State::Streaming(queue) => {
+                let error = Error::new(Kind::Busy, "change the buffers of", self.name.clone());
+                (State::Streaming(queue), Err(error.because("it streams").repair("stop it first")))
+            }
+            other => (other, Ok(())),
+        };
+        self.queue = state;
+        result
+    }
+
+    fn allocate(&mut self) -> Result<()> {
+        let (state, result) = match std::mem::replace(&mut self.queue, State::Turning) {
+            State::Idle(queue) => match queue.allocate(self.own_buffers) {
                 Ok(queue) => (State::Allocated(queue), Ok(())),
                 Err(failed) => (State::Idle(failed.queue), Err(failed.error)),
             },
