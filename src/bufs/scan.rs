@@ -12,7 +12,7 @@ use nix::sys::stat::{major, minor};
 
 use super::parse::{self, BufInfo, MapLine};
 use super::{Holder, Inventory, Listed, Map, Process, Unseen};
-use crate::error::{Context, Result};
+use crate::error::{Context, Kind, Result};
 
 const PROC: &str = "/proc";
 const BUFINFO: &str = "/sys/kernel/debug/dma_buf/bufinfo";
@@ -57,7 +57,12 @@ fn take(proc: &Path, bufinfo: &Path) -> Result<Inventory> {
 
 fn read_bufinfo(path: &Path) -> Result<BufInfo, String> {
     let text = fs::read(path).context("read", || path.display().to_string());
-    let found = parse::bufinfo(&text.map_err(|error| error.line())?);
+    let text = text.map_err(|error| match error.kind() {
+        Kind::Permission => error.repair("debugfs is for root").line(),
+        Kind::NotFound => error.repair("mount -t debugfs debugfs /sys/kernel/debug").line(),
+        _ => error.line(),
+    });
+    let found = parse::bufinfo(&text?);
     match found.total {
         Some(total) if total != found.buffers.len() as u64 => {
             Err(format!("{} lists {total} buffers in a form that is not known", path.display()))
