@@ -27,6 +27,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "bufs::without_root", needs: NEEDS, seconds: 60, run: without_root },
     Test { name: "bufs::a_leak_is_found", needs: NEEDS, seconds: 180, run: a_leak_is_found },
     Test { name: "bufs::a_watch_ends", needs: &["udmabuf", "root"], seconds: 120, run: a_watch_ends },
+    Test { name: "bufs::on_a_terminal", needs: &["script", "root"], seconds: 60, run: on_a_terminal },
     Test { name: "bufs::wrong_usage", needs: &["root"], seconds: 60, run: wrong_usage },
 ];
 
@@ -370,6 +371,30 @@ fn a_watch_ends() -> anyhow::Result<Outcome> {
     ensure!(looks.len() > 2, "{} looks in 3 s", looks.len());
     let times: Vec<_> = looks.iter().filter_map(|look| look["watched_seconds"].as_f64()).collect();
     ensure!(times.len() == looks.len() && times.is_sorted(), "{times:?}");
+    PASSED
+}
+
+/// A table as large as the terminal, drawn again at the same place.
+fn on_a_terminal() -> anyhow::Result<Outcome> {
+    const ROWS: usize = 5;
+    let program = dmaflow("").get_program().to_string_lossy().into_owned();
+    let line = format!(
+        "stty cols 30 rows {ROWS}; timeout --foreground --preserve-status -s INT 3 {program} bufs --watch --interval 0.5; echo =$?="
+    );
+    let run = finish(std::process::Command::new("script").args(["-qc", &line, "/dev/null"]))?;
+    ensure!(run.stdout.contains("=0="), "it did not end in order: {:?}", run.stdout);
+    let frames: Vec<_> = run.stdout.split("\x1b[H").skip(1).collect();
+    ensure!(frames.len() > 1, "it was not drawn again: {:?}", run.stdout);
+    for frame in frames {
+        let lines: Vec<_> = frame.split("=0=").next().unwrap_or_default().lines().collect();
+        ensure!(lines.len() <= ROWS && lines[0].contains("dma-buf"), "{lines:?}");
+        ensure!(
+            lines
+                .iter()
+                .all(|line| line.trim_end_matches("\x1b[J").trim_end_matches("\x1b[K").chars().count() <= 30),
+            "{lines:?}"
+        );
+    }
     PASSED
 }
 

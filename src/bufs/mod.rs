@@ -16,7 +16,8 @@
 //! devices attached to each. The last is root's alone; the first two are root's and, for its own processes, each user's. What
 //! could not be looked at is in [`Unseen`].
 //!
-//! A buffer is counted once, by its inode, however many descriptors and mappings there are of it.
+//! A buffer is counted once, by its inode, however many descriptors and mappings there are of it. Nothing tells of descriptors on
+//! their way through a socket, nor of those of a thread that has a table of its own; [`Listed::references`] counts them.
 
 mod growth;
 mod parse;

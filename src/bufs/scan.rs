@@ -1,8 +1,8 @@
 //! Looks at every process and at debugfs.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, Metadata};
-use std::io;
+use std::fs::{self, File, Metadata};
+use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -55,8 +55,15 @@ fn take(proc: &Path, bufinfo: &Path) -> Result<Inventory> {
     Ok(scan.end())
 }
 
+/// All of a file of the kernel's, in few calls: such a file tells no length beforehand.
+fn contents(path: &Path) -> io::Result<Vec<u8>> {
+    let mut text = Vec::with_capacity(16 * 1024);
+    File::open(path)?.read_to_end(&mut text)?;
+    Ok(text)
+}
+
 fn read_bufinfo(path: &Path) -> Result<BufInfo, String> {
-    let text = fs::read(path).context("read", || path.display().to_string());
+    let text = contents(path).context("read", || path.display().to_string());
     let text = text.map_err(|error| match error.kind() {
         Kind::Permission => error.repair("debugfs is for root").line(),
         Kind::NotFound => error.repair("mount -t debugfs debugfs /sys/kernel/debug").line(),
@@ -105,7 +112,7 @@ struct Scan {
 
 impl Scan {
     fn process(&mut self, folder: &Path, pid: i32) {
-        let Some(stat) = fs::read(folder.join("stat")).ok().and_then(|text| parse::stat(&text)) else { return };
+        let Some(stat) = contents(&folder.join("stat")).ok().and_then(|text| parse::stat(&text)) else { return };
         if stat.is_kernel {
             return;
         }
@@ -131,7 +138,7 @@ impl Scan {
             if !target.as_os_str().as_bytes().starts_with(parse::DMA_BUF_PATH) {
                 continue;
             }
-            let Ok(text) = fs::read(folder.join("fdinfo").join(name)) else { continue };
+            let Ok(text) = contents(&folder.join("fdinfo").join(name)) else { continue };
             let Some(found) = parse::fdinfo(&text) else { continue };
             let metadata = fs::metadata(&path).ok();
             let Some(inode) = found.inode.or_else(|| metadata.as_ref().map(Metadata::ino)) else { continue };
@@ -150,7 +157,7 @@ impl Scan {
     }
 
     fn mappings(&mut self, folder: &Path, process: &Process) -> io::Result<()> {
-        for line in parse::maps(&fs::read(folder.join("maps"))?) {
+        for line in parse::maps(&contents(&folder.join("maps"))?) {
             let link = folder.join(format!("map_files/{:x}-{:x}", line.start, line.end));
             self.candidates.push(Candidate { process: process.clone(), line, link });
         }

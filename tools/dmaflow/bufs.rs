@@ -46,10 +46,11 @@ fn watch(args: &BufsArgs) -> anyhow::Result<ExitCode> {
         watch.look(&inventory, &totals, now);
         let watched = Watched { watch: &watch, now, since: start };
         let report = Report::new(&inventory, &totals, Some(&watched), SystemTime::now());
+        let unseen = unseen(&inventory.unseen);
         if next == start {
-            unseen(&inventory.unseen).iter().for_each(|line| output::note(line));
+            unseen.iter().for_each(|line| output::note(line));
         }
-        if let Some(text) = view.text(&report)? {
+        if let Some(text) = view.text(&report, unseen)? {
             match output::print(&text) {
                 Err(error) if nobody_reads(&error) => return Ok(ExitCode::SUCCESS),
                 printed => printed?,
@@ -85,15 +86,18 @@ struct Known {
 
 impl View {
     /// What is to be printed now, without the last line end.
-    fn text(&mut self, report: &Report) -> anyhow::Result<Option<String>> {
+    fn text(&mut self, report: &Report, unseen: Vec<String>) -> anyhow::Result<Option<String>> {
         match self {
             View::Json => Ok(Some(report.json()?)),
             View::Screen { is_clear } => {
                 let size = terminal_size::terminal_size();
                 let (width, height) =
                     size.map_or((80, 24), |(width, height)| (usize::from(width.0), usize::from(height.0)));
+                // What stderr said of it is no longer on the screen.
+                let mut lines = report.table();
+                lines.splice(1..1, unseen);
                 let clear = if std::mem::replace(is_clear, true) { "" } else { "\x1b[2J" };
-                Ok(Some(format!("{clear}{}", screen(&report.table(), width, height))))
+                Ok(Some(format!("{clear}{}", screen(&lines, width, height))))
             }
             View::Lines(known) => {
                 let now = Known { buffers: report.buffer_lines(), growing: report.growing() };
