@@ -22,10 +22,12 @@
 //! - [`mod@format`]: pixel formats, layouts, colours. [`dmabuf`], [`memory`]: shared memory and the CPU's way to it.
 //! - [`frame`]: buffers, frames, leases. [`endpoint`]: the traits of sources, sinks and importers, and refusals.
 //! - [`v4l2`], [`pattern`]: sources. [`kms`], [`sink`]: sinks. [`pipe`]: the loop between them. [`ledger`]: what was copied.
+//! - [`bufs`]: every dma-buf of the machine, who holds it, and what only grows.
 //! - Everything pollable is `AsFd`; the library has no threads and no event loop of its own.
 
 #![warn(unreachable_pub)]
 
+pub mod bufs;
 mod clock;
 pub mod dmabuf;
 pub mod endpoint;

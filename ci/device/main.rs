@@ -12,6 +12,7 @@
 )]
 
 mod alloc;
+mod bufs;
 mod camera;
 mod capture;
 mod commands;
@@ -41,6 +42,7 @@ fn main() -> std::process::ExitCode {
         commands::TESTS,
         sinks::TESTS,
         snap::TESTS,
+        bufs::TESTS,
         verify::TESTS,
         faults::TESTS,
         alloc::TESTS,

@@ -127,7 +127,7 @@ fn limits(args: &PipeArgs) -> anyhow::Result<Limits> {
 }
 
 /// Ctrl-C and `kill` as a descriptor to poll, so that they come between two frames and never inside a step.
-fn catch_signals() -> anyhow::Result<SignalFd> {
+pub fn catch_signals() -> anyhow::Result<SignalFd> {
     let mut signals = SigSet::empty();
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         // `nohup`, and a shell for a job in its background, have some of them ignored: so they stay.
