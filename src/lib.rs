@@ -28,6 +28,7 @@
 #![warn(unreachable_pub)]
 
 pub mod bufs;
+mod causes;
 mod clock;
 pub mod dmabuf;
 pub mod endpoint;

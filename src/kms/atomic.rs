@@ -3,7 +3,8 @@
 use std::io;
 
 use super::Card;
-use crate::error::{Context, Kind, Result};
+use crate::causes::Call;
+use crate::error::{Context, Error, Kind, Result};
 use drm_ffi::{
     DRM_MODE_ATOMIC_ALLOW_MODESET, DRM_MODE_ATOMIC_NONBLOCK, DRM_MODE_ATOMIC_TEST_ONLY, DRM_MODE_PAGE_FLIP_EVENT,
 };
@@ -114,12 +115,9 @@ impl Request {
 /// # Errors
 /// [`Kind::Permission`] when this process is not the card's DRM master any more.
 pub(super) fn explained(committed: io::Result<()>, card: &Card, step: &'static str) -> Result<()> {
-    committed.context(step, || card.name()).map_err(|error| match error.errno() {
-        Some(libc::EACCES | libc::EPERM) => error
-            .kind_is(Kind::Permission)
-            .repair("another program became DRM master meanwhile"),
-        Some(libc::ENODEV) => error.repair("the display's device is gone"),
-        Some(libc::EBUSY) => error.repair("an earlier commit has not completed"),
-        _ => error,
-    })
+    let explain = |error: Error| match error.errno() {
+        Some(libc::EACCES | libc::EPERM) => Call::Commit.explain(error).kind_is(Kind::Permission),
+        _ => Call::Commit.explain(error),
+    };
+    committed.context(step, || card.name()).map_err(explain)
 }

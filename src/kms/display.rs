@@ -15,11 +15,12 @@ use super::saved::{Blob, Saved};
 use super::setup::{Setup, mode_bytes};
 use super::verify::Verifier;
 use super::{Card, Snapshot};
+use crate::causes::{Call, Cause};
 use crate::clock::now_us;
 use crate::endpoint::{ImportCache, JoinError, Refusal, Rung, Shown, Sink, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::format::{Format, Layout};
-use crate::frame::{Buffer, Frame};
+use crate::frame::{Buffer, Frame, Room};
 
 /// Longest wait for a page flip, in ms: the kernel itself gives up after 10 s (drm_atomic_helper_wait_for_flip_done).
 const FLIP_TIMEOUT_MS: u16 = 15_000;
@@ -330,15 +331,14 @@ impl Display {
         if cause.raw_os_error() == Some(libc::EACCES) {
             return Err(Error::from_io("set a mode on", &self.name, cause).into());
         }
+        let errno = cause.raw_os_error();
+        let Cause { why, repair } = Call::Commit.cause(errno.unwrap_or(0));
         Err(JoinError::Refused(Refusal {
             rung: Rung::Exported,
             step: "atomic test commit",
-            errno: cause.raw_os_error(),
-            why: format!(
-                "the display's driver does not show {layout} on plane {} of {}",
-                route.plane, route.connector_name
-            ),
-            repair: "choose another format, size or stride; the kernel log may say more with drm.debug=0x10".to_owned(),
+            errno,
+            why: format!("{why} ({layout} on plane {} of {})", route.plane, route.connector_name),
+            repair: repair.to_owned(),
         }))
     }
 }
@@ -381,6 +381,10 @@ impl Sink for Display {
         }
         self.way = Some(way);
         Ok(Rung::Exported)
+    }
+
+    fn allocate(&mut self, layout: &Layout, room: &Room, count: u32) -> Result<Vec<Buffer>> {
+        (0..count).map(|_| self.card.make_buffer(layout, room)).collect()
     }
 
     fn inspect(&mut self, frame: &Frame) -> Result<()> {

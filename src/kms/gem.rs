@@ -31,6 +31,13 @@ impl<'a> GemHandle<'a> {
         Ok(GemHandle { card, handle })
     }
 
+    /// A handle that the card has just made.
+    pub(super) fn made(card: &'a Card, handle: u32) -> GemHandle<'a> {
+        let mut users = card.gem.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *users.entry(handle).or_default() += 1;
+        GemHandle { card, handle }
+    }
+
     /// The number.
     pub(super) fn handle(&self) -> u32 {
         self.handle

@@ -4,10 +4,9 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use nix::libc;
-
 use super::Card;
 use super::gem::GemHandle;
+use crate::causes::{Call, Cause};
 use crate::endpoint::{Importer, Refusal, Rung};
 use crate::format::MAX_PLANES;
 use crate::frame::Buffer;
@@ -61,20 +60,21 @@ impl Importer for KmsImporter {
         let layout = buffer.layout();
         let Some(code) = layout.format().drm() else {
             let why = format!("DRM has no code for {}", layout.format());
-            return Err(refuse("AddFB2", None, why, "choose a format that the display scans out"));
+            return Err(refuse(Call::AddFramebuffer.name(), None, why, "choose a format that the display scans out"));
         };
         let mut handles: Vec<GemHandle<'_>> = Vec::with_capacity(MAX_PLANES);
         for memory in 0..buffer.memory().len() {
             let Some(dma_buf) = u32::try_from(memory).ok().and_then(|memory| buffer.dma_buf(memory)) else {
                 let why = "the frames are in plain memory, which no device can import".to_owned();
                 return Err(refuse(
-                    "PRIME import",
+                    Call::PrimeImport.name(),
                     None,
                     why,
                     "make /dev/udmabuf or a dma-heap available to this user",
                 ));
             };
-            let handle = GemHandle::import(&self.card, dma_buf).map_err(|cause| prime_refusal(&cause))?;
+            let handle =
+                GemHandle::import(&self.card, dma_buf).map_err(|cause| refused(Call::PrimeImport, &cause, ""))?;
             handles.push(handle);
         }
         let mut gems = [0; MAX_PLANES];
@@ -101,7 +101,7 @@ impl Importer for KmsImporter {
             &modifiers,
             flags,
         );
-        let framebuffer = added.map_err(|cause| add_refusal(&cause, buffer))?;
+        let framebuffer = added.map_err(|cause| refused(Call::AddFramebuffer, &cause, &format!(" ({layout})")))?;
         Ok(Framebuffer { card: Arc::clone(&self.card), id: framebuffer.fb_id })
     }
 }
@@ -110,35 +110,8 @@ fn refuse(step: &'static str, errno: Option<i32>, why: String, repair: &str) -> 
     Refusal { rung: Rung::Exported, step, errno, why, repair: repair.to_owned() }
 }
 
-fn prime_refusal(cause: &io::Error) -> Refusal {
-    let (why, repair) = match cause.raw_os_error() {
-        Some(libc::EINVAL) => (
-            "the display's driver cannot use this buffer's memory; likely it is not contiguous",
-            "let the camera capture into buffers of the display or of a CMA heap",
-        ),
-        Some(libc::ENOMEM) => {
-            ("no memory or address space to map the buffer for the display", "use fewer or smaller buffers")
-        }
-        Some(libc::ENOSYS | libc::EOPNOTSUPP | libc::ENOTTY) => {
-            ("the display's driver imports no dma-bufs", "use another display")
-        }
-        _ => ("the display's driver refused the buffer", "the kernel log may say more"),
-    };
-    refuse("PRIME import", cause.raw_os_error(), why.to_owned(), repair)
-}
-
-fn add_refusal(cause: &io::Error, buffer: &Buffer) -> Refusal {
-    let layout = buffer.layout();
-    let (why, repair) = match cause.raw_os_error() {
-        Some(libc::EINVAL) => (
-            format!("the display's driver takes no framebuffer of {layout}; likely the format or the stride"),
-            "choose a format that the display scans out, or a stride that is a multiple of 256 bytes",
-        ),
-        Some(libc::ERANGE) => {
-            (format!("the display's driver takes no picture as large as {layout}"), "choose a smaller size")
-        }
-        Some(libc::ENOMEM) => ("out of memory".to_owned(), "use fewer or smaller buffers"),
-        _ => (format!("the display's driver refused a framebuffer of {layout}"), "the kernel log may say more"),
-    };
-    refuse("AddFB2", cause.raw_os_error(), why, repair)
+fn refused(call: Call, cause: &io::Error, about: &str) -> Refusal {
+    let errno = cause.raw_os_error();
+    let Cause { why, repair } = call.cause(errno.unwrap_or(0));
+    refuse(call.name(), errno, format!("{why}{about}"), repair)
 }

@@ -8,6 +8,7 @@ mod atomic;
 mod card;
 mod crc;
 mod display;
+mod dumb;
 mod fifo;
 mod flip;
 mod gem;

@@ -12,7 +12,7 @@ use super::{Device, Rate};
 use crate::endpoint::{Ready, Source, SourceCounts};
 use crate::error::{Context, Error, Kind, Result};
 use crate::format::{Format, Fourcc, Layout};
-use crate::frame::{Buffer, Frame};
+use crate::frame::{Buffer, Frame, Room};
 
 /// A frame that has not come after this long is a failure.
 const WATCHDOG: Duration = Duration::from_secs(5);
@@ -306,6 +306,26 @@ impl Source for Camera {
         };
         self.queue = state;
         result
+    }
+
+    fn agree(&mut self, wished: &Layout) -> Result<(Layout, Room)> {
+        self.free()?;
+        let stride = wished.planes().first().map(|plane| plane.stride);
+        let request = CameraRequest { stride, ..CameraRequest::default() };
+        let layout = agree_format(&self.device, &request)?.with_colour(self.layout.colour());
+        self.layout = layout;
+        if let State::Idle(queue) = &mut self.queue {
+            *queue = Queue::new(Arc::clone(&self.device), layout);
+        }
+        Ok((layout, Room::for_lens(&self.memory_lens()?)))
+    }
+
+    fn use_buffers(&mut self, buffers: Vec<Buffer>) -> Result<()> {
+        Camera::use_buffers(self, buffers)
+    }
+
+    fn use_own_buffers(&mut self) -> Result<()> {
+        Camera::use_own_buffers(self)
     }
 
     fn try_next(&mut self, ready: Ready) -> Result<Option<Frame>> {
