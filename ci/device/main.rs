@@ -15,6 +15,7 @@ mod alloc;
 mod camera;
 mod capture;
 mod commands;
+mod cow;
 mod cycles;
 mod display;
 mod faults;
@@ -36,6 +37,7 @@ fn main() -> std::process::ExitCode {
         camera::TESTS,
         streams::TESTS,
         capture::TESTS,
+        cow::TESTS,
         display::TESTS,
         screen::TESTS,
         commands::TESTS,

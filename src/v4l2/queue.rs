@@ -9,6 +9,7 @@
 //! ```
 
 mod import;
+mod shortage;
 
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd};
@@ -17,12 +18,16 @@ use std::sync::Arc;
 use nix::libc;
 use v4l::v4l_sys as sys;
 
+pub(super) use self::shortage::held_by;
 use super::raw::{self, BufferCall, MAX_V4L2_PLANES};
 use super::{Api, Device};
 use crate::dmabuf::DmaBuf;
 use crate::error::{Context, Error, Kind, Result};
 use crate::format::{Layout, MAX_PLANES};
-use crate::frame::{Buffer, Clock, Frame, FrameFlags, FrameMeta, MAX_SLOTS, SlotCounts, Slots, SlotsArc, Timestamp};
+use crate::frame::{
+    Buffer, Clock, Frame, FrameFlags, FrameMeta, MAX_SLOTS, SlotCounts, Slots, SlotsArc, Timestamp, ViewInfo,
+    ViewPolicy,
+};
 use crate::memory::Memory;
 
 /// No buffers.
@@ -45,6 +50,7 @@ pub struct Streaming(Pool);
 pub struct Queue<S> {
     device: Arc<Device>,
     layout: Layout,
+    view_policy: ViewPolicy,
     state: S,
 }
 
@@ -67,6 +73,8 @@ struct Pool {
     /// By slot, for the queue's whole life: the driver caches an import by the slot that it came in.
     buffers: Vec<Buffer>,
     made_by: MadeBy,
+    /// The driver starves with fewer buffers than this.
+    least_queued: u32,
 }
 
 /// Who made a queue's buffers.
@@ -123,7 +131,7 @@ impl<S> Queue<S> {
     }
 
     fn with<T>(self, state: T) -> Queue<T> {
-        Queue { device: self.device, layout: self.layout, state }
+        Queue { device: self.device, layout: self.layout, view_policy: self.view_policy, state }
     }
 
     fn request(&self, made_by: MadeBy, count: u32) -> Result<u32> {
@@ -189,7 +197,7 @@ impl<S> Queue<S> {
 impl Queue<Idle> {
     /// A queue without buffers, whose frames will have the layout that the driver has agreed to.
     pub(super) fn new(device: Arc<Device>, layout: Layout) -> Queue<Idle> {
-        Queue { device, layout, state: Idle(()) }
+        Queue { device, layout, view_policy: ViewPolicy::default(), state: Idle(()) }
     }
 
     /// Makes `count` buffers and exports each memory plane once. The driver may give more or fewer.
@@ -214,7 +222,14 @@ impl Queue<Idle> {
         }
         let layout = self.actual_layout()?;
         let buffers = (0..given).map(|index| self.export(layout, index)).collect::<Result<_>>()?;
-        Ok(Pool { slots: Slots::new(given), buffers, made_by: MadeBy::Driver })
+        Ok(self.pool_of(buffers, MadeBy::Driver))
+    }
+
+    fn pool_of(&self, buffers: Vec<Buffer>, made_by: MadeBy) -> Pool {
+        // MAX_SLOTS at most.
+        let count = buffers.len() as u32;
+        let least_queued = self.device.minimum_buffers().min(count.saturating_sub(1)).max(1);
+        Pool { slots: Slots::new(count), buffers, made_by, least_queued }
     }
 
     /// The layout with the offsets at which the driver starts its data (`v4l2_plane.data_offset`), which it only tells for
@@ -316,7 +331,8 @@ impl Queue<Allocated> {
     }
 
     fn turn<T>(self, state: fn(Pool) -> T) -> Queue<T> {
-        Queue { device: self.device, layout: self.layout, state: state(self.state.0) }
+        let Queue { device, layout, view_policy, state: state_now } = self;
+        Queue { device, layout, view_policy, state: state(state_now.0) }
     }
 }
 
@@ -331,11 +347,18 @@ impl Queue<Streaming> {
         self.state.0.slots.counts()
     }
 
-    /// Queues every slot whose last lease was dropped: one system call for each.
+    /// Queues every slot whose last lease was dropped: one system call for each. If views keep so many buffers that the driver would
+    /// starve, does what the [`ViewPolicy`] says; see [`set_view_policy`](Queue::set_view_policy).
     ///
     /// # Errors
-    /// What `VIDIOC_QBUF` says; the slot stays free and is tried again the next time.
+    /// What `VIDIOC_QBUF` says; the slot stays free and is tried again the next time. [`Kind::Busy`] with
+    /// [`ViewPolicy::Error`], saying who has views.
     pub fn recycle(&mut self) -> Result<()> {
+        self.queue_free()?;
+        if self.state.0.slots.views().is_empty() { Ok(()) } else { self.relieve() }
+    }
+
+    fn queue_free(&self) -> Result<()> {
         for slot in self.state.0.slots.take_free() {
             let mut planes = self.state.0.planes(slot.index());
             let queued = self.call(self.state.0.made_by, BufferCall::Queue, slot.index(), &mut planes);
@@ -368,6 +391,7 @@ impl Queue<Streaming> {
         };
         let lease = Slots::dequeued(&self.state.0.slots, buffer.index).ok_or_else(unknown)?;
         let memory = self.state.0.buffers.get(buffer.index as usize).ok_or_else(unknown)?;
+        self.relieve_at_once();
         let meta = meta(&buffer, &planes);
         if meta.flags.error {
             // The lease drops here, and the slot is queued again by the next `recycle`.
@@ -407,7 +431,8 @@ impl Queue<Streaming> {
     }
 
     fn turn<T>(self, state: fn(Pool) -> T) -> Queue<T> {
-        Queue { device: self.device, layout: self.layout, state: state(self.state.0) }
+        let Queue { device, layout, view_policy, state: state_now } = self;
+        Queue { device, layout, view_policy, state: state(state_now.0) }
     }
 
     fn switch(&self, on: bool) -> Result<()> {

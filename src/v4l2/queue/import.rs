@@ -50,7 +50,7 @@ impl Queue<Idle> {
         }
         let of = |buffer: Buffer| buffer.with_layout(layout.with_modifier(buffer.layout().modifier()));
         let buffers: Vec<_> = buffers.into_iter().map(of).collect::<Result<_>>()?;
-        Ok(Pool { slots: Slots::new(given), buffers, made_by: MadeBy::Others })
+        Ok(self.pool_of(buffers, MadeBy::Others))
     }
 
     /// Format, size, strides and memory planes are those agreed to, in dma-bufs.
