@@ -16,6 +16,7 @@ mod bufs;
 mod camera;
 mod capture;
 mod commands;
+mod cow;
 mod cycles;
 mod display;
 mod faults;
@@ -37,6 +38,7 @@ fn main() -> std::process::ExitCode {
         camera::TESTS,
         streams::TESTS,
         capture::TESTS,
+        cow::TESTS,
         display::TESTS,
         screen::TESTS,
         commands::TESTS,

@@ -1,11 +1,11 @@
 //! `Buffer`: memory with a layout.
 
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use crate::dmabuf::{DmaBuf, Identity};
 use crate::error::{Error, Kind, Result};
 use crate::format::{Layout, MAX_PLANES};
-use crate::memory::{Access, CpuAccess, Mapping, Memory};
+use crate::memory::{Access, CpuAccess, Mapping, Memory, Private};
 use std::os::fd::AsFd;
 
 /// Memory with a layout: one [`Memory`] for each memory plane. Clones are cheap and share the memory, which lives as long as
@@ -23,22 +23,40 @@ struct Inner {
     memory: Vec<Memory>,
     lens: [usize; MAX_PLANES],
     mappings: OnceLock<Vec<Mapping>>,
+    private: Mutex<PrivateMappings>,
 }
+
+/// Private mappings that no view uses now: one [`Private`] for each memory plane in each.
+#[derive(Debug, Default)]
+struct PrivateMappings {
+    idle: Vec<Vec<Private>>,
+    /// The exporter does not map privately.
+    refused: bool,
+}
+
+/// So many are kept: as many views of one frame as are open at a time in most programs.
+const IDLE_MAPPINGS: usize = 4;
 
 impl Buffer {
     /// Joins memory and layout. `lens` are the bytes of each memory plane that may be used.
     ///
     /// # Errors
-    /// [`Kind::Invalid`] if a row of the layout lies outside its memory plane.
+    /// [`Kind::Invalid`] if a row of the layout lies outside its memory plane, or a length is more than the memory has.
     pub fn new(layout: Layout, memory: Vec<Memory>, lens: &[usize]) -> Result<Buffer> {
         let bad = || Error::new(Kind::Invalid, "make a buffer of", layout.to_string());
         if memory.len() != lens.len() || memory.len() > MAX_PLANES {
             return Err(bad().because(format!("{} memory planes with {} lengths", memory.len(), lens.len())));
         }
+        for (plane, (memory, &len)) in memory.iter().zip(lens).enumerate() {
+            let there = memory.len()?;
+            if len > there {
+                return Err(bad().because(format!("{len} bytes of memory plane {plane}, which has {there}")));
+            }
+        }
         layout.check(lens).map_err(|cause| bad().because(cause))?;
         let mut all = [0; MAX_PLANES];
         all[..lens.len()].copy_from_slice(lens);
-        Ok(Buffer(Arc::new(Inner { layout, memory, lens: all, mappings: OnceLock::new() })))
+        Ok(Buffer(Arc::new(Inner { layout, memory, lens: all, mappings: OnceLock::new(), private: Mutex::default() })))
     }
 
     /// Format, size and where the colour planes lie.
@@ -136,6 +154,35 @@ impl Buffer {
             .collect()
     }
 
+    /// A private mapping of each memory plane in which nothing was written: one that a view has left, else a new one. `None` where the
+    /// exporter does not map privately.
+    ///
+    /// # Errors
+    /// What `mmap` says for want of memory or mappings.
+    pub(crate) fn take_private(&self) -> Result<Option<Vec<Private>>> {
+        let mut private = self.0.private.lock().unwrap_or_else(PoisonError::into_inner);
+        if private.refused {
+            return Ok(None);
+        }
+        if let Some(idle) = private.idle.pop() {
+            return Ok(Some(idle));
+        }
+        let planes = self.0.memory.iter().zip(self.0.lens);
+        let mapped = planes
+            .map(|(memory, len)| Private::map(memory, len))
+            .collect::<Result<Option<Vec<_>>>>()?;
+        private.refused = mapped.is_none();
+        Ok(mapped)
+    }
+
+    /// Keeps mappings in which nothing is written for the next view.
+    pub(crate) fn keep_private(&self, planes: Vec<Private>) {
+        let mut private = self.0.private.lock().unwrap_or_else(PoisonError::into_inner);
+        if private.idle.len() < IDLE_MAPPINGS {
+            private.idle.push(planes);
+        }
+    }
+
     fn identities(&self) -> impl Iterator<Item = Identity> {
         self.0.memory.iter().filter_map(|memory| match memory {
             Memory::DmaBuf(dma_buf) => Some(dma_buf.identity()),
@@ -173,6 +220,14 @@ impl BufferReader<'_> {
     /// The buffer's layout.
     pub fn layout(&self) -> &Layout {
         self.layout
+    }
+
+    /// Copies the start of memory plane `memory` into `out`; zeroes where there is none.
+    pub(crate) fn memory(&self, memory: usize, out: &mut [u8]) {
+        match self.mappings.get(memory) {
+            Some(mapping) => mapping.read(0, out),
+            None => out.fill(0),
+        }
     }
 
     /// Copies the start of row `row` of colour plane `plane` into `out`: as many bytes as `out` has, a row's pixels being

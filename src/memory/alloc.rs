@@ -107,6 +107,22 @@ impl fmt::Display for Allocator {
     }
 }
 
+impl Memory {
+    /// Length in bytes, whole pages.
+    ///
+    /// # Errors
+    /// What `fstat` says of a memfd.
+    pub fn len(&self) -> Result<usize> {
+        match self {
+            Memory::DmaBuf(dma_buf) => Ok(dma_buf.len()),
+            Memory::Plain(memfd) => {
+                let stat = nix::sys::stat::fstat(memfd).context("learn the size of", || "a memfd")?;
+                Ok(usize::try_from(stat.st_size).unwrap_or(0))
+            }
+        }
+    }
+}
+
 impl AsFd for Memory {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {

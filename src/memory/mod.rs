@@ -4,10 +4,15 @@
 
 mod alloc;
 mod mapping;
+mod private;
+mod region;
 
 pub use crate::uapi::Access;
 pub use alloc::{Allocator, Memory};
+pub(crate) use mapping::OwnedAccess;
 pub use mapping::{CpuAccess, Mapping};
+pub(crate) use private::Private;
+pub(crate) use region::Region;
 
 /// Bytes of a page of this machine's memory. Cost: none that matters (the C library has it from its start).
 pub fn page_size() -> usize {

@@ -6,6 +6,7 @@ use v4l::v4l_sys as sys;
 
 use super::camera::{CameraRequest, RateRequest};
 use super::{Api, Device, FormatOffer, Rate, Rates, raw};
+use crate::causes::Call;
 use crate::error::{Context, Error, Kind, Result};
 use crate::format::{Colour, Format, Fourcc, Layout};
 
@@ -102,10 +103,7 @@ pub(super) fn agree_format(device: &Device, request: &CameraRequest) -> Result<L
     }
     raw::set_format(device.as_fd(), &mut format)
         .context("set the format of", || device.name())
-        .map_err(|error| match error.kind() {
-            Kind::Busy => error.repair("another program streams from this camera; close it"),
-            _ => error,
-        })?;
+        .map_err(|error| Call::SetFormat.explain(error))?;
     let layout = read_layout(device, &format)?;
     match request.size {
         Some(wanted) if wanted != layout.size() => Err(lacks_size(device, &format, wanted, layout.size())),

@@ -7,12 +7,13 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::agree::{agree_format, agree_rate, memory_lens};
-use super::queue::{Allocated, Dequeued, Event, Idle, Queue, Streaming};
+use super::queue::{Allocated, Dequeued, Event, Idle, Queue, Streaming, held_by};
 use super::{Device, Rate};
 use crate::endpoint::{Ready, Source, SourceCounts};
 use crate::error::{Context, Error, Kind, Result};
 use crate::format::{Format, Fourcc, Layout};
-use crate::frame::{Buffer, Frame, Room};
+use crate::frame::{Buffer, Frame, Room, Slots, ViewInfo, ViewPolicy};
+use crate::ledger::Copies;
 
 /// A frame that has not come after this long is a failure.
 const WATCHDOG: Duration = Duration::from_secs(5);
@@ -188,6 +189,35 @@ impl Camera {
     pub fn use_own_buffers(&mut self) -> Result<()> {
         self.free()?;
         self.allocate()
+    }
+
+    /// Sets what happens when views of its frames ([`Frame::view`]) keep so many buffers that it would starve;
+    /// [`ViewPolicy::Detach`] at first.
+    pub fn set_view_policy(&mut self, policy: ViewPolicy) {
+        match &mut self.queue {
+            State::Idle(queue) => queue.set_view_policy(policy),
+            State::Allocated(queue) => queue.set_view_policy(policy),
+            State::Streaming(queue) => queue.set_view_policy(policy),
+            State::Turning => {}
+        }
+    }
+
+    /// Who has views of its frames now, the oldest first. No system call, no lock.
+    pub fn views(&self) -> Vec<ViewInfo> {
+        self.slots().map(|slots| slots.views().infos()).unwrap_or_default()
+    }
+
+    /// What was copied for views of its frames since its buffers were made: pages written, views detached, snapshots.
+    pub fn view_copies(&self) -> Vec<Copies> {
+        self.slots().map(|slots| slots.views().copies()).unwrap_or_default()
+    }
+
+    fn slots(&self) -> Option<&Slots> {
+        match &self.queue {
+            State::Allocated(queue) => Some(queue.slots()),
+            State::Streaming(queue) => Some(queue.slots()),
+            State::Idle(_) | State::Turning => None,
+        }
     }
 
     /// Gives up the buffers.
@@ -385,8 +415,12 @@ impl Source for Camera {
         let cause = format!("none came for {} s", self.watchdog.as_secs_f64());
         match &self.queue {
             State::Streaming(queue) if queue.counts().queued == 0 => {
-                let cause = format!("{cause}; the camera has no buffer to fill: {}", queue.counts());
-                error.because(cause).repair("drop frames sooner, or ask for more buffers")
+                let views = queue.views();
+                let cause = format!("{cause}; the camera has no buffer to fill: {}{}", queue.counts(), held_by(&views));
+                error.because(cause).repair(match views.is_empty() {
+                    true => "drop frames sooner, or ask for more buffers",
+                    false => "drop frames and views sooner, let the queue detach views, or ask for more buffers",
+                })
             }
             _ => error
                 .because(cause)

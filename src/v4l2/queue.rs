@@ -9,6 +9,7 @@
 //! ```
 
 mod import;
+mod shortage;
 
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd};
@@ -17,12 +18,17 @@ use std::sync::Arc;
 use nix::libc;
 use v4l::v4l_sys as sys;
 
+pub(super) use self::shortage::held_by;
 use super::raw::{self, BufferCall, MAX_V4L2_PLANES};
 use super::{Api, Device};
+use crate::causes::Call;
 use crate::dmabuf::DmaBuf;
 use crate::error::{Context, Error, Kind, Result};
 use crate::format::{Layout, MAX_PLANES};
-use crate::frame::{Buffer, Clock, Frame, FrameFlags, FrameMeta, MAX_SLOTS, SlotCounts, Slots, SlotsArc, Timestamp};
+use crate::frame::{
+    Buffer, Clock, Frame, FrameFlags, FrameMeta, MAX_SLOTS, SlotCounts, Slots, SlotsArc, Timestamp, ViewInfo,
+    ViewPolicy,
+};
 use crate::memory::Memory;
 
 /// No buffers.
@@ -45,6 +51,7 @@ pub struct Streaming(Pool);
 pub struct Queue<S> {
     device: Arc<Device>,
     layout: Layout,
+    view_policy: ViewPolicy,
     state: S,
 }
 
@@ -67,6 +74,8 @@ struct Pool {
     /// By slot, for the queue's whole life: the driver caches an import by the slot that it came in.
     buffers: Vec<Buffer>,
     made_by: MadeBy,
+    /// The driver starves with fewer buffers than this.
+    least_queued: u32,
 }
 
 /// Who made a queue's buffers.
@@ -123,7 +132,7 @@ impl<S> Queue<S> {
     }
 
     fn with<T>(self, state: T) -> Queue<T> {
-        Queue { device: self.device, layout: self.layout, state }
+        Queue { device: self.device, layout: self.layout, view_policy: self.view_policy, state }
     }
 
     fn request(&self, made_by: MadeBy, count: u32) -> Result<u32> {
@@ -138,20 +147,9 @@ impl<S> Queue<S> {
         };
         raw::request_buffers(self.device.as_fd(), &mut request)
             .context(step, || self.name())
-            .map_err(|error| match error.kind() {
-                Kind::Busy => error.repair("another program streams from this camera; close it"),
-                // vb2_verify_memory_type: the queue's io_modes lack the kind of memory.
-                _ if error.errno() == Some(libc::EINVAL) && made_by == MadeBy::Others && count > 0 => {
-                    error.repair("its driver does not import dma-bufs: use the camera's own buffers")
-                }
-                _ if error.errno() == Some(libc::EINVAL) => {
-                    error.repair("the driver refused; the kernel log may say why")
-                }
-                _ if error.errno() == Some(libc::ENOMEM) => error.repair(
-                    "ask for fewer or smaller buffers; a driver that needs contiguous memory takes it from CMA (cma= on the \
-                     kernel's command line)",
-                ),
-                _ => error,
+            .map_err(|error| match made_by {
+                MadeBy::Driver => Call::RequestOwn.explain(error),
+                MadeBy::Others => Call::RequestImport.explain(error),
             })?;
         Ok(request.count)
     }
@@ -189,7 +187,7 @@ impl<S> Queue<S> {
 impl Queue<Idle> {
     /// A queue without buffers, whose frames will have the layout that the driver has agreed to.
     pub(super) fn new(device: Arc<Device>, layout: Layout) -> Queue<Idle> {
-        Queue { device, layout, state: Idle(()) }
+        Queue { device, layout, view_policy: ViewPolicy::default(), state: Idle(()) }
     }
 
     /// Makes `count` buffers and exports each memory plane once. The driver may give more or fewer.
@@ -214,7 +212,14 @@ impl Queue<Idle> {
         }
         let layout = self.actual_layout()?;
         let buffers = (0..given).map(|index| self.export(layout, index)).collect::<Result<_>>()?;
-        Ok(Pool { slots: Slots::new(given), buffers, made_by: MadeBy::Driver })
+        Ok(self.pool_of(buffers, MadeBy::Driver))
+    }
+
+    fn pool_of(&self, buffers: Vec<Buffer>, made_by: MadeBy) -> Pool {
+        // MAX_SLOTS at most.
+        let count = buffers.len() as u32;
+        let least_queued = self.device.minimum_buffers().min(count.saturating_sub(1)).max(1);
+        Pool { slots: Slots::new(count), buffers, made_by, least_queued }
     }
 
     /// The layout with the offsets at which the driver starts its data (`v4l2_plane.data_offset`), which it only tells for
@@ -253,11 +258,7 @@ impl Queue<Idle> {
         for (plane, info) in (0u32..).zip(planes).take(count) {
             let fd = raw::export(self.device.as_fd(), buffer_type, index, plane);
             let fd = fd.context("export", || format!("buffer {index} of {} as a dma-buf", self.name()));
-            let fd = fd.map_err(|error| match error.errno() {
-                Some(libc::EMFILE) => error.repair("raise the limit (`ulimit -n`) or ask for fewer buffers"),
-                Some(libc::ENOTTY | libc::EINVAL) => error.repair("its driver cannot export buffers"),
-                _ => error,
-            })?;
+            let fd = fd.map_err(|error| Call::ExportBuffer.explain(error))?;
             let dma_buf = DmaBuf::new(fd)?;
             lens.push((info.length as usize).min(dma_buf.len()));
             memory.push(Memory::DmaBuf(dma_buf));
@@ -316,7 +317,8 @@ impl Queue<Allocated> {
     }
 
     fn turn<T>(self, state: fn(Pool) -> T) -> Queue<T> {
-        Queue { device: self.device, layout: self.layout, state: state(self.state.0) }
+        let Queue { device, layout, view_policy, state: state_now } = self;
+        Queue { device, layout, view_policy, state: state(state_now.0) }
     }
 }
 
@@ -331,11 +333,18 @@ impl Queue<Streaming> {
         self.state.0.slots.counts()
     }
 
-    /// Queues every slot whose last lease was dropped: one system call for each.
+    /// Queues every slot whose last lease was dropped: one system call for each. If views keep so many buffers that the driver would
+    /// starve, does what the [`ViewPolicy`] says; see [`set_view_policy`](Queue::set_view_policy).
     ///
     /// # Errors
-    /// What `VIDIOC_QBUF` says; the slot stays free and is tried again the next time.
+    /// What `VIDIOC_QBUF` says; the slot stays free and is tried again the next time. [`Kind::Busy`] with
+    /// [`ViewPolicy::Error`], saying who has views.
     pub fn recycle(&mut self) -> Result<()> {
+        self.queue_free()?;
+        if self.state.0.slots.views().is_empty() { Ok(()) } else { self.relieve() }
+    }
+
+    fn queue_free(&self) -> Result<()> {
         for slot in self.state.0.slots.take_free() {
             let mut planes = self.state.0.planes(slot.index());
             let queued = self.call(self.state.0.made_by, BufferCall::Queue, slot.index(), &mut planes);
@@ -368,6 +377,7 @@ impl Queue<Streaming> {
         };
         let lease = Slots::dequeued(&self.state.0.slots, buffer.index).ok_or_else(unknown)?;
         let memory = self.state.0.buffers.get(buffer.index as usize).ok_or_else(unknown)?;
+        self.relieve_at_once();
         let meta = meta(&buffer, &planes);
         if meta.flags.error {
             // The lease drops here, and the slot is queued again by the next `recycle`.
@@ -407,7 +417,8 @@ impl Queue<Streaming> {
     }
 
     fn turn<T>(self, state: fn(Pool) -> T) -> Queue<T> {
-        Queue { device: self.device, layout: self.layout, state: state(self.state.0) }
+        let Queue { device, layout, view_policy, state: state_now } = self;
+        Queue { device, layout, view_policy, state: state(state_now.0) }
     }
 
     fn switch(&self, on: bool) -> Result<()> {
@@ -416,7 +427,10 @@ impl Queue<Streaming> {
             true => raw::stream_on(self.device.as_fd(), &mut buffer_type),
             false => raw::stream_off(self.device.as_fd(), &mut buffer_type),
         };
-        switched.map_err(|error| self.broken(if on { "start" } else { "stop" }, error))
+        switched.map_err(|error| match on {
+            true => Call::StreamOn.explain(Error::from_io("start", self.name(), error)),
+            false => self.broken("stop", error),
+        })
     }
 
     /// What a refusal of `VIDIOC_QBUF` means: for somebody else's memory, that it cannot be imported.

@@ -50,7 +50,7 @@ impl Queue<Idle> {
         }
         let of = |buffer: Buffer| buffer.with_layout(layout.with_modifier(buffer.layout().modifier()));
         let buffers: Vec<_> = buffers.into_iter().map(of).collect::<Result<_>>()?;
-        Ok(Pool { slots: Slots::new(given), buffers, made_by: MadeBy::Others })
+        Ok(self.pool_of(buffers, MadeBy::Others))
     }
 
     /// Format, size, strides and memory planes are those agreed to, in dma-bufs.
@@ -108,24 +108,7 @@ fn planes_of(buffer: &Buffer) -> [sys::v4l2_plane; MAX_V4L2_PLANES] {
     planes
 }
 
-/// What a driver's refusal of somebody else's memory means; the errnos are those of vb2's `attach_dmabuf` and `map_dmabuf` and of
-/// `__prepare_dmabuf`.
+/// A driver's refusal of somebody else's memory.
 pub(super) fn refused(step: &'static str, name: String, error: std::io::Error) -> Error {
-    let error = Error::from_io(step, name, error);
-    match error.errno() {
-        // vb2_dc_map_dmabuf, "contiguous chunk is too small".
-        Some(libc::EFAULT) => error.repair(
-            "the device likely needs contiguous memory, and this is not: use the camera's own buffers, or a dma-heap of \
-             contiguous memory",
-        ),
-        // __prepare_dmabuf: no dma-buf, or shorter than the driver's format needs.
-        Some(libc::EINVAL) => error.repair(
-            "the driver refused the memory, likely as too short for its format; the kernel log may say why",
-        ),
-        Some(libc::ENOMEM | libc::EIO) => {
-            error.repair("the memory could not be mapped for the device: use the camera's own buffers")
-        }
-        Some(libc::ENODEV) => error.repair("the camera was disconnected"),
-        _ => error,
-    }
+    Call::ImportBuffer.explain(Error::from_io(step, name, error))
 }
