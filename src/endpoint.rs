@@ -105,6 +105,15 @@ pub trait Source: AsFd {
         Ok(())
     }
 
+    /// After [`FormatChanged`](crate::error::Kind::FormatChanged): stops, learns what comes now, and has new buffers for it, not
+    /// started. Frames that are leased stay valid.
+    ///
+    /// # Errors
+    /// [`Kind::Timeout`] while there is no signal that can be locked to: another change will follow. Otherwise the device's refusal.
+    fn follow(&mut self) -> Result<()> {
+        Err(Error::new(Kind::Unsupported, "follow the change of", self.name()).because("it does not change"))
+    }
+
     /// The longest wait for a frame that is not a failure.
     fn watchdog(&self) -> Option<Duration> {
         None
@@ -317,6 +326,16 @@ pub struct Verdict {
     pub first_wrong: Option<(u64, u32)>,
 }
 
+impl Verdict {
+    /// Adds a later one.
+    pub(crate) fn add(&mut self, later: Verdict) {
+        let place = |(place, sequence)| (place + self.checked, sequence);
+        self.first_wrong = self.first_wrong.or(later.first_wrong.map(place));
+        self.checked += later.checked;
+        self.wrong += later.wrong;
+    }
+}
+
 /// Consumes frames.
 pub trait Sink {
     /// What a person calls it: a device node, or `png:FILE`.
@@ -384,6 +403,15 @@ pub trait Sink {
     /// The device's failure, or that of the file.
     fn finish(&mut self) -> Result<Option<Shown>> {
         Ok(None)
+    }
+
+    /// Keeps showing the newest picture without the source's memory: gives up every frame. Frames that were on their way are
+    /// [finished](Sink::finish) first. Nothing to do for a sink that holds none.
+    ///
+    /// # Errors
+    /// The device's failure; the frames are held on then.
+    fn hold(&mut self) -> Result<()> {
+        Ok(())
     }
 
     /// Frames taken and never shown, because a newer one came first.

@@ -21,6 +21,7 @@ use crate::endpoint::{ImportCache, JoinError, Refusal, Rung, Shown, Sink, Verdic
 use crate::error::{Error, Kind, Result};
 use crate::format::{Format, Layout};
 use crate::frame::{Buffer, Frame, Room};
+use crate::ledger::Ledger;
 
 /// Longest wait for a page flip, in ms: the kernel itself gives up after 10 s (drm_atomic_helper_wait_for_flip_done).
 const FLIP_TIMEOUT_MS: u16 = 15_000;
@@ -64,6 +65,11 @@ pub struct Display {
     waiting: Option<Frame>,
     fifo: Fifo,
     dropped: u64,
+    /// Imports made before the join that holds.
+    imports_before: u64,
+    /// What verification found on ways that were left.
+    verified: Verdict,
+    ledger: Ledger,
     /// When the last frame came on screen, and when the pending one is expected to, by the mode's refresh; µs of `CLOCK_MONOTONIC`.
     last_flip_us: u64,
     flip_due_us: u64,
@@ -78,8 +84,10 @@ struct Way {
     /// The framebuffer of the plane: the request of every frame after the first.
     flip: Request,
     saved: Saved,
-    /// Whether the screen shows frames of ours.
+    /// Whether the screen shows frames of ours that came this way.
     lit: bool,
+    /// Whether it shows one that came another way, and so must be put back all the same.
+    left: bool,
     verifier: Option<Verifier>,
 }
 
@@ -110,6 +118,9 @@ impl Display {
             waiting: None,
             fifo: Fifo::new(),
             dropped: 0,
+            imports_before: 0,
+            verified: Verdict::default(),
+            ledger: Ledger::new(),
             last_flip_us: 0,
             flip_due_us: 0,
             framebuffers: ImportCache::new(),
@@ -142,13 +153,13 @@ impl Display {
     /// The kernel's refusal, for example if another process became DRM master.
     pub fn restore(&mut self) -> Result<()> {
         let restored = match &mut self.way {
-            Some(way) if way.lit => {
+            Some(way) if way.lit || way.left => {
                 if let Some(verifier) = &mut way.verifier {
                     verifier.end();
                 }
                 // Blocks until a pending flip is done, so that no frame is given up while it is on its way to the screen.
                 let restored = way.saved.restore(&self.card);
-                way.lit = restored.is_err();
+                (way.lit, way.left) = (restored.is_err(), false);
                 restored
             }
             _ => Ok(()),
@@ -306,6 +317,28 @@ impl Display {
         imported.map(Framebuffer::id).map_err(error)
     }
 
+    /// The way of before is given up for another, which the first frame will take; until then the picture stays. What was on screen
+    /// before both is what is put back at the end.
+    fn leave(&mut self, mut before: Way, next: &mut Way) -> Result<()> {
+        if let Some(mut verifier) = before.verifier.take() {
+            verifier.end();
+            self.verified.add(verifier.verdict());
+        }
+        if !before.lit {
+            return Ok(());
+        }
+        if before.route.crtc == next.route.crtc && before.route.connector == next.route.connector {
+            next.saved = before.saved;
+            next.left = true;
+            return Ok(());
+        }
+        // Another output: the one of before goes back to what it was, and what `choose` has saved of the next holds still.
+        self.way = Some(before);
+        let restored = self.restore();
+        self.way = None;
+        restored
+    }
+
     /// The first way that the driver agrees to, tried with a real framebuffer.
     fn choose(&self, routes: Vec<Route>, layout: &Layout, buffer: &Buffer) -> Result<Way, JoinError> {
         let mut refused = None;
@@ -320,7 +353,7 @@ impl Display {
                     let mut flip = Request::default();
                     flip.object(route.plane).set(setup.framebuffer, 0);
                     let saved = Saved::read(&self.card, &route)?;
-                    return Ok(Way { route, setup, flip, saved, lit: false, verifier: None });
+                    return Ok(Way { route, setup, flip, saved, lit: false, left: false, verifier: None });
                 }
                 Err(cause) => refused = Some((route, cause)),
             }
@@ -358,13 +391,14 @@ impl Sink for Display {
     }
 
     fn join(&mut self, layout: &Layout, rate: Option<f64>, buffers: &[Buffer]) -> Result<Rung, JoinError> {
-        if self.way.as_ref().is_some_and(|way| way.lit) {
+        if self.pending.is_some() || self.waiting.is_some() {
             let error = Error::new(Kind::Invalid, "join another source to", &self.name);
             return Err(error
-                .because("it shows frames of one already")
-                .repair("restore it first")
+                .because("frames are on their way to it")
+                .repair("finish them first")
                 .into());
         }
+        self.imports_before = self.framebuffers.imports();
         let routes = Route::candidates(&self.card, layout, rate)?;
         if let Some(refusal) = shown_wrong(&self.card, layout) {
             return Err(refusal.into());
@@ -378,6 +412,9 @@ impl Sink for Display {
         let mut way = self.choose(routes, layout, buffer)?;
         if self.request.verify {
             way.verifier = Some(Verifier::new(&self.card, &way.route, layout, buffers.len())?);
+        }
+        if let Some(before) = self.way.take() {
+            self.leave(before, &mut way)?;
         }
         self.way = Some(way);
         Ok(Rung::Exported)
@@ -449,11 +486,22 @@ impl Sink for Display {
     }
 
     fn imports(&self) -> u64 {
-        self.framebuffers.imports()
+        self.framebuffers.imports() - self.imports_before
+    }
+
+    fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    fn hold(&mut self) -> Result<()> {
+        keep::keep_picture(self)
     }
 
     fn verdict(&self) -> Option<Verdict> {
-        self.way.as_ref()?.verifier.as_ref().map(Verifier::verdict)
+        let now = self.way.as_ref()?.verifier.as_ref().map(Verifier::verdict)?;
+        let mut all = self.verified;
+        all.add(now);
+        Some(all)
     }
 }
 

@@ -13,6 +13,7 @@ mod fifo;
 mod flip;
 mod gem;
 mod import;
+mod keep;
 mod master;
 mod offers;
 mod predict;
