@@ -378,9 +378,8 @@ fn a_watch_ends() -> anyhow::Result<Outcome> {
 fn on_a_terminal() -> anyhow::Result<Outcome> {
     const ROWS: usize = 5;
     let program = dmaflow("").get_program().to_string_lossy().into_owned();
-    let line = format!(
-        "stty cols 30 rows {ROWS}; timeout --foreground --preserve-status -s INT 3 {program} bufs --watch --interval 0.5; echo =$?="
-    );
+    let limited = format!("timeout --foreground --preserve-status -s INT 3 {program}");
+    let line = format!("stty cols 30 rows {ROWS}; {limited} bufs --watch --interval 0.5; echo =$?=");
     let run = finish(std::process::Command::new("script").args(["-qc", &line, "/dev/null"]))?;
     ensure!(run.stdout.contains("=0="), "it did not end in order: {:?}", run.stdout);
     let frames: Vec<_> = run.stdout.split("\x1b[H").skip(1).collect();

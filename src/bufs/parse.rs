@@ -51,6 +51,7 @@ pub(super) struct MapLine {
     /// Major and minor number of the file system's device.
     pub(super) device: (u32, u32),
     pub(super) inode: u64,
+    /// With line ends as `\012`, which a name can hold as well.
     pub(super) name: Option<String>,
 }
 

@@ -37,17 +37,17 @@ fn watch(args: &BufsArgs) -> anyhow::Result<ExitCode> {
         (false, false) => View::Lines(None),
     };
     let mut watch = Watch::new();
-    let start = Instant::now();
-    let mut next = start;
+    let mut first = None;
+    let mut next = Instant::now();
     loop {
         let inventory = Inventory::take()?;
         let totals = Totals::of(&inventory);
         let now = Instant::now();
         watch.look(&inventory, &totals, now);
-        let watched = Watched { watch: &watch, now, since: start };
+        let watched = Watched { watch: &watch, now, since: *first.get_or_insert(now) };
         let report = Report::new(&inventory, &totals, Some(&watched), SystemTime::now());
         let unseen = unseen(&inventory.unseen);
-        if next == start {
+        if now == watched.since {
             unseen.iter().for_each(|line| output::note(line));
         }
         if let Some(text) = view.text(&report, unseen)? {

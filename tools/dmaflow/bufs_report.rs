@@ -213,7 +213,10 @@ impl Report {
             0 => String::new(),
             count => format!(", and {count} of unknown size"),
         };
-        let mut lines = vec![format!("{}, {}{unknown}", count(self.total.buffers, "dma-buf"), size(self.total.bytes))];
+        let whole =
+            if self.sees_all() && self.unseen.debugfs.is_none() { "" } else { " (of those that could be seen)" };
+        let dma_bufs = count(self.total.buffers, "dma-buf");
+        let mut lines = vec![format!("{dma_bufs}, {}{unknown}{whole}", size(self.total.bytes))];
         let mark = |grows: &Option<Vec<GrowthReport>>| {
             growth(grows.as_ref()).map_or(String::new(), |how| format!("ONLY GROWS: {how}"))
         };
@@ -373,8 +376,8 @@ pub fn unseen(unseen: &Unseen) -> Vec<String> {
             more => format!(" and {more} more"),
         };
         let named = names.iter().take(NAMED).cloned().collect::<Vec<_>>().join(", ");
-        let processes = if names.len() == 1 { "process" } else { "processes" };
-        lines.push(format!("not seen: what {} {processes} hold ({named}{more}): {why}", names.len()));
+        let hold = if names.len() == 1 { "process holds" } else { "processes hold" };
+        lines.push(format!("not seen: what {} {hold} ({named}{more}): {why}", names.len()));
     }
     if let Some(why) = &unseen.proc {
         lines.push(format!("not seen: other users' processes: {why}"));
