@@ -21,12 +21,14 @@
 //!
 //! - [`mod@format`]: pixel formats, layouts, colours. [`dmabuf`], [`memory`]: shared memory and the CPU's way to it.
 //! - [`frame`]: buffers, frames, leases. [`endpoint`]: the traits of sources, sinks and importers, and refusals.
+//! - [`convert`]: a picture in another format, made by the CPU.
 //! - [`v4l2`], [`pattern`]: sources. [`kms`], [`sink`]: sinks. [`pipe`]: the loop between them. [`ledger`]: what was copied.
 //! - Everything pollable is `AsFd`; the library has no threads and no event loop of its own.
 
 #![warn(unreachable_pub)]
 
 mod clock;
+pub mod convert;
 pub mod dmabuf;
 pub mod endpoint;
 pub mod error;

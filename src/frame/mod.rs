@@ -4,7 +4,7 @@ mod buffer;
 mod lease;
 mod meta;
 
-pub use buffer::{Buffer, BufferReader, WeakBuffer};
+pub use buffer::{Buffer, BufferReader, BufferWriter, WeakBuffer};
 pub use lease::{Lease, MAX_SLOTS, SlotCounts, Stage};
 pub(crate) use lease::{Slots, SlotsArc};
 pub use meta::{Clock, FrameFlags, FrameMeta, Timestamp};

@@ -4,7 +4,9 @@
 
 mod alloc;
 mod mapping;
+mod span;
 
 pub use crate::uapi::Access;
 pub use alloc::{Allocator, Memory};
 pub use mapping::{CpuAccess, Mapping};
+pub use span::Span;
