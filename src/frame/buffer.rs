@@ -1,11 +1,11 @@
 //! `Buffer`: memory with a layout.
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use crate::dmabuf::{DmaBuf, Identity};
 use crate::error::{Error, Kind, Result};
 use crate::format::{Layout, MAX_PLANES};
-use crate::memory::{Access, CpuAccess, Mapping, Memory, Private};
+use crate::memory::{Access, CpuAccess, Mapping, Memory, Private, Span};
 use std::os::fd::AsFd;
 
 /// Memory with a layout: one [`Memory`] for each memory plane. Clones are cheap and share the memory, which lives as long as
@@ -24,6 +24,8 @@ struct Inner {
     lens: [usize; MAX_PLANES],
     mappings: OnceLock<Vec<Mapping>>,
     private: Mutex<PrivateMappings>,
+    /// For writing. Locked while it is written: two writers would tear each other's picture.
+    writable: Mutex<Vec<Mapping>>,
 }
 
 /// Private mappings that no view uses now: one [`Private`] for each memory plane in each.
@@ -56,7 +58,15 @@ impl Buffer {
         layout.check(lens).map_err(|cause| bad().because(cause))?;
         let mut all = [0; MAX_PLANES];
         all[..lens.len()].copy_from_slice(lens);
-        Ok(Buffer(Arc::new(Inner { layout, memory, lens: all, mappings: OnceLock::new(), private: Mutex::default() })))
+        let inner = Inner {
+            layout,
+            memory,
+            lens: all,
+            mappings: OnceLock::new(),
+            private: Mutex::default(),
+            writable: Mutex::default(),
+        };
+        Ok(Buffer(Arc::new(inner)))
     }
 
     /// Format, size and where the colour planes lie.
@@ -132,13 +142,32 @@ impl Buffer {
                 self.0.mappings.get_or_init(|| made)
             }
         };
+        Ok(BufferReader { layout: &self.0.layout, mappings, _access: self.begin(Access::Read)? })
+    }
+
+    /// Opens the buffer for writing by the CPU; as [`Buffer::read`] otherwise. A second writer waits for the first. What reads
+    /// the memory meanwhile, a device or a [`BufferReader`], sees the picture half done: the caller sees to it that nothing does.
+    ///
+    /// # Errors
+    /// If the exporter does not allow a mapping for writing, or refuses CPU access.
+    pub fn write(&self) -> Result<BufferWriter<'_>> {
+        // A writer that panicked left a picture half done and nothing else.
+        let mut mappings = self.0.writable.lock().unwrap_or_else(PoisonError::into_inner);
+        if mappings.is_empty() {
+            *mappings = self.map(Access::ReadWrite)?;
+        }
+        Ok(BufferWriter { layout: &self.0.layout, mappings, access: self.begin(Access::ReadWrite)? })
+    }
+
+    /// Begins CPU access to every memory plane that is a dma-buf.
+    fn begin(&self, how: Access) -> Result<[Option<CpuAccess<'_>>; MAX_PLANES]> {
         let mut access = [const { None }; MAX_PLANES];
         for (slot, memory) in access.iter_mut().zip(&self.0.memory) {
             if let Memory::DmaBuf(dma_buf) = memory {
-                *slot = Some(CpuAccess::begin(dma_buf, Access::Read)?);
+                *slot = Some(CpuAccess::begin(dma_buf, how)?);
             }
         }
-        Ok(BufferReader { layout: &self.0.layout, mappings, _access: access })
+        Ok(access)
     }
 
     /// Maps every memory plane anew.
@@ -222,14 +251,6 @@ impl BufferReader<'_> {
         self.layout
     }
 
-    /// Copies the start of memory plane `memory` into `out`; zeroes where there is none.
-    pub(crate) fn memory(&self, memory: usize, out: &mut [u8]) {
-        match self.mappings.get(memory) {
-            Some(mapping) => mapping.read(0, out),
-            None => out.fill(0),
-        }
-    }
-
     /// Copies the start of row `row` of colour plane `plane` into `out`: as many bytes as `out` has, a row's pixels being
     /// [`Format::row_bytes`](crate::format::Format::row_bytes). What is outside the memory reads as zero.
     pub fn row(&self, plane: usize, row: u32, out: &mut [u8]) {
@@ -241,6 +262,54 @@ impl BufferReader<'_> {
             }
             None => out.fill(0),
         }
+    }
+
+    /// The bytes of memory plane `memory`; `None` if there is none. For what must not, or need not, go through [`row`](Self::row).
+    pub fn memory(&self, memory: u32) -> Option<Span<'_>> {
+        self.mappings.get(memory as usize).map(Mapping::span)
+    }
+}
+
+/// A buffer open for writing by the CPU; rows are copied in. Readable for devices when this is gone.
+#[derive(Debug)]
+pub struct BufferWriter<'a> {
+    layout: &'a Layout,
+    mappings: MutexGuard<'a, Vec<Mapping>>,
+    access: [Option<CpuAccess<'a>>; MAX_PLANES],
+}
+
+impl BufferWriter<'_> {
+    /// The buffer's layout.
+    pub fn layout(&self) -> &Layout {
+        self.layout
+    }
+
+    /// Copies `bytes` to the start of row `row` of colour plane `plane`. What is outside the memory is left out.
+    pub fn row(&mut self, plane: usize, row: u32, bytes: &[u8]) {
+        if let Some((mapping, offset)) = self.find(plane, row) {
+            mapping.write(offset, bytes);
+        }
+    }
+
+    /// Copies memory to row `row` of colour plane `plane` and, as far as it reaches, the rows after it. Whether all of it had a
+    /// place; nothing is copied otherwise.
+    pub fn rows(&mut self, plane: usize, row: u32, from: Span<'_>) -> bool {
+        self.find(plane, row)
+            .is_some_and(|(mapping, offset)| mapping.copy_from(offset, from))
+    }
+
+    /// Ends CPU access, so that devices see what was written. Dropping does the same and cannot report a failure.
+    ///
+    /// # Errors
+    /// What `DMA_BUF_IOCTL_SYNC` says.
+    pub fn end(self) -> Result<()> {
+        self.access.into_iter().flatten().try_for_each(CpuAccess::end)
+    }
+
+    fn find(&mut self, plane: usize, row: u32) -> Option<(&mut Mapping, usize)> {
+        let place = self.layout.planes().get(plane).filter(|_| row < self.layout.height())?;
+        let mapping = self.mappings.get_mut(place.memory as usize)?;
+        Some((mapping, place.offset as usize + place.stride as usize * row as usize))
     }
 }
 
@@ -268,6 +337,29 @@ mod tests {
         assert_eq!(row, [9, 10, 11, 12]);
         reader.row(7, 0, &mut row);
         assert_eq!(row, [0; 4]);
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let buffer = plain("NV12", (4, 4));
+        let mut writer = buffer.write().unwrap();
+        writer.row(0, 3, &[1, 2, 3, 4]);
+        writer.row(1, 1, &[5, 6, 7, 8, 9]);
+        writer.row(0, 4, &[1; 4]);
+        writer.row(9, 0, &[1; 4]);
+        let other = plain("GREY", (4, 4));
+        other.write().unwrap().row(0, 1, &[7; 8]);
+        let reader = other.read().unwrap();
+        let span = reader.memory(0).unwrap();
+        assert!(writer.rows(0, 0, span.part(4, 8).unwrap()));
+        assert!(!writer.rows(1, 1, span), "{} bytes, of which not all fit", span.len());
+        assert!(reader.memory(1).is_none());
+        writer.end().unwrap();
+        let (mut row, reader) = ([0; 4], buffer.read().unwrap());
+        for (plane, at, expected) in [(0, 0, [7; 4]), (0, 1, [7; 4]), (0, 3, [1, 2, 3, 4]), (1, 1, [5, 6, 7, 8])] {
+            reader.row(plane, at, &mut row);
+            assert_eq!(row, expected);
+        }
     }
 
     #[test]

@@ -6,11 +6,11 @@ mod lease;
 mod meta;
 mod room;
 
-pub use buffer::{Buffer, BufferReader, WeakBuffer};
+pub use buffer::{Buffer, BufferReader, BufferWriter, WeakBuffer};
 pub(crate) use cow::Views;
 pub use cow::{CowView, MAX_VIEWS, RawView, ViewInfo, ViewPages, ViewPolicy};
+pub(crate) use lease::{FreeSlot, Slots, SlotsArc};
 pub use lease::{Lease, MAX_SLOTS, SlotCounts, Stage};
-pub(crate) use lease::{Slots, SlotsArc};
 pub use meta::{Clock, FrameFlags, FrameMeta, Timestamp};
 pub use room::Room;
 

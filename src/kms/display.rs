@@ -60,7 +60,7 @@ pub struct Display {
     way: Option<Way>,
     // Before the frames: dropped in this order, so that a framebuffer has left the screen when its frame's lease ends.
     framebuffers: ImportCache<Framebuffer>,
-    on_screen: Option<Frame>,
+    pub(super) on_screen: Option<Frame>,
     pending: Option<Frame>,
     waiting: Option<Frame>,
     fifo: Fifo,
@@ -69,7 +69,7 @@ pub struct Display {
     imports_before: u64,
     /// What verification found on ways that were left.
     verified: Verdict,
-    ledger: Ledger,
+    pub(super) ledger: Ledger,
     /// When the last frame came on screen, and when the pending one is expected to, by the mode's refresh; µs of `CLOCK_MONOTONIC`.
     last_flip_us: u64,
     flip_due_us: u64,
@@ -304,6 +304,13 @@ impl Display {
         shown
     }
 
+    /// Shows a frame that nobody counts, in place of what is on screen, and returns when it is there.
+    pub(super) fn replace_picture(&mut self, frame: Frame) -> Result<()> {
+        self.flip(&frame, CommitFlags::default())?;
+        self.put_on_screen(frame);
+        Ok(())
+    }
+
     fn put_on_screen(&mut self, frame: Frame) {
         frame.lease().mark_on_screen();
         self.on_screen = Some(frame);
@@ -494,7 +501,7 @@ impl Sink for Display {
     }
 
     fn hold(&mut self) -> Result<()> {
-        keep::keep_picture(self)
+        self.keep_picture()
     }
 
     fn verdict(&self) -> Option<Verdict> {

@@ -6,9 +6,13 @@ use crate::error::{Error, Kind, Result};
 use crate::format::{Format, Layout, MAX_PLANES, Pixels};
 use crate::frame::{Buffer, Frame, FrameMeta, SlotCounts, Slots, SlotsArc};
 use crate::ledger::Ledger;
+use crate::memory::Span;
 
 /// Who the views of this module say that they are.
 const HOLDER: &str = "dmaflow: copy for the sink";
+
+/// Memory planes by number: as many as a layout can have.
+const SPANS: [u32; MAX_PLANES] = [0, 1, 2, 3];
 
 /// On screen, about to be, waiting, and one to write into.
 pub(super) const BUFFERS: u32 = 4;
@@ -46,7 +50,9 @@ impl Copier {
     /// [`Kind::Unsupported`] if there is no conversion; [`Kind::Invalid`] without a buffer.
     pub(super) fn new(from: &Layout, buffers: Vec<Buffer>, demanded: bool) -> Result<Copier> {
         let about = |kind| Error::new(kind, "copy", from.to_string());
-        let first = buffers.first().ok_or_else(|| about(Kind::Invalid).because("there is nothing to copy into"))?;
+        let first = buffers
+            .first()
+            .ok_or_else(|| about(Kind::Invalid).because("there is nothing to copy into"))?;
         let to = *first.layout();
         let converter = Converter::new(from, &to).map_err(|cause| about(Kind::Unsupported).because(cause))?;
         let cause = match (from.format() == to.format(), demanded) {
@@ -59,12 +65,12 @@ impl Copier {
     }
 
     /// The buffers that frames are copied into.
-    pub(super) fn buffers(&self) -> &[Buffer] {
+    pub(crate) fn buffers(&self) -> &[Buffer] {
         &self.buffers
     }
 
     /// What frames become.
-    pub(super) fn layout(&self) -> &Layout {
+    pub(crate) fn layout(&self) -> &Layout {
         self.converter.to()
     }
 
@@ -85,8 +91,9 @@ impl Copier {
 
     /// From now on compares each copy with the frame that it was made from: bytes where the formats are equal, else each channel with
     /// what [`Pixels::rgb`] makes of the frame, one step aside at most.
-    pub(super) fn check(&mut self) {
-        self.check.get_or_insert_with(|| Check::new(self.converter.from(), self.converter.to()));
+    pub(crate) fn check(&mut self) {
+        self.check
+            .get_or_insert_with(|| Check::new(self.converter.from(), self.converter.to()));
     }
 
     /// The copies that were wrong, if they were [checked](Copier::check).
@@ -111,11 +118,7 @@ impl Copier {
         let buffer = self.buffers.get(index as usize).ok_or_else(lost)?;
         let view = frame.view(HOLDER)?;
         let mut writer = buffer.write()?;
-        let memory = [0, 1, 2].map(|memory| view.memory(memory));
-        let mut spans = [crate::memory::Span::EMPTY; MAX_PLANES];
-        for (span, memory) in spans.iter_mut().zip(memory) {
-            *span = memory.unwrap_or(*span);
-        }
+        let spans = SPANS.map(|memory| view.memory(memory).unwrap_or(Span::EMPTY));
         let bytes = self.converter.copy(&spans, &mut writer);
         writer.end()?;
         self.ledger.enter(self.cause, bytes);
@@ -159,9 +162,15 @@ impl Check {
                 true => vec![0; format.row_bytes(plane, layout.width()) as usize],
                 false => Vec::new(),
             };
-            [0, 1, 2].map(row)
+            [0, 1, 2, 3].map(row)
         };
-        Check { same: from.format() == to.format(), from: rows(from), to: rows(to), captured: 0, verdict: Verdict::default() }
+        Check {
+            same: from.format() == to.format(),
+            from: rows(from),
+            to: rows(to),
+            captured: 0,
+            verdict: Verdict::default(),
+        }
     }
 
     fn compare(&mut self, frame: &Frame, copy: &Frame) -> Result<()> {

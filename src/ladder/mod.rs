@@ -56,7 +56,9 @@ pub enum NoWay {
 
 /// The last refusal says what is left to do; those before it led there.
 fn last(refusals: &[Refusal]) -> String {
-    refusals.last().map_or_else(|| "there is no rung to try".to_owned(), Refusal::to_string)
+    refusals
+        .last()
+        .map_or_else(|| "there is no rung to try".to_owned(), Refusal::to_string)
 }
 
 /// Joins a source that does not stream to a sink. Nothing flows, and nobody sees a change.
@@ -72,7 +74,9 @@ pub fn join(source: &mut dyn Source, sink: &mut dyn Sink, path: Path) -> Result<
                 refusals.push(reads_itself());
                 return Err(NoWay::Refused(refusals));
             }
-            Ok(rung) if path != Path::Copy || rung == Rung::Copied => return Ok(Joined { rung, refusals, copier: None }),
+            Ok(rung) if path != Path::Copy || rung == Rung::Copied => {
+                return Ok(Joined { rung, refusals, copier: None });
+            }
             Ok(_) => {}
             Err(JoinError::Refused(refusal)) => refusals.push(refusal),
             Err(JoinError::Failed(error)) => return Err(error.into()),
@@ -175,8 +179,10 @@ pub fn reverse(
     let layout = *source.layout();
     if sink.formats().is_some_and(|formats| !formats.contains(&layout.format())) {
         // Whoever makes the memory, the pixels are what they are.
-        let why = exported.map_or_else(|| format!("the sink has no {}", layout.format()), |refusal| refusal.why.clone());
-        let repair = exported.map_or_else(|| "choose a format that both have".to_owned(), |refusal| refusal.repair.clone());
+        let why =
+            exported.map_or_else(|| format!("the sink has no {}", layout.format()), |refusal| refusal.why.clone());
+        let repair =
+            exported.map_or_else(|| "choose a format that both have".to_owned(), |refusal| refusal.repair.clone());
         let step = exported.map_or("formats", |refusal| refusal.step);
         return Ok(Err(vec![Refusal { rung: Rung::Reverse, step, errno: None, why, repair }]));
     }
@@ -233,7 +239,9 @@ fn try_reverse(
 /// The same picture in one memory plane, its rows as short as they can be.
 fn one_memory_plane(layout: &Layout) -> Result<Layout> {
     let bad = |cause| Error::new(Kind::Invalid, "lay out", "a buffer").because(cause);
-    Ok(Layout::packed(layout.format(), layout.size(), 1).map_err(bad)?.with_colour(layout.colour()))
+    Ok(Layout::packed(layout.format(), layout.size(), 1)
+        .map_err(bad)?
+        .with_colour(layout.colour()))
 }
 
 /// How the layout that a source has agreed to is another than the one asked for.
@@ -246,7 +254,9 @@ fn differs(wished: &Layout, agreed: &Layout) -> Option<String> {
         ));
     }
     let strides = wished.planes().iter().zip(agreed.planes());
-    let other = strides.map(|(wished, agreed)| (wished.stride, agreed.stride)).find(|(wished, agreed)| wished != agreed);
+    let other = strides
+        .map(|(wished, agreed)| (wished.stride, agreed.stride))
+        .find(|(wished, agreed)| wished != agreed);
     other.map(|(wished, agreed)| format!("makes rows of {agreed} bytes, and the buffers have {wished}"))
 }
 

@@ -10,6 +10,8 @@ use crate::dmabuf::DmaBuf;
 use crate::error::{Context, Error, Kind, Result};
 use crate::uapi::{Access, dma_buf_sync};
 
+use super::span::{Span, copy};
+
 /// A shared mapping (`MAP_SHARED`) of a buffer. Unmapped on drop.
 #[derive(Debug)]
 pub struct Mapping {
@@ -54,18 +56,25 @@ impl Mapping {
 
     /// Copies bytes out, from `offset` on. Bytes past the end of the mapping are zero in `out`.
     pub fn read(&self, offset: usize, out: &mut [u8]) {
-        let there = self.len().saturating_sub(offset).min(out.len());
-        let (inside, outside) = out.split_at_mut(there);
-        if there > 0 {
-            // SAFETY: `offset + there` is at most the mapping's length, which is mapped readable for the life of `self`;
-            // `inside` is this function's own memory and cannot overlap a mapping that the kernel placed.
-            unsafe {
-                self.start
-                    .add(offset)
-                    .copy_to_nonoverlapping(NonNull::from(&mut *inside).cast(), there)
-            };
+        self.span().read(offset, out);
+    }
+
+    /// The whole of it as a [`Span`].
+    pub fn span(&self) -> Span<'_> {
+        // SAFETY: it is mapped readable for as long as `self` lives, and there is no reference into it.
+        unsafe { Span::new(self.start, self.len()) }
+    }
+
+    /// Copies all of `from` to `offset` on, or nothing if it does not fit. A mapping for reading takes nothing. Whether it did.
+    pub fn copy_from(&mut self, offset: usize, from: Span<'_>) -> bool {
+        let fits =
+            self.access == Access::ReadWrite && self.len().checked_sub(offset).is_some_and(|room| from.len() <= room);
+        if let (true, Some(start)) = (fits, NonNull::new(from.as_ptr().cast_mut())) {
+            // SAFETY: `offset` and the length of `from` end inside the mapping (checked), which is mapped writable for the life of
+            // `self`; `from` is readable. `self` is borrowed exclusively, so `from` is not a part of it: they do not overlap.
+            unsafe { copy(start, self.start.add(offset), from.len()) };
         }
-        outside.fill(0);
+        fits
     }
 
     /// Copies bytes in, from `offset` on, and returns how many fitted. A mapping for reading takes none.
@@ -76,11 +85,7 @@ impl Mapping {
         }
         // SAFETY: `offset + fits` is at most the mapping's length, mapped writable (checked) for the life of `self`;
         // `bytes` cannot overlap it, as above.
-        unsafe {
-            self.start
-                .add(offset)
-                .copy_from_nonoverlapping(NonNull::from(bytes).cast(), fits)
-        };
+        unsafe { copy(NonNull::from(bytes).cast(), self.start.add(offset), fits) };
         fits
     }
 }

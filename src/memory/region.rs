@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 
 use nix::sys::mman::{MRemapFlags, MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, mremap, munmap};
 
-use super::page_size;
+use super::{Span, page_size};
 
 /// Whole pages that this process maps privately, readable and writable. Unmapped on drop.
 #[derive(Debug)]
@@ -64,6 +64,12 @@ impl Region {
     /// The first byte's address.
     pub(crate) fn start(&self) -> NonNull<u8> {
         self.start
+    }
+
+    /// Its bytes, to read by copying them out.
+    pub(crate) fn span(&self) -> Span<'_> {
+        // SAFETY: the range is mapped readable for the life of `self`, whichever pages are there, and nothing makes a reference to it.
+        unsafe { Span::new(self.start, self.len()) }
     }
 
     /// Copies bytes out, from `offset` on. Bytes past the end are zero in `out`.

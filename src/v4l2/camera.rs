@@ -350,6 +350,19 @@ impl Source for Camera {
         Ok((layout, Room::for_lens(&self.memory_lens()?)))
     }
 
+    fn follow(&mut self) -> Result<()> {
+        self.stop()?;
+        self.free()?;
+        self.device.lock_to_signal()?;
+        let layout = agree_format(&self.device, &CameraRequest::default())?;
+        self.rate = agree_rate(&self.device, RateRequest::AsItIs, &layout)?;
+        self.layout = layout;
+        if let State::Idle(queue) = &mut self.queue {
+            *queue = Queue::new(Arc::clone(&self.device), layout);
+        }
+        self.allocate()
+    }
+
     fn use_buffers(&mut self, buffers: Vec<Buffer>) -> Result<()> {
         Camera::use_buffers(self, buffers)
     }

@@ -5,7 +5,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
-use dmaflow::endpoint::{JoinError, Refusal, Rung, Source};
+use dmaflow::endpoint::{Refusal, Source};
+use dmaflow::ladder::{NoWay, Path};
 use dmaflow::pipe::{Limits, Pipe};
 use dmaflow::sink::write_png;
 use nix::errno::Errno;
@@ -18,7 +19,7 @@ use crate::ends::{AnySink, open_sink, open_source};
 use crate::failure::{Usage, WRONG_FRAME, ZeroCopyRefused};
 use crate::live::Live;
 use crate::output;
-use crate::report::{Report, SinkSays};
+use crate::report::{self, Report, SinkSays};
 
 pub fn run(args: &PipeArgs) -> anyhow::Result<ExitCode> {
     let limits = limits(args)?;
@@ -53,30 +54,20 @@ fn flow(
     stop: &SignalFd,
     report: &mut Report,
 ) -> anyhow::Result<ExitCode> {
-    let buffers = source.buffers().len();
-    let mut pipe = match Pipe::join(source, sink.as_dyn(), limits) {
-        Ok(pipe) => pipe,
-        Err(JoinError::Failed(error)) => bail!(error),
-        Err(JoinError::Refused(refusal)) => return refused(args, refusal, report),
+    let path = match args.path {
+        PathChoice::Auto => Path::Auto,
+        PathChoice::ZeroCopy => Path::ZeroCopy,
+        PathChoice::Copy => Path::Copy,
     };
-    match (args.path, pipe.rung()) {
-        (PathChoice::ZeroCopy, Rung::Copied) => {
-            let refusal = Refusal {
-                rung: Rung::Exported,
-                step: "join",
-                errno: None,
-                why: "this sink reads every frame with the CPU".to_owned(),
-                repair: "send the frames to a display, or allow copies".to_owned(),
-            };
-            return refused(args, refusal, report);
-        }
-        (PathChoice::Copy, Rung::Exported) => bail!("this version cannot copy to this sink; it joins without a copy"),
-        _ => {}
-    }
+    let mut pipe = match Pipe::join(source, sink.as_dyn(), path, limits) {
+        Ok(pipe) => pipe,
+        Err(NoWay::Failed(error)) => bail!(error),
+        Err(NoWay::Refused(refusals)) => return refused(args, refusals, report),
+    };
     if let Some(place) = args.corrupt_frame {
         pipe.corrupt_frame(place);
     }
-    let mut live = Live::new(pipe.rung().to_string(), limits.frames);
+    let mut live = Live::new(limits.frames);
     let account = pipe.run(Some(stop.as_fd()), &mut |progress| live.update(progress));
     live.end();
     let account = account?;
@@ -87,9 +78,11 @@ fn flow(
             write_png(file, picture.width, picture.height, &picture.rgb)?;
         }
     }
+    report.shaped(source.layout());
     let sink = sink.as_dyn();
-    let verdict = sink.verdict();
-    report.flowed(&account, &SinkSays { imports: sink.imports(), ledger: sink.ledger(), verdict }, buffers);
+    let says = SinkSays { imports: sink.imports(), ledger: sink.ledger(), verdict: sink.verdict() };
+    let verdict = report::verdict(&account, &says);
+    report.flowed(&account, &says, source.buffers().len());
     match verdict {
         Some(verdict) if verdict.wrong > 0 => {
             let (place, sequence) = verdict.first_wrong.unwrap_or_default();
@@ -103,15 +96,23 @@ fn flow(
     }
 }
 
-/// The sink said no, and there is no other way that is allowed.
-fn refused(args: &PipeArgs, refusal: Refusal, report: &mut Report) -> anyhow::Result<ExitCode> {
-    report.refuse(&refusal);
+/// No rung that is allowed holds.
+fn refused(args: &PipeArgs, refusals: Vec<Refusal>, report: &mut Report) -> anyhow::Result<ExitCode> {
+    for refusal in &refusals {
+        report.refuse(refusal);
+    }
     if args.json {
         output::print(&report.json()?)?;
     }
-    match args.path {
-        PathChoice::ZeroCopy => Err(ZeroCopyRefused(refusal).into()),
-        PathChoice::Auto | PathChoice::Copy => Err(anyhow!("cannot join source and sink: {refusal}")),
+    // The first says why the way that costs nothing is closed; the last, why the last resort is.
+    let told = match args.path {
+        PathChoice::ZeroCopy => refusals.into_iter().next(),
+        PathChoice::Auto | PathChoice::Copy => refusals.into_iter().next_back(),
+    };
+    match (args.path, told) {
+        (PathChoice::ZeroCopy, Some(refusal)) => Err(ZeroCopyRefused(refusal).into()),
+        (_, Some(refusal)) => Err(anyhow!("cannot join source and sink: {refusal}")),
+        (_, None) => Err(anyhow!("cannot join source and sink")),
     }
 }
 

@@ -27,6 +27,7 @@ use crate::clock::now_us;
 use crate::error::{Error, Kind, Result};
 use crate::format::Layout;
 use crate::ledger::Copies;
+use crate::memory::{Region, Span};
 use shared::{Entered, Shared, State};
 use table::Holder;
 
@@ -128,6 +129,11 @@ impl CowView {
         // SAFETY: the view is borrowed exclusively, so its holder reads and writes nothing else; the queue, which alone shares the view,
         // reads it only with the gate closed to us.
         unsafe { region.write(start.saturating_add(offset as usize), &bytes[..fits]) }
+    }
+
+    /// The bytes of memory plane `memory`, to read by copying them out; `None` if there is no such plane.
+    pub fn memory(&self, memory: u32) -> Option<Span<'_>> {
+        self.shared.region(memory as usize).map(Region::span)
     }
 
     /// The first byte of memory plane `memory`, for reading, and its length in bytes, whole pages; `None` if there is no such plane.

@@ -128,7 +128,10 @@ impl Shared {
         for (memory, &len) in buffer.memory_lens().iter().enumerate() {
             let spare = slots.views().spare(len.next_multiple_of(page_size()));
             let mut spare = spare.context("copy", || format!("{len} bytes of a frame"))?;
-            reader.memory(memory, spare.bytes_mut());
+            match u32::try_from(memory).ok().and_then(|memory| reader.memory(memory)) {
+                Some(span) => span.read(0, spare.bytes_mut()),
+                None => spare.bytes_mut().fill(0),
+            }
             planes.push(Plane::new(Pages::Copied(spare)));
         }
         drop(reader);
