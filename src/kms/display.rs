@@ -9,7 +9,7 @@ use super::atomic::{CommitFlags, Request, explained};
 use super::fifo::Fifo;
 use super::flip::{Flip, wait_readable};
 use super::import::{Framebuffer, KmsImporter};
-use super::quirks::shown_wrong;
+use super::quirks::{shown_wrong, stride_align};
 use super::route::Route;
 use super::saved::{Blob, Saved};
 use super::setup::{Setup, mode_bytes};
@@ -44,6 +44,9 @@ pub struct DisplayRequest {
     pub present: Present,
     /// Whether each picture shown is compared with what was captured.
     pub verify: bool,
+    /// Strides must be a multiple of so many bytes, whatever the driver says: for displays that show a wrong picture instead of refusing
+    /// one. `None` for what is known of the driver (256 for AMD's), 1 for nothing.
+    pub stride_align: Option<u32>,
 }
 
 /// A display: one connector of a card, driven by this process.
@@ -251,6 +254,10 @@ impl Display {
         Ok(self.fifo.told())
     }
 
+    fn stride_align(&self) -> u32 {
+        self.request.stride_align.unwrap_or_else(|| stride_align(&self.card)).max(1)
+    }
+
     /// Whether frames are sent one after the other without waiting for each.
     fn in_turn(&self) -> bool {
         self.request.present == Present::Fifo && !self.request.verify
@@ -407,7 +414,7 @@ impl Sink for Display {
         }
         self.imports_before = self.framebuffers.imports();
         let routes = Route::candidates(&self.card, layout, rate)?;
-        if let Some(refusal) = shown_wrong(&self.card, layout) {
+        if let Some(refusal) = shown_wrong(&self.card, layout, self.stride_align()) {
             return Err(refusal.into());
         }
         for buffer in buffers {
@@ -428,7 +435,8 @@ impl Sink for Display {
     }
 
     fn allocate(&mut self, layout: &Layout, room: &Room, count: u32) -> Result<Vec<Buffer>> {
-        (0..count).map(|_| self.card.make_buffer(layout, room)).collect()
+        let align = self.stride_align();
+        (0..count).map(|_| self.card.make_buffer(layout, room, align)).collect()
     }
 
     fn inspect(&mut self, frame: &Frame) -> Result<()> {

@@ -41,13 +41,18 @@ impl AnySink {
 }
 
 /// Opens the sink called `name`, else the first display.
-pub fn open_sink(name: Option<&str>, present: PresentChoice, verify: bool) -> anyhow::Result<AnySink> {
+pub fn open_sink(
+    name: Option<&str>,
+    present: PresentChoice,
+    verify: bool,
+    stride_align: Option<u32>,
+) -> anyhow::Result<AnySink> {
     let present = match present {
         PresentChoice::Fifo => Present::Fifo,
         PresentChoice::Mailbox => Present::Mailbox,
     };
     let display = |card: Card| -> anyhow::Result<AnySink> {
-        let display = Display::open(card, DisplayRequest { present, verify })?;
+        let display = Display::open(card, DisplayRequest { present, verify, stride_align })?;
         Ok(AnySink::Display(Box::new(display)))
     };
     let Some(name) = name else {

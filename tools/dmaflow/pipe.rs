@@ -26,7 +26,7 @@ pub fn run(args: &PipeArgs) -> anyhow::Result<ExitCode> {
     output::check()?;
     // Before any device is opened: from here on an order to stop waits until it can be followed in order.
     let stop = catch_signals()?;
-    let mut sink = open_sink(args.to.as_deref(), args.present, args.verify)?;
+    let mut sink = open_sink(args.to.as_deref(), args.present, args.verify, args.stride_align)?;
     if args.snap.is_some() && !matches!(sink, AnySink::Display(_)) {
         bail!(Usage("--snap needs a display to look at".into()));
     }
