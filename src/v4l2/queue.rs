@@ -209,7 +209,8 @@ impl Queue<Idle> {
     fn pool_of(&self, buffers: Vec<Buffer>, made_by: MadeBy) -> Pool {
         // MAX_SLOTS at most.
         let count = buffers.len() as u32;
-        let least_queued = self.device.minimum_buffers().min(count.saturating_sub(1)).max(1);
+        // One to fill while the next is on its way, and never more than half of them.
+        let least_queued = (self.device.minimum_buffers() + 1).min(count / 2).max(1);
         Pool { slots: Slots::new(count), buffers, made_by, least_queued }
     }
 

@@ -16,6 +16,7 @@
 mod shared;
 mod table;
 mod views;
+mod written;
 
 use std::cell::Cell;
 use std::fmt;
@@ -54,7 +55,7 @@ impl Frame {
 /// It is **not** a snapshot of memory that somebody else fills: until it is detached, pages that were not written are the device's. Its
 /// lease keeps the camera away from them.
 ///
-/// Addresses and lengths stay the same for the view's whole life, detached or not. Dropping it unmaps nothing that can be used again: after
+/// An address that was asked for stays the same for the view's whole life, detached or not. Dropping it unmaps nothing that can be used again: after
 /// that its addresses show other frames.
 pub struct CowView {
     shared: Arc<Shared>,
@@ -111,10 +112,7 @@ impl CowView {
     /// [`Format::row_bytes`](crate::format::Format::row_bytes). What is outside the picture's memory reads as zero.
     pub fn row(&self, plane: usize, row: u32, out: &mut [u8]) {
         match self.place(plane, row) {
-            Some((memory, offset, _)) => match self.shared.region(memory) {
-                Some(region) => region.read(offset, out),
-                None => out.fill(0),
-            },
+            Some((memory, offset, _)) => self.shared.read(memory, offset, out),
             None => out.fill(0),
         }
     }
@@ -123,17 +121,14 @@ impl CowView {
     /// stride. Others do not see them. The kernel copies each page at its first byte written: about 4 KiB of copying and a page fault.
     pub fn write(&mut self, plane: usize, row: u32, offset: u32, bytes: &[u8]) -> usize {
         let Some((memory, start, stride)) = self.place(plane, row) else { return 0 };
-        let Some(region) = self.shared.region(memory) else { return 0 };
         let fits = stride.saturating_sub(offset as usize).min(bytes.len());
-        let _gate = self.shared.gate_for_writing();
-        // SAFETY: the view is borrowed exclusively, so its holder reads and writes nothing else; the queue, which alone shares the view,
-        // reads it only with the gate closed to us.
-        unsafe { region.write(start.saturating_add(offset as usize), &bytes[..fits]) }
+        // SAFETY: the view is borrowed exclusively, so its holder does nothing else with it.
+        unsafe { self.shared.write(memory, start.saturating_add(offset as usize), &bytes[..fits]) }
     }
 
     /// The bytes of memory plane `memory`, to read by copying them out; `None` if there is no such plane.
     pub fn memory(&self, memory: u32) -> Option<Span<'_>> {
-        self.shared.region(memory as usize).map(Region::span)
+        self.shared.address(memory as usize).map(Region::span)
     }
 
     /// The first byte of memory plane `memory`, for reading, and its length in bytes, whole pages; `None` if there is no such plane.
@@ -142,14 +137,14 @@ impl CowView {
     /// disregards the lease, or a program that fills the buffer by other ways, would change bytes under the reference. Write through
     /// [`CowView::raw`] alone.
     pub fn as_ptr(&self, memory: usize) -> Option<(*const u8, usize)> {
-        let region = self.shared.region(memory)?;
+        let region = self.shared.address(memory)?;
         Some((region.start().as_ptr().cast_const(), region.len()))
     }
 
     /// The view's memory for writing by raw pointer. While it is held the queue does not detach this view: hold it while you write and no
     /// longer.
     pub fn raw(&mut self) -> RawView<'_> {
-        let gate = self.shared.gate_for_writing();
+        let gate = self.shared.gate_for_raw();
         RawView { shared: &self.shared, _gate: gate }
     }
 
@@ -174,7 +169,8 @@ impl CowView {
     /// Gives the frame's lease back and keeps the bytes: one copy into memory that is in place already, which is put at the same address.
     /// Pointers stay valid and show the same bytes, those written by the holder too.
     ///
-    /// Cost: one copy of the buffer's memory, one `mremap` for each memory plane, the end of CPU access.
+    /// Cost: one copy of the buffer's memory and the end of CPU access; if an address was asked for ([`CowView::as_ptr`],
+    /// [`CowView::raw`]), one `mremap` for each memory plane, and the next view of the buffer maps it anew.
     ///
     /// # Errors
     /// For want of memory; the view is as it was then.
