@@ -23,6 +23,7 @@ mod faults;
 mod formats;
 mod harness;
 mod modules;
+mod probe;
 mod process;
 mod screen;
 mod signals;
@@ -45,6 +46,7 @@ fn main() -> std::process::ExitCode {
         sinks::TESTS,
         snap::TESTS,
         bufs::TESTS,
+        probe::TESTS,
         verify::TESTS,
         faults::TESTS,
         alloc::TESTS,
