@@ -22,6 +22,7 @@ mod display;
 mod faults;
 mod formats;
 mod harness;
+mod ladder;
 mod modules;
 mod process;
 mod screen;
@@ -50,6 +51,7 @@ fn main() -> std::process::ExitCode {
         alloc::TESTS,
         syscalls::TESTS,
         formats::TESTS,
+        ladder::TESTS,
         signals::TESTS,
         cycles::TESTS,
     ];
