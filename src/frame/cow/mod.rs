@@ -15,7 +15,8 @@
 
 mod shared;
 mod table;
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
+#[cfg(not(loom))]
 mod tests;
 mod views;
 mod written;
