@@ -18,7 +18,7 @@ use dmaflow::pipe::{Limits, Pipe};
 use nix::libc;
 use serde_json::Value;
 
-use crate::display::format;
+use crate::camera::format;
 use crate::formats::shown_of_captured;
 use crate::harness::{Outcome, PASSED, Test, long, note};
 use crate::modules::{Witness, control, debugfs, kernel, vivid};
