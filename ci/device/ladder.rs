@@ -19,6 +19,7 @@ use nix::libc;
 use serde_json::Value;
 
 use crate::camera::format;
+use crate::capture::Shattered;
 use crate::formats::shown_of_captured;
 use crate::harness::{Outcome, PASSED, Test, long, note};
 use crate::modules::{Witness, control, debugfs, kernel, vivid};
@@ -141,20 +142,23 @@ fn strides() -> anyhow::Result<Outcome> {
 
 fn contiguous() -> anyhow::Result<Outcome> {
     vivid(&["allocators=1"])?;
+    let _shattered = Shattered::new()?;
     let options = "--format XR24 --size 640x360 --stride 2624 --stride-align 256 --frames 6 --verify";
     let result = finish(&mut pipe(options))?.json(0)?;
+    ensure!(number(&result, "bytes_copied")? == 0 && number(&result, "verify/wrong")? == 0, "{result}");
+    ensure!(result["stride"][0] == 2560, "{result}");
     let refusals = result["refusals"].as_array().context("refusals")?;
     let reverse: Vec<_> = refusals.iter().filter(|refusal| refusal["rung"] == "reverse").collect();
-    // The display's own memory, the heap's and udmabuf's.
-    ensure!(reverse.len() == 3, "{refusals:?}");
-    for refusal in reverse {
+    for refusal in &reverse {
         ensure!(refusal["errno"] == "EFAULT" && refusal["step"] == "VIDIOC_QBUF", "{refusal}");
         ensure!(text(refusal, "why")?.contains("contiguous"), "{refusal}");
         ensure!(text(refusal, "repair")?.contains("own buffers"), "{refusal}");
     }
-    // The cure that is left: its own memory, with other rows.
-    ensure!(result["path"] == "exported" && result["stride"][0] == 2560, "{result}");
-    ensure!(number(&result, "bytes_copied")? == 0 && number(&result, "verify/wrong")? == 0, "{result}");
+    // The display's own memory, the heap's and udmabuf's were refused, unless one of the first two happened to be contiguous. The cure
+    // that is left then is the camera's own memory with other rows.
+    let path = text(&result, "path")?;
+    note(&format!("{path}, after {} refusals of others' memory", reverse.len()));
+    ensure!(path == if reverse.len() == 3 { "exported" } else { "reverse" }, "{result}");
     crate::modules::reload()?;
     PASSED
 }
