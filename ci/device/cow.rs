@@ -197,7 +197,7 @@ fn detached_bytes_stay() -> anyhow::Result<Outcome> {
 
 fn hoarder_is_detached() -> anyhow::Result<Outcome> {
     // Time enough between two frames to look at them all under emulation on a busy machine.
-    let mut camera = camera_at(Pool::Vmalloc, 10.0)?;
+    let mut camera = camera_at(Pool::Vmalloc, 5.0)?;
     let mut views: Vec<(CowView, Vec<u8>)> = Vec::new();
     for number in 0..300_usize {
         let frame = camera.next()?;
@@ -400,7 +400,7 @@ fn on_screen() -> anyhow::Result<Outcome> {
 fn in_the_command() -> anyhow::Result<Outcome> {
     let pipe = |policy: &str| {
         let options = format!(
-            "pipe --from vivid --to null --format XR24 --size 640x360 --fps 10 --buffers 4 --keep-views 4 --view-policy {policy} \
+            "pipe --from vivid --to null --format XR24 --size 640x360 --fps 5 --buffers 4 --keep-views 4 --view-policy {policy} \
              --frames 40 --json"
         );
         finish(&mut dmaflow(&options))

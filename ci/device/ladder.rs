@@ -37,6 +37,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "ladder::a_wrong_copy_is_found", needs: NEEDS, seconds: 120, run: a_wrong_copy },
     Test { name: "ladder::the_source_changes", needs: NEEDS, seconds: 240, run: the_source_changes },
     Test { name: "ladder::no_signal_for_a_while", needs: NEEDS, seconds: 120, run: no_signal },
+    Test { name: "ladder::unplugged_and_back", needs: NEEDS, seconds: 120, run: unplugged },
     Test { name: "ladder::down_and_up_again", needs: &["vkms", "udmabuf"], seconds: 120, run: down_and_up },
 ];
 
@@ -287,6 +288,24 @@ fn no_signal() -> anyhow::Result<Outcome> {
     let run = running.end()?;
     run.one_line(1, &["signal", "/dev/video0"])?;
     as_it_was()?;
+    PASSED
+}
+
+/// The kernel leaves an unplugged display's controller on until somebody turns it off: frames go on, and are there when it is back.
+fn unplugged() -> anyhow::Result<Outcome> {
+    let status = crate::modules::connector()?;
+    let mut running = start(&mut pipe("--format XR24 --size 640x360"))?;
+    running.wait_until_it_shows()?;
+    for state in ["off", "detect", "off", "on"] {
+        fs::write(&status, state)?;
+        std::thread::sleep(Duration::from_millis(600));
+        ensure!(running.runs(), "it ended when the display was set to {state}");
+    }
+    fs::write(&status, "detect")?;
+    running.signal(nix::sys::signal::Signal::SIGINT)?;
+    let result = running.end()?.json(0)?;
+    let (captured, presented) = (number(&result, "frames/captured")?, number(&result, "frames/presented")?);
+    ensure!(captured == presented && captured > 60, "{result}");
     PASSED
 }
 
