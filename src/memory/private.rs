@@ -136,10 +136,9 @@ mod tests {
 
     const PAGES: usize = 40;
 
-    fn runs(
-        private: &Private,
-        by: fn(usize, usize, usize, &mut dyn FnMut(usize, usize)) -> io::Result<()>,
-    ) -> Vec<usize> {
+    type Scan = fn(usize, usize, usize, &mut dyn FnMut(usize, usize)) -> io::Result<()>;
+
+    fn runs(private: &Private, by: Scan) -> Vec<usize> {
         let mut all = Vec::new();
         let start = private.region().start().as_ptr().addr();
         let scanned =

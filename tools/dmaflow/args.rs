@@ -116,6 +116,12 @@ pub struct PipeArgs {
     /// Test --verify: change one byte of the N-th frame (from 0) between capture and scanout
     #[arg(long, value_name = "N", requires = "verify")]
     pub corrupt_frame: Option<u64>,
+    /// Keep copy-on-write views of the newest N frames, as a program would that looks at them for long
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub keep_views: Option<u32>,
+    /// What the camera does when views leave it no buffer: detach the oldest (one copy), wait, or fail
+    #[arg(long, value_enum, default_value_t = PolicyChoice::Detach, value_name = "WHAT", requires = "keep_views")]
+    pub view_policy: PolicyChoice,
     /// Print the result as one JSON object
     #[arg(long)]
     pub json: bool,
@@ -178,6 +184,13 @@ pub struct BufsArgs {
     /// Seconds from one look to the next
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = interval, requires = "watch")]
     pub interval: Duration,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PolicyChoice {
+    Detach,
+    Wait,
+    Error,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]

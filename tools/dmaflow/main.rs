@@ -5,6 +5,7 @@ mod bufs;
 mod bufs_report;
 mod ends;
 mod failure;
+mod keep;
 mod list;
 mod live;
 mod output;

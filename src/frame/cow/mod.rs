@@ -15,6 +15,9 @@
 
 mod shared;
 mod table;
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests;
 mod views;
 mod written;
 
@@ -26,7 +29,7 @@ use std::sync::{Arc, RwLockReadGuard};
 use super::{Frame, FrameMeta};
 use crate::clock::now_us;
 use crate::error::{Error, Kind, Result};
-use crate::format::Layout;
+use crate::format::{Layout, MAX_PLANES};
 use crate::ledger::Copies;
 use crate::memory::{Region, Span};
 use shared::{Entered, Shared, State};
@@ -50,7 +53,12 @@ impl Frame {
     }
 }
 
-/// A copy-on-write view of a frame; see [`Frame::view`] and the [design](self).
+/// A process's own sight of a frame, to read and to scribble on, which copies the pages that are written and no others; opened by
+/// [`Frame::view`].
+///
+/// It is mapped on the device's own pages (`MAP_PRIVATE`): the kernel copies a page when it is first written, and tells how many it
+/// copied; the frame that others see never changes. When the camera would starve, the queue detaches the oldest view
+/// ([`ViewPolicy`]): one copy, and the lease is given back.
 ///
 /// It is **not** a snapshot of memory that somebody else fills: until it is detached, pages that were not written are the device's. Its
 /// lease keeps the camera away from them.
@@ -60,6 +68,8 @@ impl Frame {
 pub struct CowView {
     shared: Arc<Shared>,
     layout: Layout,
+    /// Rows of each colour plane.
+    rows: [u32; MAX_PLANES],
     meta: FrameMeta,
     slot: u32,
 }
@@ -85,7 +95,12 @@ impl CowView {
             }
             None => Arc::new(Shared::snapshot(buffer, slots)?),
         };
-        Ok(CowView { shared, layout: *buffer.layout(), meta: *frame.meta(), slot: frame.slot() })
+        let layout = *buffer.layout();
+        let mut rows = [0; MAX_PLANES];
+        for (plane, rows) in rows.iter_mut().enumerate().take(layout.planes().len()) {
+            *rows = layout.format().rows(plane, layout.height());
+        }
+        Ok(CowView { shared, layout, rows, meta: *frame.meta(), slot: frame.slot() })
     }
 
     /// Format, size and where the colour planes lie in the memory planes.
@@ -110,11 +125,17 @@ impl CowView {
 
     /// Copies the start of row `row` of colour plane `plane` into `out`: as many bytes as `out` has, a row's pixels being
     /// [`Format::row_bytes`](crate::format::Format::row_bytes). What is outside the picture's memory reads as zero.
+    #[inline]
     pub fn row(&self, plane: usize, row: u32, out: &mut [u8]) {
         match self.place(plane, row) {
             Some((memory, offset, _)) => self.shared.read(memory, offset, out),
             None => out.fill(0),
         }
+    }
+
+    /// Copies bytes of memory plane `memory` out, from byte `offset` on; what is not there reads as zero. The way to take all of it.
+    pub fn read(&self, memory: usize, offset: usize, out: &mut [u8]) {
+        self.shared.read(memory, offset, out);
     }
 
     /// Writes bytes into row `row` of colour plane `plane` from byte `offset` of the row on, and tells how many fitted into the row's
@@ -179,9 +200,10 @@ impl CowView {
     }
 
     /// Memory plane, offset in it and stride of a row that the picture has.
+    #[inline]
     fn place(&self, plane: usize, row: u32) -> Option<(usize, usize, usize)> {
         let place = self.layout.planes().get(plane)?;
-        if row >= self.layout.format().rows(plane, self.layout.height()) {
+        if self.rows.get(plane).is_none_or(|&rows| row >= rows) {
             return None;
         }
         let offset = (place.stride as usize)

@@ -87,19 +87,23 @@ impl Plane {
     }
 
     /// The addresses that the holder uses now.
+    #[inline]
     fn region(&self) -> Option<&Region> {
         self.copy.get().or(self.device.as_ref().map(Private::region))
     }
 
     /// Copies bytes out. A view without an address that is detached meanwhile goes on with its copy, and the device may write to the old
     /// pages; they stay mapped, and the bytes are read again. (The queue stores `copy` before it gives the lease back.)
+    #[inline]
     fn read(&self, offset: usize, out: &mut [u8]) {
-        let Some(region) = self.region() else { return out.fill(0) };
-        region.read(offset, out);
-        fence(Ordering::Acquire);
-        match self.region() {
-            Some(now) if !std::ptr::eq(now, region) => now.read(offset, out),
-            _ => {}
+        let Some(mut region) = self.region() else { return out.fill(0) };
+        loop {
+            region.read(offset, out);
+            fence(Ordering::Acquire);
+            match self.copy.get() {
+                Some(copy) if !std::ptr::eq(copy, region) => region = copy,
+                _ => return,
+            }
         }
     }
 
@@ -179,6 +183,7 @@ impl Shared {
     }
 
     /// Copies bytes of a memory plane out; what is not there reads as zero.
+    #[inline]
     pub(super) fn read(&self, memory: usize, offset: usize, out: &mut [u8]) {
         match self.planes.get(memory) {
             Some(plane) => plane.read(offset, out),
