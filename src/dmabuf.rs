@@ -38,6 +38,7 @@ struct Inner {
     fd: OwnedFd,
     identity: Identity,
     len: usize,
+    memfd: Option<OwnedFd>,
 }
 
 impl DmaBuf {
@@ -46,12 +47,17 @@ impl DmaBuf {
     /// # Errors
     /// When the descriptor's length or inode cannot be read, as of a pipe or a socket.
     pub fn new(fd: OwnedFd) -> Result<DmaBuf> {
+        DmaBuf::over(fd, None)
+    }
+
+    /// The same for a udmabuf, with the memfd whose pages it is made of from its start.
+    pub(crate) fn over(fd: OwnedFd, memfd: Option<OwnedFd>) -> Result<DmaBuf> {
         let stat = fstat(&fd).context("identify", || "the dma-buf")?;
         // Seeking to the end tells a dma-buf's size and moves nothing (dma_buf_llseek).
         let len = lseek(&fd, 0, Whence::SeekEnd).context("learn the size of", || "the dma-buf")?;
         let len = usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(nix::libc::EOVERFLOW));
         let len = len.context("learn the size of", || "the dma-buf")?;
-        Ok(DmaBuf(Arc::new(Inner { fd, identity: Identity { device: stat.st_dev, inode: stat.st_ino }, len })))
+        Ok(DmaBuf(Arc::new(Inner { fd, identity: Identity { device: stat.st_dev, inode: stat.st_ino }, len, memfd })))
     }
 
     /// The kernel's identity of the buffer.
@@ -67,6 +73,12 @@ impl DmaBuf {
     /// Whether it has no bytes at all.
     pub fn is_empty(&self) -> bool {
         self.0.len == 0
+    }
+
+    /// The memfd under a udmabuf that this process made: the same pages, from the same start. It maps privately, which the
+    /// udmabuf does not (`mmap_udmabuf` wants a shared mapping).
+    pub fn memfd(&self) -> Option<BorrowedFd<'_>> {
+        self.0.memfd.as_ref().map(AsFd::as_fd)
     }
 
     /// A reference that does not keep the descriptor open.

@@ -4,9 +4,9 @@ use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::format::{Format, Layout};
-use crate::frame::{Buffer, Frame, FrameMeta, WeakBuffer};
+use crate::frame::{Buffer, Frame, FrameMeta, Room, WeakBuffer};
 use crate::ledger::Ledger;
 
 /// What `poll` said of a source's descriptor.
@@ -78,6 +78,42 @@ pub trait Source: AsFd {
     /// The device's refusal.
     fn stop(&mut self) -> Result<()>;
 
+    /// Asks for frames laid out with the strides of `wished`, and tells what they will be laid out as and how much memory that needs.
+    /// The buffers are given up: [`use_buffers`](Source::use_buffers) or [`use_own_buffers`](Source::use_own_buffers) comes next.
+    ///
+    /// # Errors
+    /// The device's refusal, and for a source that can only fill its own buffers.
+    fn agree(&mut self, wished: &Layout) -> Result<(Layout, Room)> {
+        let _ = wished;
+        Err(Error::new(Kind::Unsupported, "use other buffers in", self.name()).because("it fills its own alone"))
+    }
+
+    /// From now on fills `buffers`, which are laid out as [agreed](Source::agree).
+    ///
+    /// # Errors
+    /// The device's refusal; the source has no buffers, or its own, then.
+    fn use_buffers(&mut self, buffers: Vec<Buffer>) -> Result<()> {
+        drop(buffers);
+        Err(Error::new(Kind::Unsupported, "use other buffers in", self.name()).because("it fills its own alone"))
+    }
+
+    /// Fills buffers of its own again, new ones.
+    ///
+    /// # Errors
+    /// The device's refusal.
+    fn use_own_buffers(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// After [`FormatChanged`](crate::error::Kind::FormatChanged): stops, learns what comes now, and has new buffers for it, not
+    /// started. Frames that are leased stay valid.
+    ///
+    /// # Errors
+    /// [`Kind::Timeout`] while there is no signal that can be locked to: another change will follow. Otherwise the device's refusal.
+    fn follow(&mut self) -> Result<()> {
+        Err(Error::new(Kind::Unsupported, "follow the change of", self.name()).because("it does not change"))
+    }
+
     /// The longest wait for a frame that is not a failure.
     fn watchdog(&self) -> Option<Duration> {
         None
@@ -95,14 +131,30 @@ pub trait Source: AsFd {
 pub enum Rung {
     /// The source's own buffers, used by the sink. No copy.
     Exported,
+    /// Buffers of the sink, or of an allocator, that the source captures into. No copy.
+    Reverse,
+    /// The GPU makes of each frame one that the sink takes. No copy by the CPU.
+    Converted,
     /// The CPU copies each frame.
     Copied,
+}
+
+impl Rung {
+    /// All, in the order in which they are tried.
+    pub const ALL: [Rung; 4] = [Rung::Exported, Rung::Reverse, Rung::Converted, Rung::Copied];
+
+    /// Whether no pixel is copied or converted.
+    pub fn is_zero_copy(self) -> bool {
+        matches!(self, Rung::Exported | Rung::Reverse)
+    }
 }
 
 impl fmt::Display for Rung {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Rung::Exported => "exported",
+            Rung::Reverse => "reverse",
+            Rung::Converted => "converted",
             Rung::Copied => "copied",
         })
     }
@@ -121,6 +173,28 @@ pub struct Refusal {
     pub why: String,
     /// The cheapest way to make it hold.
     pub repair: String,
+}
+
+impl Refusal {
+    /// The refusal that an error is: the call that failed, else the step; the errno; the chain of causes as the reason.
+    pub fn from_error(rung: Rung, error: &Error) -> Refusal {
+        let mut why = error.to_string();
+        let mut cause = std::error::Error::source(error);
+        while let Some(next) = cause {
+            why = format!("{why}: {next}");
+            cause = next.source();
+        }
+        Refusal {
+            rung,
+            step: error.call().unwrap_or(error.step()),
+            errno: error.errno(),
+            why,
+            repair: error
+                .known_repair()
+                .unwrap_or("the reason says what would have to be other")
+                .to_owned(),
+        }
+    }
 }
 
 impl fmt::Display for Refusal {
@@ -252,6 +326,16 @@ pub struct Verdict {
     pub first_wrong: Option<(u64, u32)>,
 }
 
+impl Verdict {
+    /// Adds a later one.
+    pub(crate) fn add(&mut self, later: Verdict) {
+        let place = |(place, sequence)| (place + self.checked, sequence);
+        self.first_wrong = self.first_wrong.or(later.first_wrong.map(place));
+        self.checked += later.checked;
+        self.wrong += later.wrong;
+    }
+}
+
 /// Consumes frames.
 pub trait Sink {
     /// What a person calls it: a device node, or `png:FILE`.
@@ -266,6 +350,16 @@ pub trait Sink {
     /// # Errors
     /// A refusal of these buffers, or a failure.
     fn join(&mut self, layout: &Layout, rate: Option<f64>, buffers: &[Buffer]) -> Result<Rung, JoinError>;
+
+    /// Makes buffers that it can show or store for sure: for the source to capture into, or for copies. `layout` is the picture's,
+    /// `room` what the source wants of the memory; strides are the sink's choice.
+    ///
+    /// # Errors
+    /// The device's refusal, and for a sink without memory of its own.
+    fn allocate(&mut self, layout: &Layout, room: &Room, count: u32) -> Result<Vec<Buffer>> {
+        let _ = (layout, room, count);
+        Err(Error::new(Kind::Unsupported, "make buffers of", self.name()).because("it has no memory of its own"))
+    }
 
     /// Sees each frame right after its capture, before anyone else touches it. A sink that verifies predicts here what it
     /// must show.
@@ -309,6 +403,15 @@ pub trait Sink {
     /// The device's failure, or that of the file.
     fn finish(&mut self) -> Result<Option<Shown>> {
         Ok(None)
+    }
+
+    /// Keeps showing the newest picture without the source's memory: gives up every frame. Frames that were on their way are
+    /// [finished](Sink::finish) first. Nothing to do for a sink that holds none.
+    ///
+    /// # Errors
+    /// The device's failure; the frames are held on then.
+    fn hold(&mut self) -> Result<()> {
+        Ok(())
     }
 
     /// Frames taken and never shown, because a newer one came first.

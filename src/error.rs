@@ -45,12 +45,13 @@ struct Inner {
     subject: String,
     cause: Option<Box<dyn StdError + Send + Sync>>,
     repair: Option<String>,
+    call: Option<&'static str>,
 }
 
 impl Error {
     /// An error without a system cause. `step` reads as "cannot …": `"set the format of"`.
     pub fn new(kind: Kind, step: &'static str, subject: impl Into<String>) -> Error {
-        Error(Box::new(Inner { kind, step, subject: subject.into(), cause: None, repair: None }))
+        Error(Box::new(Inner { kind, step, subject: subject.into(), cause: None, repair: None, call: None }))
     }
 
     /// An error with the system's answer; its kind follows from the errno.
@@ -73,6 +74,13 @@ impl Error {
         self
     }
 
+    /// Names the call that failed, as people look it up: `VIDIOC_QBUF`.
+    #[must_use]
+    pub fn said_by(mut self, call: &'static str) -> Error {
+        self.0.call = Some(call);
+        self
+    }
+
     /// The same with another kind.
     #[must_use]
     pub fn kind_is(mut self, kind: Kind) -> Error {
@@ -88,6 +96,11 @@ impl Error {
     /// What was attempted.
     pub fn step(&self) -> &'static str {
         self.0.step
+    }
+
+    /// The call that failed, where it is known.
+    pub fn call(&self) -> Option<&'static str> {
+        self.0.call
     }
 
     /// On what.

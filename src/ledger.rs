@@ -25,12 +25,17 @@ impl Ledger {
 
     /// Enters one copy. Causes are few; each is one line of the account.
     pub fn enter(&mut self, cause: &'static str, bytes: u64) {
-        match self.entries.iter_mut().find(|entry| entry.cause == cause) {
+        self.add(&Copies { cause, count: 1, bytes });
+    }
+
+    /// Enters what another account has of one cause.
+    pub fn add(&mut self, copies: &Copies) {
+        match self.entries.iter_mut().find(|entry| entry.cause == copies.cause) {
             Some(entry) => {
-                entry.count += 1;
-                entry.bytes += bytes;
+                entry.count += copies.count;
+                entry.bytes += copies.bytes;
             }
-            None => self.entries.push(Copies { cause, count: 1, bytes }),
+            None => self.entries.push(copies.clone()),
         }
     }
 

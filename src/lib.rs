@@ -23,10 +23,13 @@
 //! - [`frame`]: buffers, frames, leases. [`endpoint`]: the traits of sources, sinks and importers, and refusals.
 //! - [`convert`]: a picture in another format, made by the CPU.
 //! - [`v4l2`], [`pattern`]: sources. [`kms`], [`sink`]: sinks. [`pipe`]: the loop between them. [`ledger`]: what was copied.
+//! - [`bufs`]: every dma-buf of the machine, who holds it, and what only grows.
 //! - Everything pollable is `AsFd`; the library has no threads and no event loop of its own.
 
 #![warn(unreachable_pub)]
 
+pub mod bufs;
+mod causes;
 mod clock;
 pub mod convert;
 pub mod dmabuf;
@@ -35,6 +38,7 @@ pub mod error;
 pub mod format;
 pub mod frame;
 pub mod kms;
+pub mod ladder;
 pub mod ledger;
 pub mod memory;
 mod node;

@@ -12,8 +12,11 @@
 )]
 
 mod alloc;
+mod bufs;
 mod camera;
+mod capture;
 mod commands;
+mod cow;
 mod cycles;
 mod display;
 mod faults;
@@ -34,11 +37,14 @@ fn main() -> std::process::ExitCode {
     let tests = [
         camera::TESTS,
         streams::TESTS,
+        capture::TESTS,
+        cow::TESTS,
         display::TESTS,
         screen::TESTS,
         commands::TESTS,
         sinks::TESTS,
         snap::TESTS,
+        bufs::TESTS,
         verify::TESTS,
         faults::TESTS,
         alloc::TESTS,

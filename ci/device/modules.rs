@@ -57,6 +57,34 @@ pub fn reload() -> Result<()> {
     vivid(&[])
 }
 
+/// vkms as the kernel's source has it, in place of the corrected one that the machine comes up with.
+pub struct StockVkms(());
+
+impl StockVkms {
+    pub fn load() -> Result<StockVkms> {
+        let stock = StockVkms(());
+        // rmmod leaves the modules that vkms needs where they are.
+        sh("rmmod vkms && insmod /usr/lib/dmaflow-vm/$(uname -r)/vkms.ko enable_writeback=1 enable_overlay=1")?;
+        Ok(stock)
+    }
+
+    /// Puts the other back. Dropping does so too, and cannot tell of a failure.
+    pub fn unload(self) -> Result<()> {
+        std::mem::forget(self);
+        StockVkms::put_back()
+    }
+
+    fn put_back() -> Result<()> {
+        sh("modprobe -r vkms; modprobe vkms enable_writeback=1 enable_overlay=1").map(drop)
+    }
+}
+
+impl Drop for StockVkms {
+    fn drop(&mut self) {
+        let _ = StockVkms::put_back();
+    }
+}
+
 /// Puts vivid's parameters, input, format, rate and controls to what they are after loading.
 pub fn reset() -> Result<()> {
     if !has("vivid") {

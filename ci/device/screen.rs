@@ -137,7 +137,7 @@ fn a_kill() -> anyhow::Result<Outcome> {
         running.wait_until_it_shows()?;
         running.signal(Signal::SIGKILL)?;
         running.end()?;
-        ensure!(!screen().contains("allocated by = dmaflow"), "{}", screen());
+        ensure!(!ours_is_there(), "{}", screen());
         // The memory goes a moment later.
         let killed = Instant::now();
         while !before.new_dma_bufs().is_empty() {
@@ -187,15 +187,36 @@ impl Other {
         let framebuffer = card.add_framebuffer(&buffer, 24, 32)?;
         let crtc = *resources.crtcs().first().context("no CRTC")?;
         card.set_crtc(crtc, Some(framebuffer), (0, 0), &[connected.handle()], Some(mode))?;
+        // Its colours are not what others expect of a display.
+        let inverted: Vec<u16> = (0..=255).rev().map(|level: u16| level * 257).collect();
+        card.set_gamma(crtc, &inverted, &inverted, &inverted)?;
         card.release_master_lock()?;
         Ok((card, framebuffer))
     }
+
+    /// What changes the colours of the whole picture now; empty for nothing.
+    fn gamma(&self) -> Result<Vec<u8>> {
+        let crtc = *self.resource_handles()?.crtcs().first().context("no CRTC")?;
+        for (&property, &value) in &self.get_properties(crtc)? {
+            if self.get_property(property)?.name().to_bytes() == b"GAMMA_LUT" {
+                return Ok(if value == 0 { Vec::new() } else { self.get_property_blob(value)? });
+            }
+        }
+        anyhow::bail!("vkms has no GAMMA_LUT")
+    }
+}
+
+/// Whether one of dmaflow's framebuffers is on screen or at least there.
+fn ours_is_there() -> bool {
+    screen().contains("allocated by = dmaflow")
 }
 
 fn another_programs_picture() -> anyhow::Result<Outcome> {
     let (other, _) = Other::new()?;
     let before = State::read();
     ensure!(screen().contains("\"800x600\""), "{}", screen());
+    let gamma = other.gamma()?;
+    ensure!(!gamma.is_empty() && gamma[0] == 0xff, "no gamma to begin with: {gamma:?}");
     for options in [
         "--from vivid --size 640x360",
         "--from vivid --size 640x360 --present mailbox",
@@ -204,6 +225,7 @@ fn another_programs_picture() -> anyhow::Result<Outcome> {
         let run = finish(&mut dmaflow(&format!("pipe {options} --to vkms --format XR24 --frames 3 --verify --json")));
         ensure!(number(&run?.json(0)?, "verify/wrong")? == 0, "{options}");
         before.is_back().with_context(|| options.to_owned())?;
+        ensure!(other.gamma()? == gamma, "{options}: its colours are not back");
     }
     drop(other);
     PASSED
@@ -218,6 +240,11 @@ fn master_is_given_up() -> anyhow::Result<Outcome> {
     drop(first);
     witness.acquire_master_lock().context("it was not given up")?;
     witness.release_master_lock()?;
+    // Looking at a card, or waiting with it open, is in nobody's way.
+    let looking = dmaflow::kms::Card::find("vkms")?;
+    witness.acquire_master_lock().context("a card that is only open is master")?;
+    witness.release_master_lock()?;
+    drop(looking);
     PASSED
 }
 

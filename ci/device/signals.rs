@@ -1,6 +1,7 @@
 //! Ctrl-C and `kill` at any moment: the result is printed, the display put back, the memory freed.
 
 use std::fs;
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "signals::fifty_moments", needs: NEEDS, seconds: 600, run: fifty_moments },
     Test { name: "signals::while_it_waits_for_a_frame", needs: NEEDS, seconds: 60, run: while_it_waits_for_a_frame },
     Test { name: "signals::two_in_a_row", needs: NEEDS, seconds: 60, run: two_in_a_row },
+    Test { name: "signals::what_was_ignored_stays_so", needs: NEEDS, seconds: 60, run: what_was_ignored_stays_so },
 ];
 
 const MOMENTS: u32 = 50;
@@ -146,6 +148,21 @@ fn two_in_a_row() -> anyhow::Result<Outcome> {
     thread::sleep(Duration::from_millis(700));
     ensure!(running.runs(), "it ended by itself");
     running.signal(Signal::SIGINT)?;
+    running.end()?.json(0)?;
+    PASSED
+}
+
+/// As after `nohup`, and for a job in a shell's background.
+fn what_was_ignored_stays_so() -> anyhow::Result<Outcome> {
+    let line = "trap '' HUP INT; exec dmaflow pipe --from vivid --to vkms --format XR24 --size 640x360 --json";
+    let mut running = start(Command::new("sh").args(["-c", line]))?;
+    running.wait_until_it_shows()?;
+    for signal in [Signal::SIGHUP, Signal::SIGINT] {
+        running.signal(signal)?;
+        thread::sleep(Duration::from_millis(300));
+        ensure!(running.runs(), "{signal} ended it");
+    }
+    running.signal(Signal::SIGTERM)?;
     running.end()?.json(0)?;
     PASSED
 }

@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use drm::control::Device as _;
 
-use crate::formats::shown_without_a_copy;
+use crate::formats::{shown_of_captured, shown_without_a_copy};
 use crate::harness::{Outcome, PASSED, Test};
 use crate::modules::Witness;
 use crate::process::{State, dmaflow, finish, number};
@@ -111,8 +111,7 @@ fn pattern_to_the_display() -> anyhow::Result<Outcome> {
         let replaced = number(&result, "frames/dropped_by_display")?;
         ensure!(present == "mailbox" || replaced == 0, "{result}");
         ensure!(replaced < 5, "{result}");
-        ensure!(number(&result, "frames/captured")? == 10, "{result}");
-        shown_without_a_copy(&result, 10 - replaced)?;
+        shown_of_captured(&result, 10 - replaced, 10)?;
     }
     drop(witness);
     PASSED

@@ -150,6 +150,39 @@ impl Layout {
         Layout::contiguous(format, size, stride.ok_or(LayoutError::Overflow { plane: 0 })?)
     }
 
+    /// The same picture in the same memory planes with every stride rounded up to a multiple of `align` bytes (0 and 1 change
+    /// nothing), each plane at the start of its memory or behind the one before. Modifier and colour stay.
+    ///
+    /// # Errors
+    /// As [`Layout::new`].
+    pub fn with_stride_align(&self, align: u32) -> Result<Layout, LayoutError> {
+        let align = align.max(1);
+        let up = |plane: usize, stride: u32, unit: u32| {
+            stride.checked_next_multiple_of(unit).ok_or(LayoutError::Overflow { plane })
+        };
+        let layout = if self.memory_planes() == 1 {
+            // Chroma rows follow from the first plane's, as V4L2 has it; this unit suits all of them, as in `packed`.
+            let (horizontal, _) = self.format.subsampling();
+            let firsts = self.planes().iter().enumerate();
+            let needed = firsts.map(|(plane, place)| self.format.first_stride(plane, place.stride)).max();
+            let unit = if align == 1 { 1 } else { align.saturating_mul(horizontal) };
+            Layout::contiguous(self.format, self.size(), up(0, needed.unwrap_or(0), unit)?)?
+        } else {
+            let mut planes: Vec<PlaneLayout> = Vec::with_capacity(self.planes().len());
+            for (plane, place) in self.planes().iter().enumerate() {
+                let before = planes.iter().enumerate().filter(|(_, before)| before.memory == place.memory);
+                let end = before.map(|(plane, before)| {
+                    u64::from(before.offset) + u64::from(before.stride) * self.rows(plane) as u64
+                });
+                let offset = end.max().unwrap_or(0).max(u64::from(place.offset));
+                let offset = u32::try_from(offset).map_err(|_| LayoutError::Overflow { plane })?;
+                planes.push(PlaneLayout { memory: place.memory, offset, stride: up(plane, place.stride, align)? });
+            }
+            Layout::new(self.format, self.size(), &planes)?
+        };
+        Ok(layout.with_modifier(self.modifier).with_colour(self.colour))
+    }
+
     /// Each colour plane in a memory plane of its own, with the strides given.
     ///
     /// # Errors
@@ -299,7 +332,38 @@ mod tests {
         assert!(matches!(layout.check(&[]), Err(LayoutError::NoMemory { .. })));
     }
 
+    #[test]
+    fn longer_strides_keep_the_rest() {
+        let layout = Layout::packed(format("YU12"), (100, 10), 1)
+            .unwrap()
+            .with_modifier(Some(Modifier::LINEAR));
+        let longer = layout.with_stride_align(64).unwrap();
+        assert_eq!(longer.planes().iter().map(|place| place.stride).collect::<Vec<_>>(), [128, 64, 64]);
+        assert_eq!((longer.modifier(), longer.with_stride_align(1).unwrap()), (layout.modifier(), longer));
+        let apart = Layout::separate(format("NV12"), (100, 10), &[100, 100]).unwrap();
+        let longer = apart.with_stride_align(64).unwrap();
+        assert_eq!(longer.planes()[1], PlaneLayout { memory: 1, offset: 0, stride: 128 });
+        assert!(layout.with_stride_align(u32::MAX).is_err());
+    }
+
     proptest! {
+        /// Any places, any alignment: a layout with such strides, or a refusal.
+        #[test]
+        fn any_stride_alignment(
+            index in 0..Format::all().len(),
+            size in (1u32.., 1u32..),
+            places in prop::collection::vec((0u32..6, any::<u32>(), any::<u32>()), 4),
+            align: u32,
+        ) {
+            let format = Format::all().nth(index).unwrap();
+            let places = places.into_iter().map(|(memory, offset, stride)| PlaneLayout { memory, offset, stride });
+            let places: Vec<_> = places.take(format.planes()).collect();
+            let Ok(layout) = Layout::new(format, size, &places) else { return Ok(()) };
+            if let Ok(longer) = layout.with_stride_align(align) {
+                prop_assert!(longer.planes().iter().all(|place| place.stride % align.max(1) == 0));
+            }
+        }
+
         #[test]
         fn planes_never_overlap(index in 0..Format::all().len(), width in 1u32..3000, height in 1u32..2000, pad in 0u32..9) {
             let format = Format::all().nth(index).unwrap();

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use crate::dmabuf::{DmaBuf, Identity};
 use crate::error::{Error, Kind, Result};
 use crate::format::{Layout, MAX_PLANES};
-use crate::memory::{Access, CpuAccess, Mapping, Memory, Span};
+use crate::memory::{Access, CpuAccess, Mapping, Memory, Private, Span};
 use std::os::fd::AsFd;
 
 /// Memory with a layout: one [`Memory`] for each memory plane. Clones are cheap and share the memory, which lives as long as
@@ -23,24 +23,50 @@ struct Inner {
     memory: Vec<Memory>,
     lens: [usize; MAX_PLANES],
     mappings: OnceLock<Vec<Mapping>>,
+    private: Mutex<PrivateMappings>,
     /// For writing. Locked while it is written: two writers would tear each other's picture.
     writable: Mutex<Vec<Mapping>>,
 }
+
+/// Private mappings that no view uses now: one [`Private`] for each memory plane in each.
+#[derive(Debug, Default)]
+struct PrivateMappings {
+    idle: Vec<Vec<Private>>,
+    /// The exporter does not map privately.
+    refused: bool,
+}
+
+/// So many are kept: as many views of one frame as are open at a time in most programs.
+const IDLE_MAPPINGS: usize = 4;
 
 impl Buffer {
     /// Joins memory and layout. `lens` are the bytes of each memory plane that may be used.
     ///
     /// # Errors
-    /// [`Kind::Invalid`] if a row of the layout lies outside its memory plane.
+    /// [`Kind::Invalid`] if a row of the layout lies outside its memory plane, or a length is more than the memory has.
     pub fn new(layout: Layout, memory: Vec<Memory>, lens: &[usize]) -> Result<Buffer> {
         let bad = || Error::new(Kind::Invalid, "make a buffer of", layout.to_string());
         if memory.len() != lens.len() || memory.len() > MAX_PLANES {
             return Err(bad().because(format!("{} memory planes with {} lengths", memory.len(), lens.len())));
         }
+        for (plane, (memory, &len)) in memory.iter().zip(lens).enumerate() {
+            let there = memory.len()?;
+            if len > there {
+                return Err(bad().because(format!("{len} bytes of memory plane {plane}, which has {there}")));
+            }
+        }
         layout.check(lens).map_err(|cause| bad().because(cause))?;
         let mut all = [0; MAX_PLANES];
         all[..lens.len()].copy_from_slice(lens);
-        Ok(Buffer(Arc::new(Inner { layout, memory, lens: all, mappings: OnceLock::new(), writable: Mutex::default() })))
+        let inner = Inner {
+            layout,
+            memory,
+            lens: all,
+            mappings: OnceLock::new(),
+            private: Mutex::default(),
+            writable: Mutex::default(),
+        };
+        Ok(Buffer(Arc::new(inner)))
     }
 
     /// Format, size and where the colour planes lie.
@@ -59,6 +85,27 @@ impl Buffer {
             Memory::DmaBuf(dma_buf) => Some(dma_buf),
             Memory::Plain(_) => None,
         }
+    }
+
+    /// The bytes of each memory plane that may be used.
+    pub fn memory_lens(&self) -> &[usize] {
+        &self.0.lens[..self.0.memory.len()]
+    }
+
+    /// The same dma-bufs with another layout; the very same handle if it has that layout already.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] if a row lies outside its memory plane, or a memory plane is no dma-buf.
+    pub fn with_layout(&self, layout: Layout) -> Result<Buffer> {
+        if *self.layout() == layout {
+            return Ok(self.clone());
+        }
+        let planes = (0u32..).zip(self.memory());
+        let shared = planes.map(|(plane, _)| self.dma_buf(plane).cloned().map(Memory::DmaBuf));
+        let not_shared = || Error::new(Kind::Invalid, "share the memory of", self.layout().to_string());
+        let memory = shared.collect::<Option<Vec<_>>>();
+        let memory = memory.ok_or_else(|| not_shared().because("a memory plane is no dma-buf"))?;
+        Buffer::new(layout, memory, self.memory_lens())
     }
 
     /// Whether every memory plane is a dma-buf, so that devices can import it.
@@ -134,6 +181,35 @@ impl Buffer {
             .zip(self.0.lens)
             .map(|(memory, len)| Mapping::new(memory.as_fd(), len, access))
             .collect()
+    }
+
+    /// A private mapping of each memory plane in which nothing was written: one that a view has left, else a new one. `None` where the
+    /// exporter does not map privately.
+    ///
+    /// # Errors
+    /// What `mmap` says for want of memory or mappings.
+    pub(crate) fn take_private(&self) -> Result<Option<Vec<Private>>> {
+        let mut private = self.0.private.lock().unwrap_or_else(PoisonError::into_inner);
+        if private.refused {
+            return Ok(None);
+        }
+        if let Some(idle) = private.idle.pop() {
+            return Ok(Some(idle));
+        }
+        let planes = self.0.memory.iter().zip(self.0.lens);
+        let mapped = planes
+            .map(|(memory, len)| Private::map(memory, len))
+            .collect::<Result<Option<Vec<_>>>>()?;
+        private.refused = mapped.is_none();
+        Ok(mapped)
+    }
+
+    /// Keeps mappings in which nothing is written for the next view.
+    pub(crate) fn keep_private(&self, planes: Vec<Private>) {
+        let mut private = self.0.private.lock().unwrap_or_else(PoisonError::into_inner);
+        if private.idle.len() < IDLE_MAPPINGS {
+            private.idle.push(planes);
+        }
     }
 
     fn identities(&self) -> impl Iterator<Item = Identity> {

@@ -23,6 +23,7 @@ use loom::sync::{Arc, atomic};
 #[cfg(not(loom))]
 use std::sync::{Arc, atomic};
 
+use super::Views;
 use atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 
 /// The most slots a queue can have: a bit each in the free list. (V4L2 stopped at 32 until Linux 6.8.)
@@ -70,6 +71,7 @@ impl fmt::Display for SlotCounts {
 pub(crate) struct Slots {
     slots: Box<[Slot]>,
     free: AtomicU64,
+    views: Views,
 }
 
 /// Shared slots; loom brings an `Arc` of its own.
@@ -86,7 +88,7 @@ impl Slots {
         let count = count.min(MAX_SLOTS);
         let free = if count == MAX_SLOTS { u64::MAX } else { (1 << count) - 1 };
         let slot = |_| Slot { leases: AtomicU32::new(0), stage: AtomicU8::new(Stage::Free as u8) };
-        Arc::new(Slots { slots: (0..count).map(slot).collect(), free: AtomicU64::new(free) })
+        Arc::new(Slots { slots: (0..count).map(slot).collect(), free: AtomicU64::new(free), views: Views::new() })
     }
 
     /// Takes every free slot. Those not taken out of the iterator stay free.
@@ -129,6 +131,25 @@ impl Slots {
             } += 1;
         }
         counts
+    }
+
+    /// How many slots the driver has.
+    pub(crate) fn queued(&self) -> u32 {
+        let queued = |slot: &&Slot| slot.stage.load(Ordering::Relaxed) == Stage::Queued as u8;
+        self.slots.iter().filter(queued).count() as u32
+    }
+
+    /// Who has views of these slots' frames, and what was copied for them.
+    pub(crate) fn views(&self) -> &Views {
+        &self.views
+    }
+
+    /// Makes a slot free by detaching the views of one that views alone keep, the oldest first. Whether one is free now.
+    pub(crate) fn detach_oldest_view(&self) -> bool {
+        self.views.detach_oldest(|index, views| {
+            let slot = self.slots.get(index as usize);
+            slot.is_some_and(|slot| slot.leases.load(Ordering::Acquire) == views)
+        })
     }
 
     /// The stage goes first, so that whoever finds the slot in the free list finds it free.
@@ -234,6 +255,10 @@ impl Lease {
         if let Some(slot) = self.slot() {
             slot.stage.store(stage as u8, Ordering::Relaxed);
         }
+    }
+
+    pub(crate) fn slots_arc(&self) -> SlotsArc {
+        Arc::clone(&self.slots)
     }
 
     fn slot(&self) -> Option<&Slot> {

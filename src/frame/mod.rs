@@ -1,13 +1,18 @@
 //! Buffers, frames, and the lease that keeps a frame's memory from being filled again.
 
 mod buffer;
+mod cow;
 mod lease;
 mod meta;
+mod room;
 
 pub use buffer::{Buffer, BufferReader, BufferWriter, WeakBuffer};
+pub(crate) use cow::Views;
+pub use cow::{CowView, MAX_VIEWS, RawView, ViewInfo, ViewPages, ViewPolicy};
+pub(crate) use lease::{FreeSlot, Slots, SlotsArc};
 pub use lease::{Lease, MAX_SLOTS, SlotCounts, Stage};
-pub(crate) use lease::{Slots, SlotsArc};
 pub use meta::{Clock, FrameFlags, FrameMeta, Timestamp};
+pub use room::Room;
 
 /// A buffer filled once: the buffer, what is known of this filling, and the lease that keeps it so.
 ///

@@ -3,6 +3,7 @@
 use std::io;
 
 use super::Card;
+use crate::causes::Call;
 use crate::error::{Context, Error, Kind, Result};
 use drm_ffi::{
     DRM_MODE_ATOMIC_ALLOW_MODESET, DRM_MODE_ATOMIC_NONBLOCK, DRM_MODE_ATOMIC_TEST_ONLY, DRM_MODE_PAGE_FLIP_EVENT,
@@ -60,6 +61,18 @@ impl Request {
         self
     }
 
+    /// How many values there are.
+    pub(super) fn len(&self) -> usize {
+        self.values.len()
+    }
+
+    /// Changes the value at a place, counted from 0 as values were added.
+    pub(super) fn set_at(&mut self, place: usize, value: u64) {
+        if let Some(there) = self.values.get_mut(place) {
+            *there = value;
+        }
+    }
+
     /// Changes the value that was added last.
     pub(super) fn set_last(&mut self, value: u64) {
         if let Some(last) = self.values.last_mut() {
@@ -93,17 +106,18 @@ impl Request {
     /// # Errors
     /// [`Kind::Permission`] when this process is not the card's DRM master any more.
     pub(super) fn commit(&mut self, card: &Card, flags: CommitFlags, step: &'static str) -> Result<()> {
-        self.try_commit(card, flags).context(step, || card.name()).map_err(explain)
+        explained(self.try_commit(card, flags), card, step)
     }
 }
 
-fn explain(error: Error) -> Error {
-    match error.errno() {
-        Some(libc::EACCES | libc::EPERM) => error
-            .kind_is(Kind::Permission)
-            .repair("another program became DRM master meanwhile"),
-        Some(libc::ENODEV) => error.repair("the display's device is gone"),
-        Some(libc::EBUSY) => error.repair("an earlier commit has not completed"),
-        _ => error,
-    }
+/// What a commit said, with its errno explained.
+///
+/// # Errors
+/// [`Kind::Permission`] when this process is not the card's DRM master any more.
+pub(super) fn explained(committed: io::Result<()>, card: &Card, step: &'static str) -> Result<()> {
+    let explain = |error: Error| match error.errno() {
+        Some(libc::EACCES | libc::EPERM) => Call::Commit.explain(error).kind_is(Kind::Permission),
+        _ => Call::Commit.explain(error),
+    };
+    committed.context(step, || card.name()).map_err(explain)
 }

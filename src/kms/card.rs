@@ -10,6 +10,7 @@ use drm::{ClientCapability, Device as _, DriverCapability};
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{Mode, fstat, minor};
 
+use super::gem::GemTable;
 use crate::error::{Context, Error, Kind, Result};
 use crate::node::{self, Named};
 
@@ -22,6 +23,8 @@ pub struct CardInfo {
     pub driver: String,
     /// The driver's words about itself.
     pub description: String,
+    /// The driver's version: major, minor, patch level.
+    pub version: (i32, i32, i32),
 }
 
 /// An open DRM device that can set modes atomically.
@@ -32,6 +35,7 @@ pub struct Card {
     minor: u64,
     /// Property names by number: they are the same for all objects and never change.
     names: Mutex<HashMap<u32, String>>,
+    pub(super) gem: GemTable,
 }
 
 /// The properties of one object: name to number and value.
@@ -72,7 +76,7 @@ impl Card {
         node::first(&nodes())
     }
 
-    /// Opens a card, close-on-exec and without blocking reads.
+    /// Opens a card, close-on-exec and without blocking reads. Does not keep it from another process that wants to drive it.
     ///
     /// # Errors
     /// [`Kind::NotFound`] or [`Kind::Permission`] with the repair; [`Kind::Unsupported`] for a node that is no DRM device, has
@@ -90,12 +94,16 @@ impl Card {
                 _ => error,
             })?;
         let stat = fstat(&fd).context("identify", name)?;
-        let info = CardInfo { path: path.to_owned(), driver: String::new(), description: String::new() };
-        let mut card = Card { fd, info, minor: minor(stat.st_rdev), names: Mutex::default() };
+        let info =
+            CardInfo { path: path.to_owned(), driver: String::new(), description: String::new(), version: (0, 0, 0) };
+        let mut card = Card { fd, info, minor: minor(stat.st_rdev), names: Mutex::default(), gem: GemTable::default() };
+        // The first to open a card is its master without asking (drm_master_open), and in the way of one who wants to be.
+        card.give_up_master();
         let driver = card.get_driver().context("ask the driver of", name);
         let driver = driver.map_err(|error| error.kind_is(Kind::Unsupported).repair("it is not a DRM device"))?;
         card.info.driver = driver.name().to_string_lossy().into_owned();
         card.info.description = driver.description().to_string_lossy().into_owned();
+        card.info.version = driver.version;
         let driver = card.info.driver.clone();
         let lacks = |what: &str, repair: &str| {
             let error =

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use nix::libc;
 
-use super::atomic::{CommitFlags, Request};
-use super::flip::Flip;
+use super::atomic::{CommitFlags, Request, explained};
+use super::fifo::Fifo;
+use super::flip::{Flip, wait_readable};
 use super::import::{Framebuffer, KmsImporter};
 use super::quirks::shown_wrong;
 use super::route::Route;
@@ -14,11 +15,13 @@ use super::saved::{Blob, Saved};
 use super::setup::{Setup, mode_bytes};
 use super::verify::Verifier;
 use super::{Card, Snapshot};
+use crate::causes::{Call, Cause};
 use crate::clock::now_us;
 use crate::endpoint::{ImportCache, JoinError, Refusal, Rung, Shown, Sink, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::format::{Format, Layout};
-use crate::frame::{Buffer, Frame};
+use crate::frame::{Buffer, Frame, Room};
+use crate::ledger::Ledger;
 
 /// Longest wait for a page flip, in ms: the kernel itself gives up after 10 s (drm_atomic_helper_wait_for_flip_done).
 const FLIP_TIMEOUT_MS: u16 = 15_000;
@@ -26,7 +29,8 @@ const FLIP_TIMEOUT_MS: u16 = 15_000;
 /// What happens to frames that come faster than the display shows them.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub enum Present {
-    /// Every frame is shown; presenting waits until the frame is on screen.
+    /// Every frame is shown. Presenting waits until the frame *before* is on screen, which it is unless frames come faster than
+    /// the display shows them; what was shown is told some frames later, with the time at which it was.
     #[default]
     Fifo,
     /// The newest frame is shown; presenting never waits, and a frame that waits is dropped for a newer one.
@@ -56,10 +60,16 @@ pub struct Display {
     way: Option<Way>,
     // Before the frames: dropped in this order, so that a framebuffer has left the screen when its frame's lease ends.
     framebuffers: ImportCache<Framebuffer>,
-    on_screen: Option<Frame>,
+    pub(super) on_screen: Option<Frame>,
     pending: Option<Frame>,
     waiting: Option<Frame>,
+    fifo: Fifo,
     dropped: u64,
+    /// Imports made before the join that holds.
+    imports_before: u64,
+    /// What verification found on ways that were left.
+    verified: Verdict,
+    pub(super) ledger: Ledger,
     /// When the last frame came on screen, and when the pending one is expected to, by the mode's refresh; µs of `CLOCK_MONOTONIC`.
     last_flip_us: u64,
     flip_due_us: u64,
@@ -74,8 +84,10 @@ struct Way {
     /// The framebuffer of the plane: the request of every frame after the first.
     flip: Request,
     saved: Saved,
-    /// Whether the screen shows frames of ours.
+    /// Whether the screen shows frames of ours that came this way.
     lit: bool,
+    /// Whether it shows one that came another way, and so must be put back all the same.
+    left: bool,
     verifier: Option<Verifier>,
 }
 
@@ -104,7 +116,11 @@ impl Display {
             on_screen: None,
             pending: None,
             waiting: None,
+            fifo: Fifo::new(),
             dropped: 0,
+            imports_before: 0,
+            verified: Verdict::default(),
+            ledger: Ledger::new(),
             last_flip_us: 0,
             flip_due_us: 0,
             framebuffers: ImportCache::new(),
@@ -137,13 +153,13 @@ impl Display {
     /// The kernel's refusal, for example if another process became DRM master.
     pub fn restore(&mut self) -> Result<()> {
         let restored = match &mut self.way {
-            Some(way) if way.lit => {
+            Some(way) if way.lit || way.left => {
                 if let Some(verifier) = &mut way.verifier {
                     verifier.end();
                 }
                 // Blocks until a pending flip is done, so that no frame is given up while it is on its way to the screen.
                 let restored = way.saved.restore(&self.card);
-                way.lit = restored.is_err();
+                (way.lit, way.left) = (restored.is_err(), false);
                 restored
             }
             _ => Ok(()),
@@ -153,6 +169,7 @@ impl Display {
             (self.waiting, self.pending, self.on_screen) = (None, None, None);
             // The event of a flip that was pending is there by now, and is of no frame that comes later.
             while let Ok(Some(_)) = self.card.read_flip() {}
+            self.fifo.clear();
         }
         restored
     }
@@ -177,25 +194,66 @@ impl Display {
         Ok(shown)
     }
 
-    /// One commit of the plane's framebuffer alone.
-    fn flip(&mut self, frame: &Frame, flags: CommitFlags) -> Result<()> {
+    /// One commit of the plane's framebuffer alone. `Ok(false)` if it must wait for an earlier one and was told not to.
+    fn flip(&mut self, frame: &Frame, flags: CommitFlags) -> Result<bool> {
         let framebuffer = self.framebuffer(frame)?;
         let way = joined(&mut self.way, &self.name)?;
         way.flip.set_last(u64::from(framebuffer));
         frame.lease().mark_pending();
-        way.flip.commit(&self.card, flags, "show a frame on")
+        match way.flip.try_commit(&self.card, flags) {
+            // An expected answer, of which no error is made: that would allocate.
+            Err(cause) if flags.nonblock && cause.raw_os_error() == Some(libc::EBUSY) => Ok(false),
+            other => explained(other, &self.card, "show a frame on").map(|()| true),
+        }
     }
 
-    /// Shows a frame and returns when it is on screen: one system call, and one lease given up.
-    fn show(&mut self, frame: Frame) -> Result<Shown> {
-        let flags = CommitFlags { event: self.request.verify, ..CommitFlags::default() };
-        self.flip(&frame, flags)?;
-        if !self.request.verify {
-            // A blocking commit returns when the flip is done, so what it replaced has left the screen.
-            return Ok(self.replaced(frame, now_us()));
+    /// Sends a frame to the screen as soon as the one before is there: one system call, and one lease given up.
+    fn show_in_turn(&mut self, frame: Frame) -> Result<Option<Shown>> {
+        let flags = CommitFlags { event: true, ..CommitFlags::default() };
+        let mut on_its_way = !self.fifo.waits();
+        if on_its_way && !self.flip(&frame, CommitFlags { nonblock: true, ..flags })? {
+            self.fifo.refused();
+            on_its_way = false;
         }
+        if !on_its_way {
+            self.flip(&frame, flags)?;
+        }
+        self.fifo.submitted(*frame.meta());
+        // Either commit says that what was on its way is on screen, and so that what it replaced is not.
+        if let Some(before) = self.pending.take() {
+            self.put_on_screen(before);
+        }
+        match on_its_way {
+            true => self.pending = Some(frame),
+            false => self.put_on_screen(frame),
+        }
+        self.fifo.next_shown(&self.card, usize::from(on_its_way))
+    }
+
+    /// Shows a frame, waits until it is on screen, and verifies it.
+    fn show_verified(&mut self, frame: Frame) -> Result<Shown> {
+        self.flip(&frame, CommitFlags { event: true, ..CommitFlags::default() })?;
         self.pending = Some(frame);
         self.wait_pending()
+    }
+
+    /// Waits until every frame sent is on screen and its event read, and tells of one.
+    fn finish_in_turn(&mut self) -> Result<Option<Shown>> {
+        while !self.fifo.all_read() {
+            self.fifo.read(&self.card)?;
+            if !self.fifo.all_read() {
+                wait_readable(&*self.card, FLIP_TIMEOUT_MS, "get a page flip from", &self.name)?;
+            }
+        }
+        if let Some(frame) = self.pending.take() {
+            self.put_on_screen(frame);
+        }
+        Ok(self.fifo.told())
+    }
+
+    /// Whether frames are sent one after the other without waiting for each.
+    fn in_turn(&self) -> bool {
+        self.request.present == Present::Fifo && !self.request.verify
     }
 
     /// Waits until the pending frame is on screen. Until then, and if that fails, it stays pending, with its lease.
@@ -208,7 +266,10 @@ impl Display {
 
     /// Submits a frame and returns at once.
     fn submit(&mut self, frame: Frame) -> Result<()> {
-        self.flip(&frame, CommitFlags { nonblock: true, event: true, ..CommitFlags::default() })?;
+        if !self.flip(&frame, CommitFlags { nonblock: true, event: true, ..CommitFlags::default() })? {
+            let error = Error::from_io("show a frame on", &self.name, std::io::Error::from_raw_os_error(libc::EBUSY));
+            return Err(error.repair("an earlier commit has not completed"));
+        }
         self.pending = Some(frame);
         let period = self.way.as_ref().map_or(0, |way| way.route.period_us()).max(1);
         let since_last = now_us().saturating_sub(self.last_flip_us);
@@ -239,9 +300,20 @@ impl Display {
     fn replaced(&mut self, frame: Frame, at_us: u64) -> Shown {
         let shown = Shown { meta: *frame.meta(), at_us };
         self.last_flip_us = at_us;
+        self.put_on_screen(frame);
+        shown
+    }
+
+    /// Shows a frame that nobody counts, in place of what is on screen, and returns when it is there.
+    pub(super) fn replace_picture(&mut self, frame: Frame) -> Result<()> {
+        self.flip(&frame, CommitFlags::default())?;
+        self.put_on_screen(frame);
+        Ok(())
+    }
+
+    fn put_on_screen(&mut self, frame: Frame) {
         frame.lease().mark_on_screen();
         self.on_screen = Some(frame);
-        shown
     }
 
     /// The framebuffer of a frame's buffer, imported now if `join` has not seen it.
@@ -250,6 +322,28 @@ impl Display {
         let error =
             |refusal: Refusal| Error::new(Kind::Unsupported, "import a frame into", &self.name).because(refusal);
         imported.map(Framebuffer::id).map_err(error)
+    }
+
+    /// The way of before is given up for another, which the first frame will take; until then the picture stays. What was on screen
+    /// before both is what is put back at the end.
+    fn leave(&mut self, mut before: Way, next: &mut Way) -> Result<()> {
+        if let Some(mut verifier) = before.verifier.take() {
+            verifier.end();
+            self.verified.add(verifier.verdict());
+        }
+        if !before.lit {
+            return Ok(());
+        }
+        if before.route.crtc == next.route.crtc && before.route.connector == next.route.connector {
+            next.saved = before.saved;
+            next.left = true;
+            return Ok(());
+        }
+        // Another output: the one of before goes back to what it was, and what `choose` has saved of the next holds still.
+        self.way = Some(before);
+        let restored = self.restore();
+        self.way = None;
+        restored
     }
 
     /// The first way that the driver agrees to, tried with a real framebuffer.
@@ -266,7 +360,7 @@ impl Display {
                     let mut flip = Request::default();
                     flip.object(route.plane).set(setup.framebuffer, 0);
                     let saved = Saved::read(&self.card, &route)?;
-                    return Ok(Way { route, setup, flip, saved, lit: false, verifier: None });
+                    return Ok(Way { route, setup, flip, saved, lit: false, left: false, verifier: None });
                 }
                 Err(cause) => refused = Some((route, cause)),
             }
@@ -277,15 +371,14 @@ impl Display {
         if cause.raw_os_error() == Some(libc::EACCES) {
             return Err(Error::from_io("set a mode on", &self.name, cause).into());
         }
+        let errno = cause.raw_os_error();
+        let Cause { why, repair } = Call::Commit.cause(errno.unwrap_or(0));
         Err(JoinError::Refused(Refusal {
             rung: Rung::Exported,
             step: "atomic test commit",
-            errno: cause.raw_os_error(),
-            why: format!(
-                "the display's driver does not show {layout} on plane {} of {}",
-                route.plane, route.connector_name
-            ),
-            repair: "choose another format, size or stride; the kernel log may say more with drm.debug=0x10".to_owned(),
+            errno,
+            why: format!("{why} ({layout} on plane {} of {})", route.plane, route.connector_name),
+            repair: repair.to_owned(),
         }))
     }
 }
@@ -305,13 +398,14 @@ impl Sink for Display {
     }
 
     fn join(&mut self, layout: &Layout, rate: Option<f64>, buffers: &[Buffer]) -> Result<Rung, JoinError> {
-        if self.way.as_ref().is_some_and(|way| way.lit) {
+        if self.pending.is_some() || self.waiting.is_some() {
             let error = Error::new(Kind::Invalid, "join another source to", &self.name);
             return Err(error
-                .because("it shows frames of one already")
-                .repair("restore it first")
+                .because("frames are on their way to it")
+                .repair("finish them first")
                 .into());
         }
+        self.imports_before = self.framebuffers.imports();
         let routes = Route::candidates(&self.card, layout, rate)?;
         if let Some(refusal) = shown_wrong(&self.card, layout) {
             return Err(refusal.into());
@@ -326,8 +420,15 @@ impl Sink for Display {
         if self.request.verify {
             way.verifier = Some(Verifier::new(&self.card, &way.route, layout, buffers.len())?);
         }
+        if let Some(before) = self.way.take() {
+            self.leave(before, &mut way)?;
+        }
         self.way = Some(way);
         Ok(Rung::Exported)
+    }
+
+    fn allocate(&mut self, layout: &Layout, room: &Room, count: u32) -> Result<Vec<Buffer>> {
+        (0..count).map(|_| self.card.make_buffer(layout, room)).collect()
     }
 
     fn inspect(&mut self, frame: &Frame) -> Result<()> {
@@ -342,7 +443,8 @@ impl Sink for Display {
             return self.light(frame).map(Some);
         }
         match self.request.present {
-            Present::Fifo => self.show(frame).map(Some),
+            Present::Fifo if self.in_turn() => self.show_in_turn(frame),
+            Present::Fifo => self.show_verified(frame).map(Some),
             Present::Mailbox => self.queue(frame),
         }
     }
@@ -356,6 +458,13 @@ impl Sink for Display {
     }
 
     fn dispatch(&mut self) -> Result<Option<Shown>> {
+        if self.in_turn() {
+            self.fifo.read(&self.card)?;
+            if let Some(frame) = self.pending.take_if(|_| self.fifo.all_read()) {
+                self.put_on_screen(frame);
+            }
+            return Ok(self.fifo.told());
+        }
         let Some(flip) = self.card.read_flip()? else { return Ok(None) };
         let Some(frame) = self.pending.take() else { return Ok(None) };
         let shown = self.arrived(frame, flip)?;
@@ -366,6 +475,9 @@ impl Sink for Display {
     }
 
     fn finish(&mut self) -> Result<Option<Shown>> {
+        if self.in_turn() {
+            return self.finish_in_turn();
+        }
         if self.pending.is_none() {
             return Ok(None);
         }
@@ -381,16 +493,27 @@ impl Sink for Display {
     }
 
     fn imports(&self) -> u64 {
-        self.framebuffers.imports()
+        self.framebuffers.imports() - self.imports_before
+    }
+
+    fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    fn hold(&mut self) -> Result<()> {
+        self.keep_picture()
     }
 
     fn verdict(&self) -> Option<Verdict> {
-        self.way.as_ref()?.verifier.as_ref().map(Verifier::verdict)
+        let now = self.way.as_ref()?.verifier.as_ref().map(Verifier::verdict)?;
+        let mut all = self.verified;
+        all.add(now);
+        Some(all)
     }
 }
 
 impl AsFd for Display {
-    /// Readable when a frame that was presented in mailbox mode has come on screen.
+    /// Readable when a frame has come on screen: [`dispatch`](Sink::dispatch) tells which.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.card.as_fd()
     }

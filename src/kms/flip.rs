@@ -21,6 +21,9 @@ pub(super) struct Flip {
 /// Length of `struct drm_event_vblank` (drm.h).
 const EVENT: usize = 32;
 
+/// The most events that one read gives.
+pub(super) const MAX_FLIPS: usize = 32;
+
 impl Card {
     /// The next page-flip event, if there is one: one system call.
     ///
@@ -29,12 +32,31 @@ impl Card {
     pub(super) fn read_flip(&self) -> Result<Option<Flip>> {
         // The kernel gives whole events only (drm_read); with room for one it never gives two.
         let mut bytes = [0; EVENT];
-        let len = match nix::unistd::read(self.as_fd(), &mut bytes) {
-            Ok(len) => len,
-            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(None),
-            Err(errno) => return Err(Error::from_io("read the events of", self.name(), io::Error::from(errno))),
-        };
+        let len = self.read_events(&mut bytes)?;
         Ok(parse(&bytes[..len]))
+    }
+
+    /// The page-flip events that are there, [`MAX_FLIPS`] at most, oldest first: one system call. Returns how many events of any
+    /// sort there were.
+    ///
+    /// # Errors
+    /// What `read` says, `EAGAIN` apart.
+    pub(super) fn read_flips(&self, each: &mut dyn FnMut(Flip)) -> Result<usize> {
+        let mut bytes = [0; EVENT * MAX_FLIPS];
+        let len = self.read_events(&mut bytes)?;
+        // Each event of the kinds that this crate asks for has this length.
+        let events = bytes[..len].chunks_exact(EVENT);
+        let count = events.len();
+        events.filter_map(parse).for_each(each);
+        Ok(count)
+    }
+
+    fn read_events(&self, bytes: &mut [u8]) -> Result<usize> {
+        match nix::unistd::read(self.as_fd(), bytes) {
+            Ok(len) => Ok(len),
+            Err(Errno::EAGAIN | Errno::EINTR) => Ok(0),
+            Err(errno) => Err(Error::from_io("read the events of", self.name(), io::Error::from(errno))),
+        }
     }
 
     /// Waits for the next page-flip event, `timeout_ms` at most.

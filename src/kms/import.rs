@@ -1,13 +1,12 @@
 //! PRIME import and AddFB2: a buffer becomes a framebuffer of a card.
 
-use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, PoisonError};
-
-use nix::libc;
+use std::sync::Arc;
 
 use super::Card;
+use super::gem::GemHandle;
+use crate::causes::{Call, Cause};
 use crate::endpoint::{Importer, Refusal, Rung};
 use crate::format::MAX_PLANES;
 use crate::frame::Buffer;
@@ -33,55 +32,18 @@ impl Drop for Framebuffer {
     }
 }
 
-/// GEM handles of one open card by number. The kernel gives one handle for one buffer however often it is imported, and counts
-/// nothing (`DRM_IOCTL_PRIME_FD_TO_HANDLE`, drm_prime.c), so users are counted here.
-#[derive(Debug, Default)]
-struct GemTable(Mutex<HashMap<u32, usize>>);
-
-/// One use of a GEM handle; the last use closes it.
-struct GemHandle<'a> {
-    card: &'a Card,
-    table: &'a GemTable,
-    handle: u32,
-}
-
-impl GemTable {
-    fn import<'a>(&'a self, card: &'a Card, buffer: impl AsFd) -> io::Result<GemHandle<'a>> {
-        // Under the lock, so that nobody closes the same handle between import and count.
-        let mut users = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let handle = drm_ffi::gem::fd_to_handle(card.as_fd(), buffer.as_fd())?.handle;
-        *users.entry(handle).or_default() += 1;
-        Ok(GemHandle { card, table: self, handle })
-    }
-}
-
-impl Drop for GemHandle<'_> {
-    fn drop(&mut self) {
-        let mut users = self.table.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = users.get_mut(&self.handle) {
-            *count -= 1;
-            if *count == 0 {
-                users.remove(&self.handle);
-                // A failure means that the handle is closed already, which is the aim.
-                let _ = drm_ffi::gem::close(self.card.as_fd(), self.handle);
-            }
-        }
-    }
-}
-
 /// Imports buffers into one card.
 #[derive(Debug)]
 pub struct KmsImporter {
     card: Arc<Card>,
     name: String,
-    gem: GemTable,
 }
 
 impl KmsImporter {
     /// An importer into `card`.
     pub fn new(card: Arc<Card>) -> KmsImporter {
         let name = card.name();
-        KmsImporter { card, name, gem: GemTable::default() }
+        KmsImporter { card, name }
     }
 }
 
@@ -98,20 +60,21 @@ impl Importer for KmsImporter {
         let layout = buffer.layout();
         let Some(code) = layout.format().drm() else {
             let why = format!("DRM has no code for {}", layout.format());
-            return Err(refuse("AddFB2", None, why, "choose a format that the display scans out"));
+            return Err(refuse(Call::AddFramebuffer.name(), None, why, "choose a format that the display scans out"));
         };
         let mut handles: Vec<GemHandle<'_>> = Vec::with_capacity(MAX_PLANES);
         for memory in 0..buffer.memory().len() {
             let Some(dma_buf) = u32::try_from(memory).ok().and_then(|memory| buffer.dma_buf(memory)) else {
                 let why = "the frames are in plain memory, which no device can import".to_owned();
                 return Err(refuse(
-                    "PRIME import",
+                    Call::PrimeImport.name(),
                     None,
                     why,
                     "make /dev/udmabuf or a dma-heap available to this user",
                 ));
             };
-            let handle = self.gem.import(&self.card, dma_buf).map_err(|cause| prime_refusal(&cause))?;
+            let handle =
+                GemHandle::import(&self.card, dma_buf).map_err(|cause| refused(Call::PrimeImport, &cause, ""))?;
             handles.push(handle);
         }
         let mut gems = [0; MAX_PLANES];
@@ -119,7 +82,7 @@ impl Importer for KmsImporter {
         let mut offsets = [0; MAX_PLANES];
         let mut modifiers = [0; MAX_PLANES];
         for (index, plane) in layout.planes().iter().enumerate() {
-            gems[index] = handles.get(plane.memory as usize).map_or(0, |gem| gem.handle);
+            gems[index] = handles.get(plane.memory as usize).map_or(0, |gem| gem.handle());
             pitches[index] = plane.stride;
             offsets[index] = plane.offset;
             modifiers[index] = layout.modifier().map_or(0, |modifier| modifier.to_drm());
@@ -138,7 +101,7 @@ impl Importer for KmsImporter {
             &modifiers,
             flags,
         );
-        let framebuffer = added.map_err(|cause| add_refusal(&cause, buffer))?;
+        let framebuffer = added.map_err(|cause| refused(Call::AddFramebuffer, &cause, &format!(" ({layout})")))?;
         Ok(Framebuffer { card: Arc::clone(&self.card), id: framebuffer.fb_id })
     }
 }
@@ -147,35 +110,8 @@ fn refuse(step: &'static str, errno: Option<i32>, why: String, repair: &str) -> 
     Refusal { rung: Rung::Exported, step, errno, why, repair: repair.to_owned() }
 }
 
-fn prime_refusal(cause: &io::Error) -> Refusal {
-    let (why, repair) = match cause.raw_os_error() {
-        Some(libc::EINVAL) => (
-            "the display's driver cannot use this buffer's memory; likely it is not contiguous",
-            "let the camera capture into buffers of the display or of a CMA heap",
-        ),
-        Some(libc::ENOMEM) => {
-            ("no memory or address space to map the buffer for the display", "use fewer or smaller buffers")
-        }
-        Some(libc::ENOSYS | libc::EOPNOTSUPP | libc::ENOTTY) => {
-            ("the display's driver imports no dma-bufs", "use another display")
-        }
-        _ => ("the display's driver refused the buffer", "the kernel log may say more"),
-    };
-    refuse("PRIME import", cause.raw_os_error(), why.to_owned(), repair)
-}
-
-fn add_refusal(cause: &io::Error, buffer: &Buffer) -> Refusal {
-    let layout = buffer.layout();
-    let (why, repair) = match cause.raw_os_error() {
-        Some(libc::EINVAL) => (
-            format!("the display's driver takes no framebuffer of {layout}; likely the format or the stride"),
-            "choose a format that the display scans out, or a stride that is a multiple of 256 bytes",
-        ),
-        Some(libc::ERANGE) => {
-            (format!("the display's driver takes no picture as large as {layout}"), "choose a smaller size")
-        }
-        Some(libc::ENOMEM) => ("out of memory".to_owned(), "use fewer or smaller buffers"),
-        _ => (format!("the display's driver refused a framebuffer of {layout}"), "the kernel log may say more"),
-    };
-    refuse("AddFB2", cause.raw_os_error(), why, repair)
+fn refused(call: Call, cause: &io::Error, about: &str) -> Refusal {
+    let errno = cause.raw_os_error();
+    let Cause { why, repair } = call.cause(errno.unwrap_or(0));
+    refuse(call.name(), errno, format!("{why}{about}"), repair)
 }

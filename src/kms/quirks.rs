@@ -6,10 +6,11 @@ use crate::format::Layout;
 
 /// The refusal of a layout that this card's driver is known to show wrong.
 ///
-/// vkms, up to Linux 7.2, takes the address of every colour plane from the first memory plane and adds the offset of the first
-/// colour plane twice (`packed_pixels_addr` in `vkms_formats.c`, over a mapping that `drm_gem_fb_vmap` has put the offset into).
+/// vkms, at least up to Linux 7.2, takes the address of every colour plane from the first memory plane and adds the offset of the
+/// first colour plane twice (`packed_pixels_addr` in `vkms_formats.c`, over a mapping that `drm_gem_fb_vmap` has put the offset
+/// into). One in which that is corrected says so by its patch level (`tools/vm/guest/vkms-planes.patch`).
 pub(super) fn shown_wrong(card: &Card, layout: &Layout) -> Option<Refusal> {
-    if card.info().driver != "vkms" {
+    if card.info().driver != "vkms" || card.info().version > (1, 0, 0) {
         return None;
     }
     let several = layout.memory_planes() > 1;

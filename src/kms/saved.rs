@@ -14,6 +14,8 @@ use crate::error::{Context, Result};
 /// The properties that a display of ours changes, and so those to put back.
 const CONNECTOR: &[&str] = &["CRTC_ID"];
 const CRTC: &[&str] = &["ACTIVE", "MODE_ID"];
+/// Tables that change the colours of the whole picture.
+pub(super) const COLOUR_TABLES: &[&str] = &["DEGAMMA_LUT", "CTM", "GAMMA_LUT"];
 pub(super) const PLANE: &[&str] = &[
     "FB_ID",
     "CRTC_ID",
@@ -38,8 +40,9 @@ pub(super) struct Saved {
     request: Request,
     /// The same with every framebuffer off, for when one of them is gone.
     dark: Request,
-    /// The mode as data: the kernel frees a blob with its last use, so the old number may be gone by then.
-    mode: Option<Vec<u8>>,
+    /// The mode and the tables as data, with their places in the requests: the kernel frees a blob with its last use, so the old
+    /// number may be gone by then.
+    blobs: Vec<(usize, Vec<u8>)>,
 }
 
 /// A property blob of ours. Destroyed on drop; what is in use stays in use.
@@ -52,7 +55,7 @@ pub(super) struct Blob<'a> {
 impl<'a> Blob<'a> {
     pub(super) fn new(card: &'a Card, data: &mut [u8]) -> Result<Blob<'a>> {
         let blob = drm_ffi::mode::create_property_blob(card.as_fd(), data);
-        let blob = blob.context("store a mode for", || card.name())?;
+        let blob = blob.context("store a mode or colours for", || card.name())?;
         Ok(Blob { card, id: blob.blob_id })
     }
 }
@@ -71,7 +74,7 @@ impl Saved {
     /// What the kernel says.
     pub(super) fn read(card: &Card, route: &Route) -> Result<Saved> {
         let resources = card.resource_handles().context("list the outputs of", || card.name())?;
-        let mut saved = Saved { request: Request::default(), dark: Request::default(), mode: None };
+        let mut saved = Saved { request: Request::default(), dark: Request::default(), blobs: Vec::new() };
         let uses = |properties: &Properties| {
             properties
                 .get("CRTC_ID")
@@ -91,11 +94,15 @@ impl Saved {
             }
         }
         let properties = card.properties(route.crtc, DRM_MODE_OBJECT_CRTC)?;
-        if let Some(&(_, blob)) = properties.get("MODE_ID").filter(|&&(_, blob)| blob != 0) {
-            saved.mode = Some(card.get_property_blob(blob).context("read the mode of", || card.name())?);
-        }
-        // Last, and the mode last of all, so that `restore` can put the new blob's number in its place.
         saved.keep(route.crtc, &properties, CRTC, &[]);
+        saved.keep_blob(card, &properties, "MODE_ID")?;
+        for name in COLOUR_TABLES {
+            if let Some(&(property, _)) = properties.get(*name) {
+                saved.request.set(property, 0);
+                saved.dark.set(property, 0);
+                saved.keep_blob(card, &properties, name)?;
+            }
+        }
         Ok(saved)
     }
 
@@ -110,19 +117,36 @@ impl Saved {
         }
     }
 
+    /// Keeps the data of the blob that is the value added last, in place of its number.
+    fn keep_blob(&mut self, card: &Card, properties: &Properties, name: &str) -> Result<()> {
+        let (Some(place), Some(&(_, blob))) = (self.request.len().checked_sub(1), properties.get(name)) else {
+            return Ok(());
+        };
+        if blob != 0 {
+            let about = || format!("{name} of {}", card.name());
+            self.blobs.push((place, card.get_property_blob(blob).context("read", about)?));
+        }
+        Ok(())
+    }
+
     /// Puts everything back. Where a framebuffer that was shown is gone, its plane stays dark.
     ///
     /// # Errors
     /// What the kernel says to the dark form.
     pub(super) fn restore(&mut self, card: &Card) -> Result<()> {
-        let blob = self.mode.as_mut().map(|mode| Blob::new(card, mode)).transpose()?;
-        let id = blob.as_ref().map_or(0, |blob| u64::from(blob.id));
+        // Kept until the commit is done.
+        let mut made = Vec::with_capacity(self.blobs.len());
+        for (place, data) in &mut self.blobs {
+            let blob = Blob::new(card, data)?;
+            for request in [&mut self.request, &mut self.dark] {
+                request.set_at(*place, u64::from(blob.id));
+            }
+            made.push(blob);
+        }
         let flags = CommitFlags { allow_modeset: true, ..CommitFlags::default() };
-        self.request.set_last(id);
         if self.request.try_commit(card, flags).is_ok() {
             return Ok(());
         }
-        self.dark.set_last(id);
         self.dark.commit(card, flags, "put back the picture on")
     }
 }

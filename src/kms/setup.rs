@@ -7,6 +7,7 @@ use super::Card;
 use super::atomic::Request;
 use super::card::Properties;
 use super::route::Route;
+use super::saved::COLOUR_TABLES;
 use crate::error::{Context, Error, Kind, Result};
 use crate::format::{Encoding, Layout, Range};
 
@@ -19,6 +20,8 @@ pub(super) struct Setup {
     plane: Vec<(u32, u64)>,
     active: u32,
     mode: u32,
+    /// What changes the colours of the whole picture.
+    colour_tables: Vec<u32>,
     pub framebuffer: u32,
 }
 
@@ -51,6 +54,7 @@ impl Setup {
             plane: plane_values(card, &properties, route, layout)?,
             active: property(card, &crtc, "ACTIVE")?.0,
             mode: property(card, &crtc, "MODE_ID")?.0,
+            colour_tables: COLOUR_TABLES.iter().filter_map(|&name| Some(crtc.get(name)?.0)).collect(),
             framebuffer: property(card, &properties, "FB_ID")?.0,
         })
     }
@@ -58,6 +62,10 @@ impl Setup {
     pub(super) fn request(&self, route: &Route, framebuffer: u32, mode: u32) -> Request {
         let mut request = self.around.clone();
         request.object(route.crtc).set(self.active, 1).set(self.mode, u64::from(mode));
+        for &table in &self.colour_tables {
+            // None: a table that another program has left would change our pixels.
+            request.set(table, 0);
+        }
         request.object(route.plane).set(self.framebuffer, u64::from(framebuffer));
         for &(property, value) in &self.plane {
             request.set(property, value);

@@ -10,13 +10,18 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
 
 use crate::dmabuf::DmaBuf;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::uapi;
+
+use super::page_size;
+
+/// The length of a file is a signed number of 64 bits.
+const LONGEST: usize = i64::MAX as usize;
 
 /// A place that memory for frames comes from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Allocator {
-    /// `/dev/udmabuf` over a memfd: page-wise memory, cached.
+    /// `/dev/udmabuf` over a memfd: page-wise memory, cached. The memfd stays reachable ([`DmaBuf::memfd`]).
     Udmabuf,
     /// `/dev/dma_heap/system`: page-wise memory, cached.
     SystemHeap,
@@ -63,10 +68,13 @@ impl Allocator {
     /// Allocates at least `len` bytes, rounded up to whole pages, zeroed.
     ///
     /// # Errors
-    /// The node cannot be opened, or the kernel refuses the allocation (udmabuf allows 64 MiB a buffer by default).
+    /// The node cannot be opened, or the kernel refuses the allocation (udmabuf allows 64 MiB a buffer by default);
+    /// [`Kind::Invalid`] for a length that no file has.
     pub fn allocate(self, len: usize) -> Result<Memory> {
-        let len = len.max(1).next_multiple_of(4096);
         let about = || format!("{len} bytes from {self}");
+        let too_long = || Error::new(Kind::Invalid, "allocate", about()).because("no file is that long");
+        let len = len.max(1).checked_next_multiple_of(page_size()).filter(|&len| len <= LONGEST);
+        let len = len.ok_or_else(too_long)?;
         let device = self.open()?;
         match (self, device) {
             (Allocator::SystemHeap, Some(heap)) => {
@@ -76,7 +84,7 @@ impl Allocator {
             (Allocator::Udmabuf, Some(device)) => {
                 let memfd = sealed_memfd(len).context("allocate", about)?;
                 let fd = uapi::udmabuf_create(&device, memfd.as_fd(), len).context("allocate", about)?;
-                Ok(Memory::DmaBuf(DmaBuf::new(fd)?))
+                Ok(Memory::DmaBuf(DmaBuf::over(fd, Some(memfd))?))
             }
             _ => Ok(Memory::Plain(sealed_memfd(len).context("allocate", about)?)),
         }
@@ -96,6 +104,22 @@ impl fmt::Display for Allocator {
             Allocator::SystemHeap => "the system dma-heap",
             Allocator::Plain => "plain memory",
         })
+    }
+}
+
+impl Memory {
+    /// Length in bytes, whole pages.
+    ///
+    /// # Errors
+    /// What `fstat` says of a memfd.
+    pub fn len(&self) -> Result<usize> {
+        match self {
+            Memory::DmaBuf(dma_buf) => Ok(dma_buf.len()),
+            Memory::Plain(memfd) => {
+                let stat = nix::sys::stat::fstat(memfd).context("learn the size of", || "a memfd")?;
+                Ok(usize::try_from(stat.st_size).unwrap_or(0))
+            }
+        }
     }
 }
 
@@ -126,5 +150,12 @@ mod tests {
         let memory = Allocator::Plain.allocate(5000).unwrap();
         assert!(matches!(memory, Memory::Plain(_)));
         assert_eq!(nix::sys::stat::fstat(memory.as_fd()).unwrap().st_size, 8192);
+    }
+
+    #[test]
+    fn hostile_lengths_are_refused() {
+        for len in [usize::MAX, usize::MAX - 4095, LONGEST + 1] {
+            assert_eq!(Allocator::Plain.allocate(len).unwrap_err().kind(), Kind::Invalid, "{len}");
+        }
     }
 }

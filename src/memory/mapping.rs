@@ -6,6 +6,7 @@ use std::ptr::NonNull;
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
+use crate::dmabuf::DmaBuf;
 use crate::error::{Context, Error, Kind, Result};
 use crate::uapi::{Access, dma_buf_sync};
 
@@ -136,6 +137,29 @@ impl Drop for CpuAccess<'_> {
             // Nobody can act on a failure here; `end` is for those who want to know.
             let _ = dma_buf_sync(fd, self.access, true);
         }
+    }
+}
+
+/// [`CpuAccess`] that keeps the dma-buf open itself, for reading.
+#[derive(Debug)]
+#[must_use = "CPU access ends when this is dropped"]
+pub(crate) struct OwnedAccess(DmaBuf);
+
+impl OwnedAccess {
+    /// Begins CPU access.
+    ///
+    /// # Errors
+    /// What `DMA_BUF_IOCTL_SYNC` says.
+    pub(crate) fn begin(dma_buf: &DmaBuf) -> Result<OwnedAccess> {
+        dma_buf_sync(dma_buf.as_fd(), Access::Read, false).context("begin CPU access to", || "a dma-buf")?;
+        Ok(OwnedAccess(dma_buf.clone()))
+    }
+}
+
+impl Drop for OwnedAccess {
+    fn drop(&mut self) {
+        // Nobody can act on a failure here.
+        let _ = dma_buf_sync(self.0.as_fd(), Access::Read, true);
     }
 }
 

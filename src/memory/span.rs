@@ -18,6 +18,9 @@ unsafe impl Send for Span<'_> {}
 unsafe impl Sync for Span<'_> {}
 
 impl<'a> Span<'a> {
+    /// No bytes.
+    pub const EMPTY: Span<'static> = Span { start: NonNull::dangling(), len: 0, memory: PhantomData };
+
     /// The `len` bytes from `start` on.
     ///
     /// # Safety

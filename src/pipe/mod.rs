@@ -3,22 +3,27 @@
 //! In the steady state it makes four system calls a frame (`epoll_wait`, `DQBUF`, `ATOMIC`, `QBUF`; in mailbox mode one or two
 //! more for the flip event) and allocates nothing.
 
+mod account;
+mod moves;
 mod wait;
 
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
-use hdrhistogram::Histogram;
-use nix::sys::resource::{UsageWho, getrusage};
-use nix::sys::time::TimeVal;
-
 use crate::clock::now_us;
-use crate::endpoint::{JoinError, Rung, Shown, Sink, Source, SourceCounts};
-use crate::error::{Context, Error, Kind, Result};
+use crate::endpoint::{Refusal, Rung, Shown, Sink, Source, Verdict};
+use crate::error::{Context, Kind, Result};
 use crate::format;
 use crate::frame::{Clock, Frame};
+use crate::ladder::{self, Joined, NoWay, Path};
+use crate::ledger::Ledger;
 use crate::memory::{Access, CpuAccess};
+use account::cpu_time;
 use wait::{Waiter, Wake};
+
+pub use account::{Account, Latency, Progress};
+use moves::Above;
+pub use moves::Move;
 
 /// When a pipe ends, besides at its source's end and when it is told to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -29,67 +34,18 @@ pub struct Limits {
     pub duration: Option<Duration>,
 }
 
-/// What a pipe has done.
-#[derive(Clone, Debug)]
-pub struct Account {
-    /// How source and sink are joined.
-    pub rung: Rung,
-    /// Frames that came from the source undamaged.
-    pub captured: u64,
-    /// Frames that were shown or stored.
-    pub presented: u64,
-    /// What the source lost.
-    pub lost: SourceCounts,
-    /// Frames that were never shown because a newer one came first.
-    pub dropped_by_sink: u64,
-    /// From the start of the flow to its end.
-    pub duration: Duration,
-    /// Frames a second, from the first shown to the last; `None` with fewer than two.
-    pub fps: Option<f64>,
-    /// From capture to show.
-    pub latency: Latency,
-    /// CPU time of this process while frames flowed, user and system together; `None` if the system did not tell.
-    pub cpu: Option<Duration>,
-}
-
-/// Times from capture to show, in µs. Counted are frames stamped by `CLOCK_MONOTONIC` whose stamp is not later than their show:
-/// some cameras (vivid is one) stamp a frame with the end of its period and deliver it before.
-#[derive(Clone)]
-pub struct Latency(Histogram<u32>);
-
-impl Latency {
-    /// The longest time told apart, a minute.
-    const MAX_US: u64 = 60_000_000;
-
-    fn new() -> Result<Latency> {
-        // Two significant digits; all of its memory is allocated here.
-        let histogram = Histogram::new_with_bounds(1, Latency::MAX_US, 2);
-        let error = |cause| Error::new(Kind::System, "measure", "latencies").because(format!("{cause}"));
-        histogram.map(Latency).map_err(error)
-    }
-
-    /// The time that a share of the frames did not exceed, `None` if none was measured. `quantile` is from 0 to 1.
-    pub fn quantile(&self, quantile: f64) -> Option<u64> {
-        (!self.0.is_empty()).then(|| self.0.value_at_quantile(quantile).min(self.0.max()))
-    }
-
-    /// How many were measured.
-    pub fn count(&self) -> u64 {
-        self.0.len()
-    }
-}
-
-impl std::fmt::Debug for Latency {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Latency({} measured, median {:?} µs)", self.count(), self.quantile(0.5))
-    }
-}
-
 /// A source and a sink, joined.
 pub struct Pipe<'a> {
     source: &'a mut dyn Source,
     sink: &'a mut dyn Sink,
-    rung: Rung,
+    path: Path,
+    joined: Joined,
+    moves: Vec<Move>,
+    above: Option<Above>,
+    /// The copies of copiers that are gone, what was dropped there, and what was wrong.
+    copies: Ledger,
+    dropped: u64,
+    copies_verdict: Option<Verdict>,
     limits: Limits,
     corrupt: Option<u64>,
     captured: u64,
@@ -100,16 +56,27 @@ pub struct Pipe<'a> {
 }
 
 impl<'a> Pipe<'a> {
-    /// Joins a source to a sink: the sink imports each of the source's buffers. Nothing flows yet.
+    /// Joins a source to a sink by the first rung of the [ladder] that holds. Nothing flows yet.
     ///
     /// # Errors
-    /// The sink's refusal, or a failure.
-    pub fn join(source: &'a mut dyn Source, sink: &'a mut dyn Sink, limits: Limits) -> Result<Pipe<'a>, JoinError> {
-        let rung = sink.join(source.layout(), source.rate(), source.buffers())?;
-        Ok(Pipe {
+    /// [`NoWay`]: what every rung that is allowed said, or a failure.
+    pub fn join(
+        source: &'a mut dyn Source,
+        sink: &'a mut dyn Sink,
+        path: Path,
+        limits: Limits,
+    ) -> Result<Pipe<'a>, NoWay> {
+        let joined = ladder::join(source, sink, path)?;
+        let mut pipe = Pipe {
             source,
             sink,
-            rung,
+            path,
+            joined,
+            moves: Vec::new(),
+            above: None,
+            copies: Ledger::new(),
+            dropped: 0,
+            copies_verdict: None,
             limits,
             corrupt: None,
             captured: 0,
@@ -117,12 +84,19 @@ impl<'a> Pipe<'a> {
             first_shown_us: 0,
             last_shown_us: 0,
             latency: Latency::new()?,
-        })
+        };
+        pipe.check_copies();
+        Ok(pipe)
     }
 
     /// How the two are joined.
     pub fn rung(&self) -> Rung {
-        self.rung
+        self.joined.rung
+    }
+
+    /// Why the rungs above do not hold.
+    pub fn refusals(&self) -> &[Refusal] {
+        &self.joined.refusals
     }
 
     /// Changes one byte of the frame at this place (counted from 0) between capture and show: a sink that verifies must notice.
@@ -145,13 +119,18 @@ impl<'a> Pipe<'a> {
         stopped?;
         let duration = Duration::from_micros(now_us().saturating_sub(start));
         let shown = self.last_shown_us.saturating_sub(self.first_shown_us);
+        self.forget_copier();
         let fps = (self.presented > 1 && shown > 0).then(|| (self.presented - 1) as f64 * 1e6 / shown as f64);
         Ok(Account {
-            rung: self.rung,
+            rung: self.joined.rung,
+            refusals: self.joined.refusals,
+            moves: self.moves,
+            copies: self.copies,
+            copies_verdict: self.copies_verdict,
             captured: self.captured,
             presented: self.presented,
             lost: self.source.counts(),
-            dropped_by_sink: self.sink.dropped(),
+            dropped_by_sink: self.sink.dropped() + self.dropped,
             duration,
             fps,
             latency: self.latency,
@@ -182,24 +161,60 @@ impl<'a> Pipe<'a> {
             let next = match self.source.try_next(ready) {
                 Ok(next) => next,
                 Err(error) if error.kind() == Kind::Ended => break,
+                Err(error) if error.kind() == Kind::FormatChanged => match self.follow(stop, progress)? {
+                    true => continue,
+                    false => break,
+                },
                 Err(error) => return Err(error),
             };
             let Some(frame) = next else { continue };
-            self.sink.inspect(&frame)?;
-            if self.corrupt == Some(self.captured) {
-                corrupt(&frame)?;
-            }
-            self.captured += 1;
-            let shown = self.sink.present(frame)?;
-            self.account(shown, progress);
+            self.present(frame, progress)?;
             if self.limits.frames.is_some_and(|frames| self.captured >= frames) {
                 break;
             }
         }
+        self.finish(progress)
+    }
+
+    /// Waits for the frames that are on their way.
+    fn finish(&mut self, progress: &mut dyn FnMut(&Progress)) -> Result<()> {
         while let Some(shown) = self.sink.finish()? {
             self.account(Some(shown), progress);
         }
         Ok(())
+    }
+
+    /// One frame, by the rung that holds; if that turns out not to hold, by one below it.
+    fn present(&mut self, frame: Frame, progress: &mut dyn FnMut(&Progress)) -> Result<()> {
+        let place = self.captured;
+        self.captured += 1;
+        if self.above.is_some() && self.joined.copier.is_some() {
+            self.step_up(progress)?;
+        }
+        let shown = match self.send(&frame, place) {
+            Err(error) if self.may_step_down(&error) => {
+                self.step_down(&error, progress)?;
+                self.send(&frame, place)?
+            }
+            other => other?,
+        };
+        self.account(shown, progress);
+        Ok(())
+    }
+
+    fn send(&mut self, frame: &Frame, place: u64) -> Result<Option<Shown>> {
+        let frame = match &mut self.joined.copier {
+            None => frame.clone(),
+            Some(copier) => match copier.copy(frame)? {
+                Some(copy) => copy,
+                None => return Ok(None),
+            },
+        };
+        self.sink.inspect(&frame)?;
+        if self.corrupt == Some(place) {
+            corrupt(&frame)?;
+        }
+        self.sink.present(frame)
     }
 
     /// Waits for the source, the sink or the order to stop; `None` when the time is up.
@@ -234,36 +249,12 @@ impl<'a> Pipe<'a> {
         progress(&Progress {
             captured: self.captured,
             presented: self.presented,
-            dropped: self.source.counts().dropped + self.sink.dropped(),
+            rung: self.joined.rung,
+            dropped: self.source.counts().dropped + self.sink.dropped() + self.dropped,
             at_us: shown.at_us,
             latency_us,
         });
     }
-}
-
-/// The numbers of a pipe while it runs.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Progress {
-    /// Frames that came from the source undamaged.
-    pub captured: u64,
-    /// Frames that were shown or stored.
-    pub presented: u64,
-    /// Frames lost by source and sink together.
-    pub dropped: u64,
-    /// When the last frame was shown, in µs of `CLOCK_MONOTONIC`.
-    pub at_us: u64,
-    /// From the last frame's capture to its show, in µs, where its clock allows the comparison.
-    pub latency_us: Option<u64>,
-}
-
-/// CPU time of this process, user and system together.
-fn cpu_time() -> Option<Duration> {
-    let usage = getrusage(UsageWho::RUSAGE_SELF).ok()?;
-    let micros = |time: TimeVal| {
-        let (seconds, micros) = (u64::try_from(time.tv_sec()).ok()?, u64::try_from(time.tv_usec()).ok()?);
-        Some(Duration::from_secs(seconds) + Duration::from_micros(micros))
-    };
-    Some(micros(usage.user_time())? + micros(usage.system_time())?)
 }
 
 /// Changes one byte that counts (green or luma) in the middle of the picture.

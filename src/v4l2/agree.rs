@@ -6,6 +6,7 @@ use v4l::v4l_sys as sys;
 
 use super::camera::{CameraRequest, RateRequest};
 use super::{Api, Device, FormatOffer, Rate, Rates, raw};
+use crate::causes::Call;
 use crate::error::{Context, Error, Kind, Result};
 use crate::format::{Colour, Format, Fourcc, Layout};
 
@@ -20,6 +21,30 @@ impl Device {
     pub fn current_layout(&self) -> Result<Layout> {
         read_layout(self, &current_format(self)?)
     }
+}
+
+/// The bytes that the driver wants of each memory plane for the format that it has (`sizeimage`).
+///
+/// # Errors
+/// What `VIDIOC_G_FMT` says.
+pub(super) fn memory_lens(device: &Device) -> Result<Vec<usize>> {
+    let format = current_format(device)?;
+    Ok(match device.info().api {
+        Api::SinglePlanar => {
+            // SAFETY: `type_` is the single-planar type, for which the kernel wrote `pix`; all its fields are integers.
+            vec![unsafe { format.fmt.pix }.sizeimage as usize]
+        }
+        Api::MultiPlanar => {
+            // SAFETY: `type_` is the multi-planar type, for which the kernel wrote `pix_mp`; all its fields are integers.
+            let pix = unsafe { format.fmt.pix_mp };
+            let planes = pix.plane_fmt;
+            planes
+                .iter()
+                .take(usize::from(pix.num_planes))
+                .map(|plane| plane.sizeimage as usize)
+                .collect()
+        }
+    })
 }
 
 fn current_format(device: &Device) -> Result<sys::v4l2_format> {
@@ -78,10 +103,7 @@ pub(super) fn agree_format(device: &Device, request: &CameraRequest) -> Result<L
     }
     raw::set_format(device.as_fd(), &mut format)
         .context("set the format of", || device.name())
-        .map_err(|error| match error.kind() {
-            Kind::Busy => error.repair("another program streams from this camera; close it"),
-            _ => error,
-        })?;
+        .map_err(|error| Call::SetFormat.explain(error))?;
     let layout = read_layout(device, &format)?;
     match request.size {
         Some(wanted) if wanted != layout.size() => Err(lacks_size(device, &format, wanted, layout.size())),

@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::agree::{agree_format, agree_rate};
-use super::queue::{Allocated, Dequeued, Event, Idle, Queue, Streaming};
+use super::agree::{agree_format, agree_rate, memory_lens};
+use super::queue::{Allocated, Dequeued, Event, Idle, Queue, Streaming, held_by};
 use super::{Device, Rate};
 use crate::endpoint::{Ready, Source, SourceCounts};
 use crate::error::{Context, Error, Kind, Result};
 use crate::format::{Format, Fourcc, Layout};
-use crate::frame::{Buffer, Frame};
+use crate::frame::{Buffer, Frame, Room, Slots, ViewInfo, ViewPolicy};
+use crate::ledger::Copies;
 
 /// A frame that has not come after this long is a failure.
 const WATCHDOG: Duration = Duration::from_secs(5);
@@ -56,6 +57,8 @@ pub struct Camera {
     layout: Layout,
     rate: Option<Rate>,
     queue: State,
+    /// How many buffers of its own it was asked for.
+    own_buffers: u32,
     watchdog: Duration,
     last_sequence: Option<u32>,
     ended: bool,
@@ -86,11 +89,20 @@ impl Camera {
         let rate = agree_rate(&device, request.rate, &layout)?;
         let queue = State::Idle(Queue::new(Arc::clone(&device), layout));
         let name = device.name();
-        let counts = SourceCounts::default();
-        let mut camera =
-            Camera { device, name, layout, rate, queue, watchdog: WATCHDOG, last_sequence: None, ended: false, counts };
-        let buffers = request.buffers.unwrap_or_else(|| camera.device.minimum_buffers() + 3);
-        camera.allocate(buffers)?;
+        let own_buffers = request.buffers.unwrap_or_else(|| device.minimum_buffers() + 3);
+        let mut camera = Camera {
+            device,
+            name,
+            layout,
+            rate,
+            queue,
+            own_buffers,
+            watchdog: WATCHDOG,
+            last_sequence: None,
+            ended: false,
+            counts: SourceCounts::default(),
+        };
+        camera.allocate()?;
         Ok(camera)
     }
 
@@ -131,9 +143,103 @@ impl Camera {
         }
     }
 
-    fn allocate(&mut self, count: u32) -> Result<()> {
+    /// The bytes that its driver wants of each memory plane, for [`Room::for_lens`](crate::frame::Room::for_lens). They may be
+    /// more than the rows need. Cost: one system call.
+    ///
+    /// # Errors
+    /// What `VIDIOC_G_FMT` says.
+    pub fn memory_lens(&self) -> Result<Vec<usize>> {
+        memory_lens(&self.device)
+    }
+
+    /// From now on captures into `buffers` (`V4L2_MEMORY_DMABUF`) and no longer into its own, whose slots are freed: memory that
+    /// somebody holds of them lives on. They need the camera's format, size, strides and memory planes
+    /// ([`Source::layout`]), and room for [`memory_lens`](Camera::memory_lens). The driver may use fewer than there are;
+    /// [`Source::buffers`] tells which.
+    ///
+    /// A device that needs contiguous memory, or memory within its reach, refuses here, or in [`start`](Source::start) if its driver
+    /// cannot try a buffer beforehand. [`use_own_buffers`](Camera::use_own_buffers) is the way back then.
+    ///
+    /// Cost: about four system calls and two for each buffer.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] while it streams, [`Kind::Invalid`] for a buffer that does not fit, otherwise the call that refused and why;
+    /// the camera then has buffers of its own again, new ones.
+    pub fn use_buffers(&mut self, buffers: Vec<Buffer>) -> Result<()> {
+        self.free()?;
         let (state, result) = match std::mem::replace(&mut self.queue, State::Turning) {
-            State::Idle(queue) => match queue.allocate(count) {
+            State::Idle(queue) => match queue.import(buffers) {
+                Ok(queue) => (State::Allocated(queue), Ok(())),
+                Err(failed) => (State::Idle(failed.queue), Err(failed.error)),
+            },
+            other => (other, Ok(())),
+        };
+        self.queue = state;
+        if result.is_err() {
+            // If that fails too, the next start says so; the first refusal is the one to report.
+            let _ = self.allocate();
+        }
+        result
+    }
+
+    /// From now on captures into buffers that its driver makes, new ones and as many as at first.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] while it streams, otherwise what making them says.
+    pub fn use_own_buffers(&mut self) -> Result<()> {
+        self.free()?;
+        self.allocate()
+    }
+
+    /// Sets what happens when views of its frames ([`Frame::view`]) keep so many buffers that it would starve;
+    /// [`ViewPolicy::Detach`] at first.
+    pub fn set_view_policy(&mut self, policy: ViewPolicy) {
+        match &mut self.queue {
+            State::Idle(queue) => queue.set_view_policy(policy),
+            State::Allocated(queue) => queue.set_view_policy(policy),
+            State::Streaming(queue) => queue.set_view_policy(policy),
+            State::Turning => {}
+        }
+    }
+
+    /// Who has views of its frames now, the oldest first. No system call, no lock.
+    pub fn views(&self) -> Vec<ViewInfo> {
+        self.slots().map(|slots| slots.views().infos()).unwrap_or_default()
+    }
+
+    /// What was copied for views of its frames since its buffers were made: pages written, views detached, snapshots.
+    pub fn view_copies(&self) -> Vec<Copies> {
+        self.slots().map(|slots| slots.views().copies()).unwrap_or_default()
+    }
+
+    fn slots(&self) -> Option<&Slots> {
+        match &self.queue {
+            State::Allocated(queue) => Some(queue.slots()),
+            State::Streaming(queue) => Some(queue.slots()),
+            State::Idle(_) | State::Turning => None,
+        }
+    }
+
+    /// Gives up the buffers.
+    fn free(&mut self) -> Result<()> {
+        let (state, result) = match std::mem::replace(&mut self.queue, State::Turning) {
+            State::Allocated(queue) => match queue.release() {
+                Ok(queue) => (State::Idle(queue), Ok(())),
+                Err(failed) => (State::Allocated(failed.queue), Err(failed.error)),
+            },
+            State::Streaming(queue) => {
+                let error = Error::new(Kind::Busy, "change the buffers of", self.name.clone());
+                (State::Streaming(queue), Err(error.because("it streams").repair("stop it first")))
+            }
+            other => (other, Ok(())),
+        };
+        self.queue = state;
+        result
+    }
+
+    fn allocate(&mut self) -> Result<()> {
+        let (state, result) = match std::mem::replace(&mut self.queue, State::Turning) {
+            State::Idle(queue) => match queue.allocate(self.own_buffers) {
                 Ok(queue) => (State::Allocated(queue), Ok(())),
                 Err(failed) => (State::Idle(failed.queue), Err(failed.error)),
             },
@@ -232,6 +338,39 @@ impl Source for Camera {
         result
     }
 
+    fn agree(&mut self, wished: &Layout) -> Result<(Layout, Room)> {
+        self.free()?;
+        let stride = wished.planes().first().map(|plane| plane.stride);
+        let request = CameraRequest { stride, ..CameraRequest::default() };
+        let layout = agree_format(&self.device, &request)?.with_colour(self.layout.colour());
+        self.layout = layout;
+        if let State::Idle(queue) = &mut self.queue {
+            *queue = Queue::new(Arc::clone(&self.device), layout);
+        }
+        Ok((layout, Room::for_lens(&self.memory_lens()?)))
+    }
+
+    fn follow(&mut self) -> Result<()> {
+        self.stop()?;
+        self.free()?;
+        self.device.lock_to_signal()?;
+        let layout = agree_format(&self.device, &CameraRequest::default())?;
+        self.rate = agree_rate(&self.device, RateRequest::AsItIs, &layout)?;
+        self.layout = layout;
+        if let State::Idle(queue) = &mut self.queue {
+            *queue = Queue::new(Arc::clone(&self.device), layout);
+        }
+        self.allocate()
+    }
+
+    fn use_buffers(&mut self, buffers: Vec<Buffer>) -> Result<()> {
+        Camera::use_buffers(self, buffers)
+    }
+
+    fn use_own_buffers(&mut self) -> Result<()> {
+        Camera::use_own_buffers(self)
+    }
+
     fn try_next(&mut self, ready: Ready) -> Result<Option<Frame>> {
         if ready.event {
             self.handle_event()?;
@@ -289,8 +428,12 @@ impl Source for Camera {
         let cause = format!("none came for {} s", self.watchdog.as_secs_f64());
         match &self.queue {
             State::Streaming(queue) if queue.counts().queued == 0 => {
-                let cause = format!("{cause}; the camera has no buffer to fill: {}", queue.counts());
-                error.because(cause).repair("drop frames sooner, or ask for more buffers")
+                let views = queue.views();
+                let cause = format!("{cause}; the camera has no buffer to fill: {}{}", queue.counts(), held_by(&views));
+                error.because(cause).repair(match views.is_empty() {
+                    true => "drop frames sooner, or ask for more buffers",
+                    false => "drop frames and views sooner, let the queue detach views, or ask for more buffers",
+                })
             }
             _ => error
                 .because(cause)

@@ -11,6 +11,7 @@ mod device;
 mod offers;
 mod queue;
 mod raw;
+mod signal;
 
 pub use camera::{Camera, CameraRequest, RateRequest};
 pub use controls::{Control, ControlKind};

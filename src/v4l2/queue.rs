@@ -2,24 +2,33 @@
 //! queue back as it was.
 //!
 //! ```text
-//! Queue<Idle> ── allocate ──▶ Queue<Allocated> ── start ──▶ Queue<Streaming>
-//!      ▲                        │          ▲                     │
-//!      └──────── release ───────┘          └──────── stop ───────┘
+//!             allocate, import
+//! Queue<Idle> ────────────────▶ Queue<Allocated> ── start ──▶ Queue<Streaming>
+//!      ▲                          │          ▲                     │
+//!      └───────── release ────────┘          └──────── stop ───────┘
 //! ```
 
+mod import;
+mod shortage;
+
 use std::fmt;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
 use nix::libc;
 use v4l::v4l_sys as sys;
 
+pub(super) use self::shortage::held_by;
 use super::raw::{self, BufferCall, MAX_V4L2_PLANES};
 use super::{Api, Device};
+use crate::causes::Call;
 use crate::dmabuf::DmaBuf;
 use crate::error::{Context, Error, Kind, Result};
 use crate::format::{Layout, MAX_PLANES};
-use crate::frame::{Buffer, Clock, Frame, FrameFlags, FrameMeta, MAX_SLOTS, SlotCounts, Slots, SlotsArc, Timestamp};
+use crate::frame::{
+    Buffer, Clock, Frame, FrameFlags, FrameMeta, MAX_SLOTS, SlotCounts, Slots, SlotsArc, Timestamp, ViewInfo,
+    ViewPolicy,
+};
 use crate::memory::Memory;
 
 /// No buffers.
@@ -42,6 +51,7 @@ pub struct Streaming(Pool);
 pub struct Queue<S> {
     device: Arc<Device>,
     layout: Layout,
+    view_policy: ViewPolicy,
     state: S,
 }
 
@@ -61,7 +71,29 @@ impl<Q> fmt::Debug for Failed<Q> {
 
 struct Pool {
     slots: SlotsArc,
+    /// By slot, for the queue's whole life: the driver caches an import by the slot that it came in.
     buffers: Vec<Buffer>,
+    made_by: MadeBy,
+    /// The driver starves with fewer buffers than this.
+    least_queued: u32,
+}
+
+/// Who made a queue's buffers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum MadeBy {
+    /// The driver (`V4L2_MEMORY_MMAP`).
+    Driver,
+    /// Somebody else; the driver imports them (`V4L2_MEMORY_DMABUF`).
+    Others,
+}
+
+impl MadeBy {
+    fn memory(self) -> u32 {
+        match self {
+            MadeBy::Driver => sys::v4l2_memory_V4L2_MEMORY_MMAP,
+            MadeBy::Others => sys::v4l2_memory_V4L2_MEMORY_DMABUF,
+        }
+    }
 }
 
 impl fmt::Debug for Pool {
@@ -100,35 +132,33 @@ impl<S> Queue<S> {
     }
 
     fn with<T>(self, state: T) -> Queue<T> {
-        Queue { device: self.device, layout: self.layout, state }
+        Queue { device: self.device, layout: self.layout, view_policy: self.view_policy, state }
     }
 
-    fn request(&self, count: u32) -> Result<u32> {
+    fn request(&self, made_by: MadeBy, count: u32) -> Result<u32> {
         let mut request: sys::v4l2_requestbuffers = raw::zeroed();
         request.count = count;
         request.type_ = self.api().buffer_type();
-        request.memory = sys::v4l2_memory_V4L2_MEMORY_MMAP;
-        let step = if count == 0 { "free the buffers of" } else { "allocate buffers of" };
+        request.memory = made_by.memory();
+        let step = match (count, made_by) {
+            (0, _) => "free the buffers of",
+            (_, MadeBy::Driver) => "allocate buffers of",
+            (_, MadeBy::Others) => "import buffers into",
+        };
         raw::request_buffers(self.device.as_fd(), &mut request)
             .context(step, || self.name())
-            .map_err(|error| match error.kind() {
-                Kind::Busy => error.repair("another program streams from this camera; close it"),
-                _ if error.errno() == Some(libc::EINVAL) => {
-                    error.repair("the driver refused; the kernel log may say why")
-                }
-                _ if error.errno() == Some(libc::ENOMEM) => error.repair(
-                    "ask for fewer or smaller buffers; a driver that needs contiguous memory takes it from CMA (cma= on the \
-                     kernel's command line)",
-                ),
-                _ => error,
+            .map_err(|error| match made_by {
+                MadeBy::Driver => Call::RequestOwn.explain(error),
+                MadeBy::Others => Call::RequestImport.explain(error),
             })?;
         Ok(request.count)
     }
 
-    /// One call with a `v4l2_buffer` of this queue. For the single-planar API the one plane's numbers are put into
-    /// `planes[0]`, so that callers see one shape.
+    /// One call with a `v4l2_buffer` of this queue. For the single-planar API the one plane's numbers are taken from and put
+    /// into `planes[0]`, so that callers see one shape.
     fn call(
         &self,
+        made_by: MadeBy,
         which: BufferCall,
         index: u32,
         planes: &mut [sys::v4l2_plane; MAX_V4L2_PLANES],
@@ -136,9 +166,14 @@ impl<S> Queue<S> {
         let mut buffer: sys::v4l2_buffer = raw::zeroed();
         buffer.index = index;
         buffer.type_ = self.api().buffer_type();
-        buffer.memory = sys::v4l2_memory_V4L2_MEMORY_MMAP;
+        buffer.memory = made_by.memory();
         match self.api() {
             Api::SinglePlanar => {
+                if made_by == MadeBy::Others {
+                    buffer.length = planes[0].length;
+                    // SAFETY: for this kind of memory the member is `fd`, an integer; `planes` was zeroed before callers wrote it.
+                    buffer.m.fd = unsafe { planes[0].m.fd };
+                }
                 raw::buffer(self.device.as_fd(), which, &mut buffer, None)?;
                 planes[0].length = buffer.length;
                 planes[0].bytesused = buffer.bytesused;
@@ -152,7 +187,7 @@ impl<S> Queue<S> {
 impl Queue<Idle> {
     /// A queue without buffers, whose frames will have the layout that the driver has agreed to.
     pub(super) fn new(device: Arc<Device>, layout: Layout) -> Queue<Idle> {
-        Queue { device, layout, state: Idle(()) }
+        Queue { device, layout, view_policy: ViewPolicy::default(), state: Idle(()) }
     }
 
     /// Makes `count` buffers and exports each memory plane once. The driver may give more or fewer.
@@ -164,31 +199,43 @@ impl Queue<Idle> {
             Ok(pool) => Ok(self.with(Allocated(pool))),
             Err(error) => {
                 // What was made is freed; if that fails too, the first failure is the one to report.
-                let _ = self.request(0);
+                let _ = self.request(MadeBy::Driver, 0);
                 Err(Box::new(Failed { error, queue: self }))
             }
         }
     }
 
     fn pool(&self, count: u32) -> Result<Pool> {
-        let given = self.request(count)?.min(MAX_SLOTS);
+        let given = self.request(MadeBy::Driver, count)?.min(MAX_SLOTS);
         if given == 0 {
             return Err(Error::new(Kind::System, "allocate buffers of", self.name()).because("the driver gave none"));
         }
         let layout = self.actual_layout()?;
         let buffers = (0..given).map(|index| self.export(layout, index)).collect::<Result<_>>()?;
-        Ok(Pool { slots: Slots::new(given), buffers })
+        Ok(self.pool_of(buffers, MadeBy::Driver))
+    }
+
+    fn pool_of(&self, buffers: Vec<Buffer>, made_by: MadeBy) -> Pool {
+        // MAX_SLOTS at most.
+        let count = buffers.len() as u32;
+        let least_queued = self.device.minimum_buffers().min(count.saturating_sub(1)).max(1);
+        Pool { slots: Slots::new(count), buffers, made_by, least_queued }
     }
 
     /// The layout with the offsets at which the driver starts its data (`v4l2_plane.data_offset`), which it only tells for
     /// a buffer that has been prepared. Only the multi-planar API has such offsets.
     fn actual_layout(&self) -> Result<Layout> {
         let mut planes = no_planes();
-        if self.api() == Api::SinglePlanar || self.call(BufferCall::Prepare, 0, &mut planes).is_err() {
+        if self.api() == Api::SinglePlanar || self.call(MadeBy::Driver, BufferCall::Prepare, 0, &mut planes).is_err() {
             return Ok(self.layout);
         }
+        self.prepared_layout(MadeBy::Driver)
+    }
+
+    /// The layout of buffer 0, which has been prepared.
+    fn prepared_layout(&self, made_by: MadeBy) -> Result<Layout> {
         let mut planes = no_planes();
-        self.call(BufferCall::Query, 0, &mut planes)
+        self.call(made_by, BufferCall::Query, 0, &mut planes)
             .context("ask about a buffer of", || self.name())?;
         let mut places = self.layout.planes().to_vec();
         for place in &mut places {
@@ -202,7 +249,7 @@ impl Queue<Idle> {
 
     fn export(&self, layout: Layout, index: u32) -> Result<Buffer> {
         let mut planes = no_planes();
-        self.call(BufferCall::Query, index, &mut planes)
+        self.call(MadeBy::Driver, BufferCall::Query, index, &mut planes)
             .context("ask about a buffer of", || self.name())?;
         let count = layout.memory_planes();
         let buffer_type = self.api().buffer_type();
@@ -211,11 +258,7 @@ impl Queue<Idle> {
         for (plane, info) in (0u32..).zip(planes).take(count) {
             let fd = raw::export(self.device.as_fd(), buffer_type, index, plane);
             let fd = fd.context("export", || format!("buffer {index} of {} as a dma-buf", self.name()));
-            let fd = fd.map_err(|error| match error.errno() {
-                Some(libc::EMFILE) => error.repair("raise the limit (`ulimit -n`) or ask for fewer buffers"),
-                Some(libc::ENOTTY | libc::EINVAL) => error.repair("its driver cannot export buffers"),
-                _ => error,
-            })?;
+            let fd = fd.map_err(|error| Call::ExportBuffer.explain(error))?;
             let dma_buf = DmaBuf::new(fd)?;
             lens.push((info.length as usize).min(dma_buf.len()));
             memory.push(Memory::DmaBuf(dma_buf));
@@ -267,14 +310,15 @@ impl Queue<Allocated> {
     /// # Errors
     /// What `VIDIOC_REQBUFS` says, with the queue as it was.
     pub fn release(self) -> Result<Queue<Idle>, Box<Failed<Queue<Allocated>>>> {
-        match self.request(0) {
+        match self.request(self.state.0.made_by, 0) {
             Ok(_) => Ok(self.with(Idle(()))),
             Err(error) => Err(Box::new(Failed { error, queue: self })),
         }
     }
 
     fn turn<T>(self, state: fn(Pool) -> T) -> Queue<T> {
-        Queue { device: self.device, layout: self.layout, state: state(self.state.0) }
+        let Queue { device, layout, view_policy, state: state_now } = self;
+        Queue { device, layout, view_policy, state: state(state_now.0) }
     }
 }
 
@@ -289,14 +333,22 @@ impl Queue<Streaming> {
         self.state.0.slots.counts()
     }
 
-    /// Queues every slot whose last lease was dropped: one system call for each.
+    /// Queues every slot whose last lease was dropped: one system call for each. If views keep so many buffers that the driver would
+    /// starve, does what the [`ViewPolicy`] says; see [`set_view_policy`](Queue::set_view_policy).
     ///
     /// # Errors
-    /// What `VIDIOC_QBUF` says; the slot stays free and is tried again the next time.
+    /// What `VIDIOC_QBUF` says; the slot stays free and is tried again the next time. [`Kind::Busy`] with
+    /// [`ViewPolicy::Error`], saying who has views.
     pub fn recycle(&mut self) -> Result<()> {
+        self.queue_free()?;
+        if self.state.0.slots.views().is_empty() { Ok(()) } else { self.relieve() }
+    }
+
+    fn queue_free(&self) -> Result<()> {
         for slot in self.state.0.slots.take_free() {
-            let queued = self.call(BufferCall::Queue, slot.index(), &mut no_planes());
-            queued.map_err(|error| self.broken("queue a buffer of", error))?;
+            let mut planes = self.state.0.planes(slot.index());
+            let queued = self.call(self.state.0.made_by, BufferCall::Queue, slot.index(), &mut planes);
+            queued.map_err(|error| self.unqueued(error))?;
             slot.queued();
         }
         Ok(())
@@ -309,7 +361,7 @@ impl Queue<Streaming> {
     /// `VIDIOC_DQBUF` says (`EIO`: the driver has given up).
     pub fn dequeue(&mut self) -> Result<Dequeued> {
         let mut planes = no_planes();
-        let buffer = match self.call(BufferCall::Dequeue, 0, &mut planes) {
+        let buffer = match self.call(self.state.0.made_by, BufferCall::Dequeue, 0, &mut planes) {
             Ok(buffer) => buffer,
             Err(error) => {
                 return match error.raw_os_error() {
@@ -325,6 +377,7 @@ impl Queue<Streaming> {
         };
         let lease = Slots::dequeued(&self.state.0.slots, buffer.index).ok_or_else(unknown)?;
         let memory = self.state.0.buffers.get(buffer.index as usize).ok_or_else(unknown)?;
+        self.relieve_at_once();
         let meta = meta(&buffer, &planes);
         if meta.flags.error {
             // The lease drops here, and the slot is queued again by the next `recycle`.
@@ -364,7 +417,8 @@ impl Queue<Streaming> {
     }
 
     fn turn<T>(self, state: fn(Pool) -> T) -> Queue<T> {
-        Queue { device: self.device, layout: self.layout, state: state(self.state.0) }
+        let Queue { device, layout, view_policy, state: state_now } = self;
+        Queue { device, layout, view_policy, state: state(state_now.0) }
     }
 
     fn switch(&self, on: bool) -> Result<()> {
@@ -373,7 +427,18 @@ impl Queue<Streaming> {
             true => raw::stream_on(self.device.as_fd(), &mut buffer_type),
             false => raw::stream_off(self.device.as_fd(), &mut buffer_type),
         };
-        switched.map_err(|error| self.broken(if on { "start" } else { "stop" }, error))
+        switched.map_err(|error| match on {
+            true => Call::StreamOn.explain(Error::from_io("start", self.name(), error)),
+            false => self.broken("stop", error),
+        })
+    }
+
+    /// What a refusal of `VIDIOC_QBUF` means: for somebody else's memory, that it cannot be imported.
+    fn unqueued(&self, error: std::io::Error) -> Error {
+        match self.state.0.made_by {
+            MadeBy::Driver => self.broken("queue a buffer of", error),
+            MadeBy::Others => import::refused("queue an imported buffer of", self.name(), error),
+        }
     }
 
     /// What an errno of a queue with buffers means; the numbers are those that videobuf2 and the calls' documentation give.

@@ -16,6 +16,8 @@ pub(super) const MAX_V4L2_PLANES: usize = 8;
 
 const VIDIOC_DQEVENT: Number = nix::request_code_read!(b'V', 89, size_of::<sys::v4l2_event>());
 const VIDIOC_PREPARE_BUF: Number = nix::request_code_readwrite!(b'V', 93, size_of::<sys::v4l2_buffer>());
+const VIDIOC_QUERY_DV_TIMINGS: Number = nix::request_code_read!(b'V', 99, size_of::<sys::v4l2_dv_timings>());
+const VIDIOC_S_DV_TIMINGS: Number = nix::request_code_readwrite!(b'V', 87, size_of::<sys::v4l2_dv_timings>());
 const VIDIOC_SUBSCRIBE_EVENT: Number = nix::request_code_write!(b'V', 90, size_of::<sys::v4l2_event_subscription>());
 
 /// # Safety
@@ -60,6 +62,8 @@ calls! {
     query_control vidioc::VIDIOC_QUERY_EXT_CTRL, sys::v4l2_query_ext_ctrl;
     subscribe_event VIDIOC_SUBSCRIBE_EVENT, sys::v4l2_event_subscription;
     dequeue_event VIDIOC_DQEVENT, sys::v4l2_event;
+    query_dv_timings VIDIOC_QUERY_DV_TIMINGS, sys::v4l2_dv_timings;
+    set_dv_timings VIDIOC_S_DV_TIMINGS, sys::v4l2_dv_timings;
 }
 
 /// A structure of `v4l` with all fields zero, as the kernel wants reserved fields.
@@ -84,7 +88,7 @@ macro_rules! zeroable {
 zeroable! {
     v4l2_capability v4l2_fmtdesc v4l2_format v4l2_frmsizeenum v4l2_frmivalenum v4l2_streamparm v4l2_input
     v4l2_requestbuffers v4l2_query_ext_ctrl v4l2_event_subscription v4l2_event v4l2_buffer v4l2_plane
-    v4l2_exportbuffer v4l2_ext_control v4l2_ext_controls
+    v4l2_exportbuffer v4l2_ext_control v4l2_ext_controls v4l2_dv_timings
 }
 
 /// Which of the calls that take a `v4l2_buffer`.

@@ -1,6 +1,7 @@
 //! What may be written after `dmaflow`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::builder::styling::Styles;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
@@ -34,6 +35,8 @@ pub enum Command {
     Pipe(PipeArgs),
     /// One frame of a camera, or what a display shows, as a PNG file
     Snap(SnapArgs),
+    /// Every dma-buf of this machine: size, exporter, who holds it, attached devices
+    Bufs(BufsArgs),
 }
 
 #[derive(ClapArgs)]
@@ -122,6 +125,26 @@ pub struct SnapArgs {
     pub via: Option<Via>,
 }
 
+/// Below the help text of `bufs`.
+const BUFS: &str = "\
+A buffer counts once in all, by its inode, and once for each process that holds it; a share divides it among them.
+Age is the time since the buffer was exported; \"?\" is what could not be seen: all is seen as root.
+Marked is what only grows: more at four looks or more, two seconds or more apart, and never less.";
+
+#[derive(ClapArgs)]
+#[command(after_help = BUFS)]
+pub struct BufsArgs {
+    /// Print one JSON object, with --watch one a line for each look
+    #[arg(long)]
+    pub json: bool,
+    /// Look again and again until Ctrl-C, and mark what only grows
+    #[arg(long)]
+    pub watch: bool,
+    /// Seconds from one look to the next
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = interval, requires = "watch")]
+    pub interval: Duration,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum PathChoice {
     // Without a copy where that works.
@@ -157,6 +180,13 @@ fn size(text: &str) -> Result<(u32, u32), String> {
     }
 }
 
+fn interval(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().filter(|seconds| (0.05..=86400.0).contains(seconds));
+    seconds
+        .map(Duration::from_secs_f64)
+        .ok_or_else(|| format!("\"{text}\" is not a number of seconds from 0.05 to 86400"))
+}
+
 fn control(text: &str) -> Result<(String, i64), String> {
     let parts = text
         .split_once('=')
@@ -172,6 +202,16 @@ mod tests {
     #[test]
     fn the_definition_is_sound() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn intervals() {
+        assert_eq!(interval("0.5"), Ok(Duration::from_millis(500)));
+        assert!(
+            ["0", "-1", "nan", "inf", "1e9", "x", ""]
+                .into_iter()
+                .all(|text| interval(text).is_err())
+        );
     }
 
     #[test]

@@ -11,19 +11,18 @@ const PERIOD_US: u64 = 250_000;
 /// A line on stderr, if that is a terminal; nothing otherwise.
 pub struct Live {
     bar: Option<ProgressBar>,
-    path: String,
     last: Option<Progress>,
 }
 
 impl Live {
-    pub fn new(path: String, limit: Option<u64>) -> Live {
+    pub fn new(limit: Option<u64>) -> Live {
         use std::io::IsTerminal;
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::with_draw_target(limit, ProgressDrawTarget::stderr());
             bar.set_style(ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_spinner()));
             bar
         });
-        Live { bar, path, last: None }
+        Live { bar, last: None }
     }
 
     /// Takes the numbers after a frame; writes them now and then.
@@ -43,7 +42,7 @@ impl Live {
             .map_or(String::new(), |us| format!("  latency {:.1} ms", us as f64 / 1000.0));
         bar.set_message(format!(
             "{:6.1} fps  {}  {} shown  {} dropped{latency}",
-            fps, self.path, now.presented, now.dropped
+            fps, now.rung, now.presented, now.dropped
         ));
         self.last = Some(*now);
     }

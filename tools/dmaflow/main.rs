@@ -1,6 +1,8 @@
 //! The command `dmaflow`: moves frames without copying them, and says what it did.
 
 mod args;
+mod bufs;
+mod bufs_report;
 mod ends;
 mod failure;
 mod list;
@@ -9,6 +11,7 @@ mod output;
 mod pipe;
 mod report;
 mod snap;
+mod table;
 
 use std::process::ExitCode;
 
@@ -22,6 +25,7 @@ fn main() -> ExitCode {
         Command::List(args) => list::run(args),
         Command::Pipe(args) => pipe::run(args),
         Command::Snap(args) => snap::run(args),
+        Command::Bufs(args) => bufs::run(args),
     };
     match result {
         Ok(status) => status,

@@ -5,9 +5,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
-use dmaflow::endpoint::{JoinError, Refusal, Rung, Source};
+use dmaflow::endpoint::{Refusal, Source};
+use dmaflow::ladder::{NoWay, Path};
 use dmaflow::pipe::{Limits, Pipe};
 use dmaflow::sink::write_png;
+use nix::errno::Errno;
+use nix::libc;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
@@ -16,7 +19,7 @@ use crate::ends::{AnySink, open_sink, open_source};
 use crate::failure::{Usage, WRONG_FRAME, ZeroCopyRefused};
 use crate::live::Live;
 use crate::output;
-use crate::report::{Report, SinkSays};
+use crate::report::{self, Report, SinkSays};
 
 pub fn run(args: &PipeArgs) -> anyhow::Result<ExitCode> {
     let limits = limits(args)?;
@@ -51,30 +54,20 @@ fn flow(
     stop: &SignalFd,
     report: &mut Report,
 ) -> anyhow::Result<ExitCode> {
-    let buffers = source.buffers().len();
-    let mut pipe = match Pipe::join(source, sink.as_dyn(), limits) {
-        Ok(pipe) => pipe,
-        Err(JoinError::Failed(error)) => bail!(error),
-        Err(JoinError::Refused(refusal)) => return refused(args, refusal, report),
+    let path = match args.path {
+        PathChoice::Auto => Path::Auto,
+        PathChoice::ZeroCopy => Path::ZeroCopy,
+        PathChoice::Copy => Path::Copy,
     };
-    match (args.path, pipe.rung()) {
-        (PathChoice::ZeroCopy, Rung::Copied) => {
-            let refusal = Refusal {
-                rung: Rung::Exported,
-                step: "join",
-                errno: None,
-                why: "this sink reads every frame with the CPU".to_owned(),
-                repair: "send the frames to a display, or allow copies".to_owned(),
-            };
-            return refused(args, refusal, report);
-        }
-        (PathChoice::Copy, Rung::Exported) => bail!("this version cannot copy to this sink; it joins without a copy"),
-        _ => {}
-    }
+    let mut pipe = match Pipe::join(source, sink.as_dyn(), path, limits) {
+        Ok(pipe) => pipe,
+        Err(NoWay::Failed(error)) => bail!(error),
+        Err(NoWay::Refused(refusals)) => return refused(args, refusals, report),
+    };
     if let Some(place) = args.corrupt_frame {
         pipe.corrupt_frame(place);
     }
-    let mut live = Live::new(pipe.rung().to_string(), limits.frames);
+    let mut live = Live::new(limits.frames);
     let account = pipe.run(Some(stop.as_fd()), &mut |progress| live.update(progress));
     live.end();
     let account = account?;
@@ -85,9 +78,11 @@ fn flow(
             write_png(file, picture.width, picture.height, &picture.rgb)?;
         }
     }
+    report.shaped(source.layout());
     let sink = sink.as_dyn();
-    let verdict = sink.verdict();
-    report.flowed(&account, &SinkSays { imports: sink.imports(), ledger: sink.ledger(), verdict }, buffers);
+    let says = SinkSays { imports: sink.imports(), ledger: sink.ledger(), verdict: sink.verdict() };
+    let verdict = report::verdict(&account, &says);
+    report.flowed(&account, &says, source.buffers().len());
     match verdict {
         Some(verdict) if verdict.wrong > 0 => {
             let (place, sequence) = verdict.first_wrong.unwrap_or_default();
@@ -101,15 +96,23 @@ fn flow(
     }
 }
 
-/// The sink said no, and there is no other way that is allowed.
-fn refused(args: &PipeArgs, refusal: Refusal, report: &mut Report) -> anyhow::Result<ExitCode> {
-    report.refuse(&refusal);
+/// No rung that is allowed holds.
+fn refused(args: &PipeArgs, refusals: Vec<Refusal>, report: &mut Report) -> anyhow::Result<ExitCode> {
+    for refusal in &refusals {
+        report.refuse(refusal);
+    }
     if args.json {
         output::print(&report.json()?)?;
     }
-    match args.path {
-        PathChoice::ZeroCopy => Err(ZeroCopyRefused(refusal).into()),
-        PathChoice::Auto | PathChoice::Copy => Err(anyhow!("cannot join source and sink: {refusal}")),
+    // The first says why the way that costs nothing is closed; the last, why the last resort is.
+    let told = match args.path {
+        PathChoice::ZeroCopy => refusals.into_iter().next(),
+        PathChoice::Auto | PathChoice::Copy => refusals.into_iter().next_back(),
+    };
+    match (args.path, told) {
+        (PathChoice::ZeroCopy, Some(refusal)) => Err(ZeroCopyRefused(refusal).into()),
+        (_, Some(refusal)) => Err(anyhow!("cannot join source and sink: {refusal}")),
+        (_, None) => Err(anyhow!("cannot join source and sink")),
     }
 }
 
@@ -125,11 +128,22 @@ fn limits(args: &PipeArgs) -> anyhow::Result<Limits> {
 }
 
 /// Ctrl-C and `kill` as a descriptor to poll, so that they come between two frames and never inside a step.
-fn catch_signals() -> anyhow::Result<SignalFd> {
+pub fn catch_signals() -> anyhow::Result<SignalFd> {
     let mut signals = SigSet::empty();
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        signals.add(signal);
+        // `nohup`, and a shell for a job in its background, have some of them ignored: so they stay.
+        if !ignored(signal).context("cannot ask about signals")? {
+            signals.add(signal);
+        }
     }
     signals.thread_block().context("cannot block signals")?;
     SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("cannot catch signals")
+}
+
+fn ignored(signal: Signal) -> anyhow::Result<bool> {
+    // SAFETY: a C structure of integers, a pointer-sized handler and an optional function pointer: zeroes are a value of it.
+    let mut old: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: with no new action the call only writes the old one, to a live variable of its type (sigaction(2)).
+    Errno::result(unsafe { libc::sigaction(signal as libc::c_int, std::ptr::null(), &mut old) })?;
+    Ok(old.sa_sigaction == libc::SIG_IGN)
 }

@@ -35,6 +35,7 @@ struct Flow {
     imports: u64,
     bytes_copied: u64,
     copies: Vec<CopiesReport>,
+    moves: Vec<MoveReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
     cpu_us_per_frame: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -57,6 +58,15 @@ struct CopiesReport {
     cause: &'static str,
     count: u64,
     bytes: u64,
+}
+
+#[derive(Serialize)]
+struct MoveReport {
+    /// How many frames had been captured before.
+    frame: u64,
+    from: String,
+    to: String,
+    why: String,
 }
 
 #[derive(Serialize)]
@@ -102,19 +112,29 @@ pub struct SinkSays<'a> {
 
 impl Report {
     pub fn new(source: &str, sink: &str, layout: &Layout) -> Report {
-        Report {
+        let mut report = Report {
             source: source.to_owned(),
             sink: sink.to_owned(),
-            format: layout.format().to_string(),
-            width: layout.width(),
-            height: layout.height(),
-            stride: layout.planes().iter().map(|plane| plane.stride).collect(),
-            memory_planes: layout.memory_planes(),
+            format: String::new(),
+            width: 0,
+            height: 0,
+            stride: Vec::new(),
+            memory_planes: 0,
             mode: None,
             path: None,
             flow: None,
             refusals: Vec::new(),
-        }
+        };
+        report.shaped(layout);
+        report
+    }
+
+    /// What the source's frames are like now: the ladder may have agreed on other strides, the source may have changed.
+    pub fn shaped(&mut self, layout: &Layout) {
+        self.format = layout.format().to_string();
+        (self.width, self.height) = layout.size();
+        self.stride = layout.planes().iter().map(|plane| plane.stride).collect();
+        self.memory_planes = layout.memory_planes();
     }
 
     pub fn refuse(&mut self, refusal: &Refusal) {
@@ -134,6 +154,9 @@ impl Report {
     pub fn flowed(&mut self, account: &Account, sink: &SinkSays<'_>, buffers: usize) {
         let shown = account.presented.max(1) as f64;
         let latency = &account.latency;
+        account.refusals.iter().for_each(|refusal| self.refuse(refusal));
+        let mut copies = sink.ledger.clone();
+        account.copies.entries().iter().for_each(|copied| copies.add(copied));
         self.path = Some(account.rung.to_string());
         self.flow = Some(Flow {
             buffers,
@@ -147,19 +170,28 @@ impl Report {
             seconds: round(account.duration.as_secs_f64(), 1e6),
             fps: account.fps.map(|fps| round(fps, 1e2)),
             imports: sink.imports,
-            bytes_copied: sink.ledger.bytes(),
-            copies: sink
-                .ledger
+            bytes_copied: copies.bytes(),
+            copies: copies
                 .entries()
                 .iter()
                 .map(|copies| CopiesReport { cause: copies.cause, count: copies.count, bytes: copies.bytes })
+                .collect(),
+            moves: account
+                .moves
+                .iter()
+                .map(|step| MoveReport {
+                    frame: step.frame,
+                    from: step.from.to_string(),
+                    to: step.to.to_string(),
+                    why: step.why.clone(),
+                })
                 .collect(),
             cpu_us_per_frame: account.cpu.map(|cpu| round(cpu.as_secs_f64() * 1e6 / shown, 1e3)),
             latency_us: (|| {
                 let at = |quantile| latency.quantile(quantile);
                 Some(LatencyReport { p50: at(0.5)?, p99: at(0.99)?, max: at(1.0)?, measured: latency.count() })
             })(),
-            verify: sink.verdict.map(|verdict| VerifyReport {
+            verify: verdict(account, sink).map(|verdict| VerifyReport {
                 checked: verdict.checked,
                 wrong: verdict.wrong,
                 first_wrong: verdict.first_wrong.map(|(frame, sequence)| WrongFrame { frame, sequence }),
@@ -210,6 +242,9 @@ impl Report {
                 rows.push(("verify", format!("{} checked, {} wrong{wrong}", verify.checked, verify.wrong)));
             }
         }
+        for step in self.flow.iter().flat_map(|flow| &flow.moves) {
+            rows.push(("moved", format!("after {} frames, {} to {}: {}", step.frame, step.from, step.to, step.why)));
+        }
         for refusal in &self.refusals {
             rows.push((
                 "refused",
@@ -221,6 +256,14 @@ impl Report {
             .collect::<Vec<_>>()
             .join("\n")
     }
+}
+
+/// What was shown wrong, and what was copied wrong.
+pub fn verdict(account: &Account, sink: &SinkSays<'_>) -> Option<Verdict> {
+    let shown = sink.verdict?;
+    let copied = account.copies_verdict.unwrap_or_default();
+    let first_wrong = [shown.first_wrong, copied.first_wrong].into_iter().flatten().min();
+    Some(Verdict { checked: shown.checked, wrong: shown.wrong + copied.wrong, first_wrong })
 }
 
 fn round(value: f64, scale: f64) -> f64 {

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use anyhow::{anyhow, bail};
 use dmaflow::error::Kind;
 use dmaflow::kms::{Card, Method, Snapshot};
+use dmaflow::ladder::Path;
 use dmaflow::pipe::{Limits, Pipe};
 use dmaflow::sink::{Png, write_png};
 
@@ -52,7 +53,7 @@ fn snap_source(args: &SnapArgs) -> anyhow::Result<ExitCode> {
     let mut source = open_source(Some(&args.of), &args.shape, None, None)?;
     let mut png = Png::new(&args.file);
     let limits = Limits { frames: Some(1), duration: None };
-    let pipe = Pipe::join(source.as_mut(), &mut png, limits).map_err(|error| anyhow!(error))?;
+    let pipe = Pipe::join(source.as_mut(), &mut png, Path::Auto, limits).map_err(|error| anyhow!(error))?;
     pipe.run(None, &mut |_| ())?;
     Ok(ExitCode::SUCCESS)
 }

@@ -29,7 +29,8 @@ make_run_dir() {
 	ln -sfn "console.$$.log" "$state/console.log"
 	# Keep the logs of the last eight runs.
 	# shellcheck disable=SC2012 # the names are ours
-	ls -t "$state"/console.[0-9]*.log | tail -n +9 | xargs -r rm -f
+	# Another run may clear up at the same time, so that a log is gone before `ls` looks at it.
+	{ ls -t "$state"/console.[0-9]*.log 2>/dev/null || true; } | tail -n +9 | xargs -r rm -f
 }
 
 # make_initrd MODE COMMAND…: the cached initramfs, and after it an archive with the request.

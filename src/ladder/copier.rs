@@ -1,0 +1,232 @@
+//! The rung `copied`: each frame is read through a copy-on-write view, and written once into a buffer that the sink takes.
+
+use crate::convert::Converter;
+use crate::endpoint::Verdict;
+use crate::error::{Error, Kind, Result};
+use crate::format::{Format, Layout, MAX_PLANES, Pixels};
+use crate::frame::{Buffer, Frame, FrameMeta, SlotCounts, Slots, SlotsArc};
+use crate::ledger::Ledger;
+use crate::memory::Span;
+
+/// Who the views of this module say that they are.
+const HOLDER: &str = "dmaflow: copy for the sink";
+
+/// Memory planes by number: as many as a layout can have.
+const SPANS: [u32; MAX_PLANES] = [0, 1, 2, 3];
+
+/// On screen, about to be, waiting, and one to write into.
+pub(super) const BUFFERS: u32 = 4;
+
+/// Copies frames into buffers of its own, converting them where the sink takes another format.
+///
+/// A frame's lease is held for the copy and no longer, so the source gets its buffer back at once. Allocates nothing for a frame.
+pub struct Copier {
+    converter: Converter,
+    buffers: Vec<Buffer>,
+    slots: SlotsArc,
+    cause: &'static str,
+    ledger: Ledger,
+    dropped: u64,
+    check: Option<Check>,
+}
+
+impl std::fmt::Debug for Copier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Copier({} to {}, {})", self.converter.from(), self.converter.to(), self.slots())
+    }
+}
+
+impl Copier {
+    /// Frames of another format.
+    pub const CONVERTED: &'static str = "converted for a sink that lacks the format";
+    /// Frames of the same format, in other memory.
+    pub const MOVED: &'static str = "copied for a sink that refused the buffers";
+    /// Frames that could have gone without a copy.
+    pub const DEMANDED: &'static str = "copied because a copy was demanded";
+
+    /// A copier of frames laid out as `from` into these buffers, which are all laid out alike.
+    ///
+    /// # Errors
+    /// [`Kind::Unsupported`] if there is no conversion; [`Kind::Invalid`] without a buffer.
+    pub(super) fn new(from: &Layout, buffers: Vec<Buffer>, demanded: bool) -> Result<Copier> {
+        let about = |kind| Error::new(kind, "copy", from.to_string());
+        let first = buffers
+            .first()
+            .ok_or_else(|| about(Kind::Invalid).because("there is nothing to copy into"))?;
+        let to = *first.layout();
+        let converter = Converter::new(from, &to).map_err(|cause| about(Kind::Unsupported).because(cause))?;
+        let cause = match (from.format() == to.format(), demanded) {
+            (false, _) => Copier::CONVERTED,
+            (true, true) => Copier::DEMANDED,
+            (true, false) => Copier::MOVED,
+        };
+        let slots = Slots::new(u32::try_from(buffers.len()).unwrap_or(u32::MAX));
+        Ok(Copier { converter, buffers, slots, cause, ledger: Ledger::new(), dropped: 0, check: None })
+    }
+
+    /// The buffers that frames are copied into.
+    pub(crate) fn buffers(&self) -> &[Buffer] {
+        &self.buffers
+    }
+
+    /// What frames become.
+    pub(crate) fn layout(&self) -> &Layout {
+        self.converter.to()
+    }
+
+    /// The copies made.
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// Frames for which no buffer was free, because the sink held all.
+    pub fn dropped(&self) -> u64 {
+        self.dropped
+    }
+
+    /// Where each of its buffers is.
+    pub fn slots(&self) -> SlotCounts {
+        self.slots.counts()
+    }
+
+    /// From now on compares each copy with the frame that it was made from: bytes where the formats are equal, else each channel with
+    /// what [`Pixels::rgb`] makes of the frame, one step aside at most.
+    pub(crate) fn check(&mut self) {
+        self.check
+            .get_or_insert_with(|| Check::new(self.converter.from(), self.converter.to()));
+    }
+
+    /// The copies that were wrong, if they were [checked](Copier::check).
+    pub fn verdict(&self) -> Option<Verdict> {
+        self.check.as_ref().map(|check| check.verdict)
+    }
+
+    /// The frame in a buffer of the copier's own; `None` if none is free, which is counted.
+    ///
+    /// # Errors
+    /// If the frame cannot be read or the buffer not written.
+    pub fn copy(&mut self, frame: &Frame) -> Result<Option<Frame>> {
+        let Some(slot) = self.slots.take_free().next() else {
+            self.dropped += 1;
+            return Ok(None);
+        };
+        let index = slot.index();
+        slot.queued();
+        let lost = || Error::new(Kind::System, "find a buffer for", "a copy");
+        // Taken and given back by the same hands: a failure below drops the lease, and with it the slot is free again.
+        let lease = Slots::dequeued(&self.slots, index).ok_or_else(lost)?;
+        let buffer = self.buffers.get(index as usize).ok_or_else(lost)?;
+        let view = frame.view(HOLDER)?;
+        let mut writer = buffer.write()?;
+        let spans = SPANS.map(|memory| view.memory(memory).unwrap_or(Span::EMPTY));
+        let bytes = self.converter.copy(&spans, &mut writer);
+        writer.end()?;
+        self.ledger.enter(self.cause, bytes);
+        for copies in view.copies() {
+            // A snapshot, where the exporter does not map privately.
+            self.ledger.add(&copies);
+        }
+        drop(view);
+        let meta = FrameMeta { bytes_used: used(buffer.layout()), ..*frame.meta() };
+        let copy = Frame::new(buffer.clone(), meta, lease);
+        if let Some(check) = &mut self.check {
+            check.compare(frame, &copy)?;
+        }
+        Ok(Some(copy))
+    }
+}
+
+fn used(layout: &Layout) -> [u32; MAX_PLANES] {
+    let mut used = [0; MAX_PLANES];
+    for (memory, used) in (0u32..).zip(&mut used) {
+        // A layout ends before 4 GiB.
+        *used = layout.memory_len(memory) as u32;
+    }
+    used
+}
+
+/// Compares copies with what they were made from.
+struct Check {
+    same: bool,
+    from: [Vec<u8>; MAX_PLANES],
+    to: [Vec<u8>; MAX_PLANES],
+    captured: u64,
+    verdict: Verdict,
+}
+
+impl Check {
+    fn new(from: &Layout, to: &Layout) -> Check {
+        let rows = |layout: &Layout| {
+            let format = layout.format();
+            let row = |plane| match plane < format.planes() {
+                true => vec![0; format.row_bytes(plane, layout.width()) as usize],
+                false => Vec::new(),
+            };
+            [0, 1, 2, 3].map(row)
+        };
+        Check {
+            same: from.format() == to.format(),
+            from: rows(from),
+            to: rows(to),
+            captured: 0,
+            verdict: Verdict::default(),
+        }
+    }
+
+    fn compare(&mut self, frame: &Frame, copy: &Frame) -> Result<()> {
+        let (before, after) = (frame.buffer().read()?, copy.buffer().read()?);
+        let (from, to) = (*before.layout(), *after.layout());
+        let mut right = true;
+        for y in 0..from.height() {
+            fill(&mut self.from, from.format(), y, &mut |plane, row, out| before.row(plane, row, out));
+            fill(&mut self.to, to.format(), y, &mut |plane, row, out| after.row(plane, row, out));
+            right &= match self.same {
+                true => self.from == self.to,
+                false => alike(&self.from, &from, &self.to, &to),
+            };
+        }
+        self.verdict.checked += 1;
+        if !right {
+            self.verdict.wrong += 1;
+            self.verdict.first_wrong.get_or_insert((self.captured, frame.meta().sequence));
+        }
+        self.captured += 1;
+        Ok(())
+    }
+}
+
+/// Reads the rows of every plane that picture row `y` needs.
+fn fill(rows: &mut [Vec<u8>; MAX_PLANES], format: Format, y: u32, read: &mut dyn FnMut(usize, u32, &mut [u8])) {
+    let (_, vertical) = format.subsampling();
+    for (plane, row) in rows.iter_mut().enumerate().take(format.planes()) {
+        match plane {
+            0 => read(0, y, row),
+            // A row of chroma serves several of luma.
+            _ if y % vertical == 0 => read(plane, y / vertical, row),
+            _ => {}
+        }
+    }
+}
+
+/// Whether two rows show the same, each channel within the steps that its own format has.
+fn alike(from: &[Vec<u8>; MAX_PLANES], a: &Layout, to: &[Vec<u8>; MAX_PLANES], b: &Layout) -> bool {
+    let (from, to) = (from.each_ref().map(Vec::as_slice), to.each_ref().map(Vec::as_slice));
+    let (before, after) = (Pixels::new(a.format(), &from), Pixels::new(b.format(), &to));
+    let step = steps(b.format());
+    (0..a.width()).all(|x| {
+        let (p, q) = (before.rgb(x, a.colour()), after.rgb(x, b.colour()));
+        p.r.abs_diff(q.r) <= step && p.g.abs_diff(q.g) <= step && p.b.abs_diff(q.b) <= step
+    })
+}
+
+/// The most, in 8-bit steps, that a right pixel may differ by: one, or what the destination's fewer bits lose.
+fn steps(format: Format) -> u8 {
+    match format.kind() {
+        crate::format::Kind::Rgb { channels, .. } => {
+            let bits = channels.iter().map(|channel| channel.width).min().unwrap_or(8).min(8);
+            // Half a step of 5 bits is 4 of 8, rounded either way.
+            1u8.max(1u8 << (8 - bits))
+        }
+        _ => 2,
+    }
+}

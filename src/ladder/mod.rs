@@ -1,0 +1,317 @@
+//! The fallback ladder: a source and a sink are joined by the first rung that holds, and each that does not leaves its reason.
+//!
+//! 1. **exported**: the source's own buffers, imported by the sink. No copy.
+//! 2. **reverse**: buffers of the sink, or of an allocator, that the source captures into. No copy: the cure for strides, alignment and
+//!    contiguity.
+//! 3. **converted**: the GPU makes of each frame one that the sink takes. This build has none.
+//! 4. **copied**: the CPU writes each frame into a buffer that the sink takes. One copy, in the ledger.
+//!
+//! Every rung is tried with real buffers and real imports. What only the first real picture tells (a buffer that the display cannot map),
+//! the [`Pipe`](crate::pipe::Pipe) hears, and goes on below.
+
+mod copier;
+
+use crate::convert::Converter;
+use crate::endpoint::{JoinError, Refusal, Rung, Sink, Source};
+use crate::error::{Error, Kind, Result};
+use crate::format::{Format, Layout};
+use crate::frame::{Buffer, Room};
+use crate::memory::Allocator;
+
+pub use copier::Copier;
+
+/// Which rungs are allowed.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum Path {
+    /// The first that holds.
+    #[default]
+    Auto,
+    /// Those without a copy or conversion, else a refusal.
+    ZeroCopy,
+    /// A copy at once: to compare with, or to keep the source's buffers for nobody but the source.
+    Copy,
+}
+
+/// A source and a sink, joined.
+#[derive(Debug)]
+pub struct Joined {
+    /// The rung that holds.
+    pub rung: Rung,
+    /// Why those above it do not, in the order in which they were tried.
+    pub refusals: Vec<Refusal>,
+    /// What copies, on the rung [`Rung::Copied`] with a sink that does not read frames itself.
+    pub copier: Option<Copier>,
+}
+
+/// Why no rung holds.
+#[derive(Debug, thiserror::Error)]
+pub enum NoWay {
+    /// Every rung that is allowed was refused.
+    #[error("{}", last(.0))]
+    Refused(Vec<Refusal>),
+    /// Something is broken, whatever the rung.
+    #[error(transparent)]
+    Failed(#[from] Error),
+}
+
+/// The last refusal says what is left to do; those before it led there.
+fn last(refusals: &[Refusal]) -> String {
+    refusals
+        .last()
+        .map_or_else(|| "there is no rung to try".to_owned(), Refusal::to_string)
+}
+
+/// Joins a source that does not stream to a sink. Nothing flows, and nobody sees a change.
+///
+/// # Errors
+/// [`NoWay`]. The source has buffers of its own again then.
+pub fn join(source: &mut dyn Source, sink: &mut dyn Sink, path: Path) -> Result<Joined, NoWay> {
+    let mut refusals = Vec::new();
+    if path != Path::Copy || sink.formats().is_none() {
+        match exported(source, sink) {
+            // A sink that reads frames with the CPU.
+            Ok(Rung::Copied) if path == Path::ZeroCopy => {
+                refusals.push(reads_itself());
+                return Err(NoWay::Refused(refusals));
+            }
+            Ok(rung) if path != Path::Copy || rung == Rung::Copied => {
+                return Ok(Joined { rung, refusals, copier: None });
+            }
+            Ok(_) => {}
+            Err(JoinError::Refused(refusal)) => refusals.push(refusal),
+            Err(JoinError::Failed(error)) => return Err(error.into()),
+        }
+    }
+    if path != Path::Copy {
+        match reverse(source, sink, refusals.last())? {
+            Ok(()) => return Ok(Joined { rung: Rung::Reverse, refusals, copier: None }),
+            Err(more) => refusals.extend(more),
+        }
+    }
+    if path == Path::ZeroCopy {
+        return Err(NoWay::Refused(refusals));
+    }
+    if path == Path::Auto {
+        refusals.push(converted());
+    }
+    match copied(source, sink, path == Path::Copy)? {
+        Ok(copier) => Ok(Joined { rung: Rung::Copied, refusals, copier: Some(copier) }),
+        Err(refusal) => {
+            refusals.push(refusal);
+            Err(NoWay::Refused(refusals))
+        }
+    }
+}
+
+/// The source's own buffers. A sink that reads each frame with the CPU says [`Rung::Copied`].
+///
+/// # Errors
+/// The sink's refusal, or a failure.
+pub fn exported(source: &dyn Source, sink: &mut dyn Sink) -> Result<Rung, JoinError> {
+    sink.join(source.layout(), source.rate(), source.buffers())
+}
+
+fn reads_itself() -> Refusal {
+    Refusal {
+        rung: Rung::Exported,
+        step: "join",
+        errno: None,
+        why: "this sink reads every frame with the CPU".to_owned(),
+        repair: "send the frames to a display, or allow copies".to_owned(),
+    }
+}
+
+/// What a GPU would say.
+pub fn converted() -> Refusal {
+    Refusal {
+        rung: Rung::Converted,
+        step: "GPU",
+        errno: None,
+        why: "no GPU conversion is built into this dmaflow".to_owned(),
+        repair: "none is needed for a copy by the CPU; for none at all, a format that both have".to_owned(),
+    }
+}
+
+/// Who makes buffers that the source does not.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Maker {
+    Sink,
+    Allocator(Allocator),
+}
+
+impl Maker {
+    /// In the order in which they are tried. A heap before udmabuf: its memory may be what the devices share.
+    const DMA_BUF: [Maker; 3] =
+        [Maker::Sink, Maker::Allocator(Allocator::SystemHeap), Maker::Allocator(Allocator::Udmabuf)];
+
+    fn name(self, sink: &dyn Sink) -> String {
+        match self {
+            Maker::Sink => sink.name().to_owned(),
+            Maker::Allocator(allocator) => allocator.to_string(),
+        }
+    }
+
+    fn make(self, sink: &mut dyn Sink, layout: &Layout, room: &Room, count: u32) -> Result<Vec<Buffer>> {
+        match self {
+            Maker::Sink => sink.allocate(layout, room, count),
+            // Rows as the pickiest displays known want them; where the source has agreed to a layout it has such rows already.
+            Maker::Allocator(allocator) => {
+                let layout = layout.with_stride_align(STRIDE);
+                let bad = |cause| Error::new(Kind::Invalid, "lay out", "a buffer").because(cause);
+                Buffer::allocate_all(allocator, &layout.map_err(bad)?, room, count)
+            }
+        }
+    }
+}
+
+/// AMD's displays want strides in multiples of 256 bytes; no other known one wants more.
+const STRIDE: u32 = 256;
+
+/// Buffers that the source does not make. `Ok(Err(…))` has the reason of each maker that was tried.
+///
+/// # Errors
+/// If the source cannot go back to its own buffers.
+pub fn reverse(
+    source: &mut dyn Source,
+    sink: &mut dyn Sink,
+    exported: Option<&Refusal>,
+) -> Result<Result<(), Vec<Refusal>>> {
+    let layout = *source.layout();
+    if sink.formats().is_some_and(|formats| !formats.contains(&layout.format())) {
+        // Whoever makes the memory, the pixels are what they are.
+        let why =
+            exported.map_or_else(|| format!("the sink has no {}", layout.format()), |refusal| refusal.why.clone());
+        let repair =
+            exported.map_or_else(|| "choose a format that both have".to_owned(), |refusal| refusal.repair.clone());
+        let step = exported.map_or("formats", |refusal| refusal.step);
+        return Ok(Err(vec![Refusal { rung: Rung::Reverse, step, errno: None, why, repair }]));
+    }
+    let count = u32::try_from(source.buffers().len()).unwrap_or(u32::MAX).max(1);
+    let mut refusals = Vec::new();
+    for maker in Maker::DMA_BUF {
+        let whose = maker.name(sink);
+        match try_reverse(source, sink, maker, &layout, count) {
+            Ok(()) => return Ok(Ok(())),
+            Err(JoinError::Refused(refusal)) => {
+                let why = format!("with buffers of {whose}: {}", refusal.why);
+                refusals.push(Refusal { rung: Rung::Reverse, why, ..refusal });
+            }
+            Err(JoinError::Failed(error)) if error.kind() == Kind::Disconnected => return Err(error),
+            Err(JoinError::Failed(error)) => {
+                let refusal = Refusal::from_error(Rung::Reverse, &error);
+                let why = format!("with buffers of {whose}: {}", refusal.why);
+                refusals.push(Refusal { why, ..refusal });
+            }
+        }
+        put_back(source, &layout)?;
+    }
+    Ok(Err(refusals))
+}
+
+fn try_reverse(
+    source: &mut dyn Source,
+    sink: &mut dyn Sink,
+    maker: Maker,
+    layout: &Layout,
+    count: u32,
+) -> Result<(), JoinError> {
+    // One buffer first, which the source need not know of: it tells the strides, and whether the sink takes such memory at all.
+    let first = one_memory_plane(layout)?;
+    let trial = maker.make(sink, &first, &Room::default(), 1)?;
+    let wished = trial.first().map_or(first, |buffer| *buffer.layout());
+    sink.join(&wished, source.rate(), &trial)?;
+    drop(trial);
+    let (agreed, room) = source.agree(&wished)?;
+    if let Some(why) = differs(&wished, &agreed) {
+        return Err(JoinError::Refused(Refusal {
+            rung: Rung::Reverse,
+            step: "VIDIOC_S_FMT",
+            errno: None,
+            why: format!("{} {why}", source.name()),
+            repair: "choose a width whose rows suit both".to_owned(),
+        }));
+    }
+    let buffers = maker.make(sink, &agreed, &room, count)?;
+    source.use_buffers(buffers)?;
+    sink.join(source.layout(), source.rate(), source.buffers()).map(drop)
+}
+
+/// The same picture in one memory plane, its rows as short as they can be.
+fn one_memory_plane(layout: &Layout) -> Result<Layout> {
+    let bad = |cause| Error::new(Kind::Invalid, "lay out", "a buffer").because(cause);
+    Ok(Layout::packed(layout.format(), layout.size(), 1)
+        .map_err(bad)?
+        .with_colour(layout.colour()))
+}
+
+/// How the layout that a source has agreed to is another than the one asked for.
+fn differs(wished: &Layout, agreed: &Layout) -> Option<String> {
+    if wished.memory_planes() != agreed.memory_planes() {
+        return Some(format!(
+            "fills {} memory planes, and the buffers have {}",
+            agreed.memory_planes(),
+            wished.memory_planes()
+        ));
+    }
+    let strides = wished.planes().iter().zip(agreed.planes());
+    let other = strides
+        .map(|(wished, agreed)| (wished.stride, agreed.stride))
+        .find(|(wished, agreed)| wished != agreed);
+    other.map(|(wished, agreed)| format!("makes rows of {agreed} bytes, and the buffers have {wished}"))
+}
+
+/// The source as it was: the layout that it had, in buffers of its own.
+fn put_back(source: &mut dyn Source, layout: &Layout) -> Result<()> {
+    source.agree(layout)?;
+    source.use_own_buffers()
+}
+
+/// Copies by the CPU, into buffers that the sink takes. `Ok(Err(…))` has the reason why not.
+///
+/// # Errors
+/// A failure of the sink.
+pub fn copied(source: &dyn Source, sink: &mut dyn Sink, demanded: bool) -> Result<Result<Copier, Refusal>> {
+    let layout = *source.layout();
+    let taken = sink.formats();
+    let takes = |format: &Format| taken.as_ref().is_none_or(|taken| taken.contains(format));
+    let mut refused = None;
+    for target in Converter::targets(layout.format()).filter(takes) {
+        for maker in Maker::DMA_BUF.into_iter().chain([Maker::Allocator(Allocator::Plain)]) {
+            match try_copied(source, sink, maker, target, demanded) {
+                Ok(copier) => return Ok(Ok(copier)),
+                Err(JoinError::Refused(refusal)) => {
+                    refused.get_or_insert(Refusal { rung: Rung::Copied, ..refusal });
+                }
+                Err(JoinError::Failed(error)) if matches!(error.kind(), Kind::Disconnected | Kind::NotFound) => {
+                    return Err(error);
+                }
+                Err(JoinError::Failed(error)) => {
+                    refused.get_or_insert(Refusal::from_error(Rung::Copied, &error));
+                }
+            }
+        }
+    }
+    Ok(Err(refused.unwrap_or_else(|| Refusal {
+        rung: Rung::Copied,
+        step: "conversion",
+        errno: None,
+        why: format!("the CPU makes nothing that {} takes of {}", sink.name(), layout.format()),
+        repair: "choose another format of the source".to_owned(),
+    })))
+}
+
+fn try_copied(
+    source: &dyn Source,
+    sink: &mut dyn Sink,
+    maker: Maker,
+    target: Format,
+    demanded: bool,
+) -> Result<Copier, JoinError> {
+    let from = source.layout();
+    let bad = |cause| Error::new(Kind::Invalid, "lay out", "a buffer").because(cause);
+    let to = Layout::packed(target, from.size(), 1).map_err(bad)?.with_colour(from.colour());
+    let buffers = maker.make(sink, &to, &Room::default(), copier::BUFFERS)?;
+    let copier = Copier::new(from, buffers, demanded)?;
+    sink.join(copier.layout(), source.rate(), copier.buffers())?;
+    Ok(copier)
+}

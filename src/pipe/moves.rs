@@ -1,0 +1,187 @@
+//! Going on when something changes: another rung, another format.
+
+use std::os::fd::BorrowedFd;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::{Pipe, Progress};
+use crate::clock::now_us;
+use crate::endpoint::{JoinError, Refusal, Rung};
+use crate::error::{Context, Error, Kind, Result};
+use crate::ladder::{self, Joined, NoWay};
+
+/// A step from one rung to another while frames flowed, or a change at the source.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Move {
+    /// How many frames had been captured before.
+    pub frame: u64,
+    /// The rung before.
+    pub from: Rung,
+    /// The rung after.
+    pub to: Rung,
+    /// Why.
+    pub why: String,
+}
+
+/// The rung that was stepped down from, and when it is tried again: after so many frames, twice as many each time.
+#[derive(Debug)]
+pub(super) struct Above {
+    rung: Rung,
+    frames: u64,
+    at: u64,
+}
+
+/// About a second of most cameras.
+const FIRST_TRY: u64 = 60;
+
+impl Pipe<'_> {
+    /// Whether a copy might go where this frame did not.
+    pub(super) fn may_step_down(&self, error: &Error) -> bool {
+        use crate::ladder::Path;
+        let lasting = matches!(error.kind(), Kind::Disconnected | Kind::Permission | Kind::Timeout | Kind::Invalid);
+        self.path == Path::Auto && self.joined.rung.is_zero_copy() && !lasting
+    }
+
+    /// From now on copies. The frame that was refused goes that way as well.
+    ///
+    /// # Errors
+    /// The error that made it step down, if copying does not help.
+    pub(super) fn step_down(&mut self, error: &Error, progress: &mut dyn FnMut(&Progress)) -> Result<()> {
+        let again = || {
+            let again = Error::new(error.kind(), error.step(), error.subject()).because(error.line());
+            again.repair("copying does not help either")
+        };
+        self.finish(progress)?;
+        let from = self.joined.rung;
+        let copier = ladder::copied(self.source, self.sink, false)?.map_err(|_| again())?;
+        self.joined.refusals.push(Refusal::from_error(from, error));
+        self.joined.refusals.push(ladder::converted());
+        self.joined.rung = Rung::Copied;
+        self.joined.copier = Some(copier);
+        self.check_copies();
+        self.moved(from, error.line());
+        let frames = self.above.as_ref().map_or(FIRST_TRY, |above| above.frames.saturating_mul(2));
+        self.above = Some(Above { rung: from, frames, at: self.captured.saturating_add(frames) });
+        Ok(())
+    }
+
+    /// Tries the rung that was stepped down from again, if it is time: what was in the way may be gone. The next frame tells.
+    ///
+    /// # Errors
+    /// A failure of the sink.
+    pub(super) fn step_up(&mut self, progress: &mut dyn FnMut(&Progress)) -> Result<()> {
+        let Some(above) = self.above.as_mut().filter(|above| self.captured >= above.at) else { return Ok(()) };
+        above.at = self.captured.saturating_add(above.frames);
+        let rung = above.rung;
+        self.finish(progress)?;
+        match ladder::exported(self.source, self.sink) {
+            Ok(_) => {
+                self.forget_copier();
+                self.joined.rung = rung;
+                self.moved(Rung::Copied, "it holds again".to_owned());
+                Ok(())
+            }
+            Err(JoinError::Refused(_)) => {
+                // The sink must know the copier's buffers again.
+                let Some(copier) = &self.joined.copier else { return Ok(()) };
+                let joined = self.sink.join(copier.layout(), self.source.rate(), copier.buffers());
+                joined.map(drop).map_err(|error| match error {
+                    JoinError::Failed(error) => error,
+                    JoinError::Refused(refusal) => {
+                        Error::new(Kind::System, "go on copying to", self.sink.name()).because(refusal)
+                    }
+                })
+            }
+            Err(JoinError::Failed(error)) => Err(error),
+        }
+    }
+
+    /// After a change at the source: the picture on screen stays, the source is set up anew, and the ladder is climbed from its top.
+    /// Whether frames flow again; not if the order to stop came while there was no signal.
+    ///
+    /// # Errors
+    /// What the source or the sink says, or the refusals of all rungs.
+    pub(super) fn follow(&mut self, stop: Option<BorrowedFd<'_>>, progress: &mut dyn FnMut(&Progress)) -> Result<bool> {
+        let from = self.joined.rung;
+        self.finish(progress)?;
+        if self.joined.copier.is_none() {
+            self.sink.hold()?;
+        }
+        if !self.wait_for_signal(stop)? {
+            return Ok(false);
+        }
+        self.forget_copier();
+        let layout = *self.source.layout();
+        self.joined = match ladder::join(self.source, self.sink, self.path) {
+            Ok(joined) => joined,
+            Err(NoWay::Failed(error)) => return Err(error),
+            Err(NoWay::Refused(refusals)) => {
+                let error = Error::new(Kind::Unsupported, "show the new format of", self.source.name());
+                return Err(match refusals.into_iter().next_back() {
+                    Some(refusal) => error.because(refusal),
+                    None => error,
+                });
+            }
+        };
+        self.check_copies();
+        self.above = None;
+        self.moved(from, format!("the source changed to {layout}"));
+        self.source.start()?;
+        Ok(true)
+    }
+
+    /// Sets the source up anew; while it has no signal, each further change is another try, until the watchdog's time is up.
+    fn wait_for_signal(&mut self, stop: Option<BorrowedFd<'_>>) -> Result<bool> {
+        let until = self
+            .source
+            .watchdog()
+            .map(|time| now_us().saturating_add(time.as_micros() as u64));
+        loop {
+            let error = match self.source.follow() {
+                Err(error) if error.kind() == Kind::Timeout => error,
+                other => return other.map(|()| true),
+            };
+            let left = until.map(|until| until.saturating_sub(now_us()));
+            if left == Some(0) {
+                return Err(error);
+            }
+            let timeout = left.map_or(PollTimeout::NONE, |left| {
+                PollTimeout::try_from(left.div_ceil(1000)).unwrap_or(PollTimeout::MAX)
+            });
+            let mut fds = vec![PollFd::new(self.source.as_fd(), PollFlags::POLLPRI)];
+            fds.extend(stop.map(|stop| PollFd::new(stop, PollFlags::POLLIN)));
+            match poll(&mut fds, timeout) {
+                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                Err(errno) => return Err(errno).context("wait for", || self.source.name().to_owned()),
+            }
+            let ready = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
+            if fds.get(1).is_some_and(ready) {
+                return Ok(false);
+            }
+        }
+    }
+
+    /// The account of a copier that is done with.
+    pub(super) fn forget_copier(&mut self) {
+        let Joined { copier, .. } = &mut self.joined;
+        let Some(copier) = copier.take() else { return };
+        for copies in copier.ledger().entries() {
+            self.copies.add(copies);
+        }
+        self.dropped += copier.dropped();
+        if let Some(verdict) = copier.verdict() {
+            self.copies_verdict.get_or_insert_default().add(verdict);
+        }
+    }
+
+    /// A sink that verifies what it shows wants copies compared as well.
+    pub(super) fn check_copies(&mut self) {
+        if let (Some(copier), true) = (&mut self.joined.copier, self.sink.verdict().is_some()) {
+            copier.check();
+        }
+    }
+
+    fn moved(&mut self, from: Rung, why: String) {
+        self.moves.push(Move { frame: self.captured, from, to: self.joined.rung, why });
+    }
+}
