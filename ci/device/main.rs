@@ -23,6 +23,7 @@ mod faults;
 mod formats;
 mod harness;
 mod modules;
+mod outputs;
 mod process;
 mod screen;
 mod signals;
@@ -43,6 +44,7 @@ fn main() -> std::process::ExitCode {
         screen::TESTS,
         commands::TESTS,
         sinks::TESTS,
+        outputs::TESTS,
         snap::TESTS,
         bufs::TESTS,
         verify::TESTS,
