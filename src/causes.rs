@@ -79,12 +79,11 @@ impl Call {
         }
     }
 
-    /// An error of this call with its cause's repair.
+    /// An error of this call with its cause and the repair.
     pub(crate) fn explain(self, error: Error) -> Error {
-        let repair = error.errno().map(|errno| self.cause(errno).repair);
         let error = error.said_by(self.name());
-        match repair {
-            Some(repair) => error.repair(repair),
+        match error.errno().map(|errno| self.cause(errno)) {
+            Some(Cause { why, repair }) => error.meaning(why).repair(repair),
             None => error,
         }
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::error::{Error, Kind, Result};
 use crate::format::{Format, Layout};
 use crate::frame::{Buffer, Frame, FrameMeta, Room, WeakBuffer};
-use crate::ledger::Ledger;
+use crate::ledger::{Copies, Ledger};
 
 /// What `poll` said of a source's descriptor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -124,6 +124,11 @@ pub trait Source: AsFd {
 
     /// What was lost so far.
     fn counts(&self) -> SourceCounts;
+
+    /// What the CPU copied of its frames for those that held [views](crate::frame::CowView) of them.
+    fn copies(&self) -> Vec<Copies> {
+        Vec::new()
+    }
 }
 
 /// A step of the fallback ladder.
@@ -176,14 +181,20 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    /// The refusal that an error is: the call that failed, else the step; the errno; the chain of causes as the reason.
+    /// The refusal that an error is: the call that failed, else the step; the errno; what it means, else the chain of causes.
     pub fn from_error(rung: Rung, error: &Error) -> Refusal {
-        let mut why = error.to_string();
-        let mut cause = std::error::Error::source(error);
-        while let Some(next) = cause {
-            why = format!("{why}: {next}");
-            cause = next.source();
-        }
+        let why = error
+            .known_meaning()
+            .map(|meaning| format!("{meaning} ({error})"))
+            .unwrap_or_else(|| {
+                let mut why = error.to_string();
+                let mut cause = std::error::Error::source(error);
+                while let Some(next) = cause {
+                    why = format!("{why}: {next}");
+                    cause = next.source();
+                }
+                why
+            });
         Refusal {
             rung,
             step: error.call().unwrap_or(error.step()),

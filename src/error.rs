@@ -46,12 +46,21 @@ struct Inner {
     cause: Option<Box<dyn StdError + Send + Sync>>,
     repair: Option<String>,
     call: Option<&'static str>,
+    meaning: Option<&'static str>,
 }
 
 impl Error {
     /// An error without a system cause. `step` reads as "cannot …": `"set the format of"`.
     pub fn new(kind: Kind, step: &'static str, subject: impl Into<String>) -> Error {
-        Error(Box::new(Inner { kind, step, subject: subject.into(), cause: None, repair: None, call: None }))
+        Error(Box::new(Inner {
+            kind,
+            step,
+            subject: subject.into(),
+            cause: None,
+            repair: None,
+            call: None,
+            meaning: None,
+        }))
     }
 
     /// An error with the system's answer; its kind follows from the errno.
@@ -98,6 +107,18 @@ impl Error {
         self.0.step
     }
 
+    /// Says what the system's answer means here, where that is known better than its number says.
+    #[must_use]
+    pub(crate) fn meaning(mut self, meaning: &'static str) -> Error {
+        self.0.meaning = Some(meaning);
+        self
+    }
+
+    /// What the system's answer means here, where that is known.
+    pub fn known_meaning(&self) -> Option<&'static str> {
+        self.0.meaning
+    }
+
     /// The call that failed, where it is known.
     pub fn call(&self) -> Option<&'static str> {
         self.0.call
@@ -125,7 +146,7 @@ impl Error {
         None
     }
 
-    /// Step, subject and all causes on one line, then the repair: what a person should see.
+    /// Step, subject, all causes and their meaning on one line, then the repair: what a person should see.
     pub fn line(&self) -> String {
         let mut line = self.to_string();
         let mut cause = self.source();
@@ -133,6 +154,10 @@ impl Error {
             line.push_str(": ");
             line.push_str(&error.to_string());
             cause = error.source();
+        }
+        if let Some(meaning) = self.0.meaning {
+            line.push_str(": ");
+            line.push_str(meaning);
         }
         if let Some(repair) = &self.0.repair {
             line.push_str(" (");

@@ -82,7 +82,12 @@ fn nothing(present: Present) -> anyhow::Result<Outcome> {
     the_counter_counts()?;
     let mut camera = camera()?;
     let mut display = Display::find("vkms", DisplayRequest { present, ..DisplayRequest::default() })?;
-    let pipe = Pipe::join(&mut camera, &mut display, Limits { frames: Some(FRAMES), duration: None })?;
+    let pipe = Pipe::join(
+        &mut camera,
+        &mut display,
+        dmaflow::ladder::Path::Auto,
+        Limits { frames: Some(FRAMES), duration: None },
+    )?;
     let (mut first, mut last, mut frames) = (0, 0, 0);
     let account = pipe.run(None, &mut |progress| {
         if progress.captured <= WARM {

@@ -15,7 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::camera::{format, open, request};
 use crate::harness::{Outcome, PASSED, Test, note};
-use crate::modules::{self, Witness, debugfs, kernel, screen, vivid};
+use crate::modules::{self, Witness, debugfs, kernel, screen};
 use crate::process::State;
 
 const NEEDS: &[&str] = &["vivid", "vkms"];

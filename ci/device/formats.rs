@@ -285,18 +285,24 @@ fn stock_vkms() -> anyhow::Result<Outcome> {
     PASSED
 }
 
-/// Refused without a demand: status 1. With one: 3. Both say why on one line, and in the result.
+/// Without a copy it is refused: status 3, and one line that says why. Left alone, frames are copied, and shown right; the result says
+/// why they were.
 fn refused(options: &str, why: &str) -> anyhow::Result<Outcome> {
-    for (path, status) in [("auto", 1), ("zero-copy", 3)] {
-        let run = finish(&mut pipe(&format!("{options} --path {path}")))?;
-        run.one_line(status, &["refused", why])?;
+    for (path, status) in [("auto", 0), ("zero-copy", 3)] {
+        let run = finish(&mut pipe(&format!("{options} --path {path} --verify")))?;
         let result = run.json(status)?;
         let refusal = &result["refusals"][0];
         ensure!(refusal["rung"] == "exported", "{result}");
         for key in ["step", "why", "repair"] {
             ensure!(refusal[key].as_str().is_some_and(|text| !text.is_empty()), "no {key} in {refusal}");
         }
-        ensure!(result.get("frames").is_none(), "numbers that were not measured: {result}");
+        ensure!(refusal["why"].as_str().is_some_and(|text| text.contains(why)), "{refusal}");
+        if path == "zero-copy" {
+            run.one_line(status, &["refused", why])?;
+            ensure!(result.get("frames").is_none(), "numbers that were not measured: {result}");
+        } else {
+            ensure!(result["path"] == "copied" && number(&result, "verify/wrong")? == 0, "{result}");
+        }
     }
     PASSED
 }

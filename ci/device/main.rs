@@ -22,6 +22,7 @@ mod display;
 mod faults;
 mod formats;
 mod harness;
+mod ladder;
 mod modules;
 mod outputs;
 mod process;
@@ -52,6 +53,7 @@ fn main() -> std::process::ExitCode {
         alloc::TESTS,
         syscalls::TESTS,
         formats::TESTS,
+        ladder::TESTS,
         signals::TESTS,
         cycles::TESTS,
     ];

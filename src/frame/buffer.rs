@@ -50,7 +50,7 @@ impl Buffer {
             return Err(bad().because(format!("{} memory planes with {} lengths", memory.len(), lens.len())));
         }
         for (plane, (memory, &len)) in memory.iter().zip(lens).enumerate() {
-            let there = memory.len()?;
+            let there = memory.bytes()?;
             if len > there {
                 return Err(bad().because(format!("{len} bytes of memory plane {plane}, which has {there}")));
             }

@@ -77,14 +77,14 @@ impl Buffer {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::format::{Format, PlaneLayout};
     use proptest::prelude::*;
 
     fn nv12() -> Layout {
-        Layout::packed(Format::parse("NV12").unwrap().0, (64, 50), 64).unwrap()
+        Layout::packed(Format::parse("NV12").unwrap().0, (64, 50), 32).unwrap()
     }
 
     #[test]

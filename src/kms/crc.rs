@@ -56,6 +56,22 @@ impl CrcStream {
         Ok(CrcStream { data, path })
     }
 
+    /// Reads away what is there: the kernel keeps 127 entries (`DRM_CRC_ENTRIES_NR`), and drops newer ones when they are not read.
+    ///
+    /// # Errors
+    /// What `read` says.
+    pub(super) fn forget(&mut self) -> Result<()> {
+        let mut line = [0; 128];
+        for _ in 0..128 {
+            match self.data.read(&mut line) {
+                Ok(_) => {}
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => break,
+                Err(error) => return Err(Error::from_io("read", self.path.display().to_string(), error)),
+            }
+        }
+        Ok(())
+    }
+
     /// The next entry, waiting `timeout_ms` at most.
     ///
     /// # Errors

@@ -5,26 +5,21 @@ use std::sync::Arc;
 
 use nix::libc;
 
-use super::atomic::{CommitFlags, Request, explained};
+use super::atomic::{CommitFlags, Request};
 use super::fifo::Fifo;
-use super::flip::{Flip, wait_readable};
 use super::import::{Framebuffer, KmsImporter};
-use super::quirks::shown_wrong;
+use super::quirks::{shown_wrong, stride_align};
 use super::route::Route;
 use super::saved::{Blob, Saved};
 use super::setup::{Setup, mode_bytes};
 use super::verify::Verifier;
 use super::{Card, Snapshot};
 use crate::causes::{Call, Cause};
-use crate::clock::now_us;
 use crate::endpoint::{ImportCache, JoinError, Refusal, Rung, Shown, Sink, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::format::{Format, Layout};
 use crate::frame::{Buffer, Frame, Room};
 use crate::ledger::Ledger;
-
-/// Longest wait for a page flip, in ms: the kernel itself gives up after 10 s (drm_atomic_helper_wait_for_flip_done).
-const FLIP_TIMEOUT_MS: u16 = 15_000;
 
 /// What happens to frames that come faster than the display shows them.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
@@ -44,6 +39,9 @@ pub struct DisplayRequest {
     pub present: Present,
     /// Whether each picture shown is compared with what was captured.
     pub verify: bool,
+    /// Strides must be a multiple of so many bytes, whatever the driver says: for displays that show a wrong picture instead of refusing
+    /// one. `None` for what is known of the driver (256 for AMD's), 1 for nothing.
+    pub stride_align: Option<u32>,
 }
 
 /// A display: one connector of a card, driven by this process.
@@ -53,42 +51,42 @@ pub struct DisplayRequest {
 /// panic unwinds; when the process is killed, the kernel turns its picture off.
 #[derive(Debug)]
 pub struct Display {
-    card: Arc<Card>,
-    name: String,
-    request: DisplayRequest,
-    importer: KmsImporter,
-    way: Option<Way>,
+    pub(super) card: Arc<Card>,
+    pub(super) name: String,
+    pub(super) request: DisplayRequest,
+    pub(super) importer: KmsImporter,
+    pub(super) way: Option<Way>,
     // Before the frames: dropped in this order, so that a framebuffer has left the screen when its frame's lease ends.
-    framebuffers: ImportCache<Framebuffer>,
+    pub(super) framebuffers: ImportCache<Framebuffer>,
     pub(super) on_screen: Option<Frame>,
-    pending: Option<Frame>,
-    waiting: Option<Frame>,
-    fifo: Fifo,
-    dropped: u64,
+    pub(super) pending: Option<Frame>,
+    pub(super) waiting: Option<Frame>,
+    pub(super) fifo: Fifo,
+    pub(super) dropped: u64,
     /// Imports made before the join that holds.
     imports_before: u64,
     /// What verification found on ways that were left.
     verified: Verdict,
     pub(super) ledger: Ledger,
     /// When the last frame came on screen, and when the pending one is expected to, by the mode's refresh; µs of `CLOCK_MONOTONIC`.
-    last_flip_us: u64,
-    flip_due_us: u64,
+    pub(super) last_flip_us: u64,
+    pub(super) flip_due_us: u64,
 }
 
 /// The way to the screen that `join` has found.
 #[derive(Debug)]
-struct Way {
-    route: Route,
+pub(super) struct Way {
+    pub route: Route,
     /// Everything but the framebuffer and the mode.
-    setup: Setup,
+    pub setup: Setup,
     /// The framebuffer of the plane: the request of every frame after the first.
-    flip: Request,
+    pub flip: Request,
     saved: Saved,
     /// Whether the screen shows frames of ours that came this way.
-    lit: bool,
+    pub lit: bool,
     /// Whether it shows one that came another way, and so must be put back all the same.
     left: bool,
-    verifier: Option<Verifier>,
+    pub verifier: Option<Verifier>,
 }
 
 impl Display {
@@ -174,154 +172,8 @@ impl Display {
         restored
     }
 
-    /// The first commit: mode, plane and framebuffer. Completed on return.
-    fn light(&mut self, frame: Frame) -> Result<Shown> {
-        let framebuffer = self.framebuffer(&frame)?;
-        let way = joined(&mut self.way, &self.name)?;
-        let mut mode = mode_bytes(&way.route);
-        frame.lease().mark_pending();
-        let flags = CommitFlags { allow_modeset: true, ..CommitFlags::default() };
-        let blob = Blob::new(&self.card, &mut mode)?;
-        way.setup
-            .request(&way.route, framebuffer, blob.id)
-            .commit(&self.card, flags, "show the first frame on")?;
-        drop(blob);
-        way.lit = true;
-        let shown = self.replaced(frame, now_us());
-        if let (Some(Way { route, verifier: Some(verifier), .. }), Some(frame)) = (&mut self.way, &self.on_screen) {
-            verifier.first(&self.card, route, frame)?;
-        }
-        Ok(shown)
-    }
-
-    /// One commit of the plane's framebuffer alone. `Ok(false)` if it must wait for an earlier one and was told not to.
-    fn flip(&mut self, frame: &Frame, flags: CommitFlags) -> Result<bool> {
-        let framebuffer = self.framebuffer(frame)?;
-        let way = joined(&mut self.way, &self.name)?;
-        way.flip.set_last(u64::from(framebuffer));
-        frame.lease().mark_pending();
-        match way.flip.try_commit(&self.card, flags) {
-            // An expected answer, of which no error is made: that would allocate.
-            Err(cause) if flags.nonblock && cause.raw_os_error() == Some(libc::EBUSY) => Ok(false),
-            other => explained(other, &self.card, "show a frame on").map(|()| true),
-        }
-    }
-
-    /// Sends a frame to the screen as soon as the one before is there: one system call, and one lease given up.
-    fn show_in_turn(&mut self, frame: Frame) -> Result<Option<Shown>> {
-        let flags = CommitFlags { event: true, ..CommitFlags::default() };
-        let mut on_its_way = !self.fifo.waits();
-        if on_its_way && !self.flip(&frame, CommitFlags { nonblock: true, ..flags })? {
-            self.fifo.refused();
-            on_its_way = false;
-        }
-        if !on_its_way {
-            self.flip(&frame, flags)?;
-        }
-        self.fifo.submitted(*frame.meta());
-        // Either commit says that what was on its way is on screen, and so that what it replaced is not.
-        if let Some(before) = self.pending.take() {
-            self.put_on_screen(before);
-        }
-        match on_its_way {
-            true => self.pending = Some(frame),
-            false => self.put_on_screen(frame),
-        }
-        self.fifo.next_shown(&self.card, usize::from(on_its_way))
-    }
-
-    /// Shows a frame, waits until it is on screen, and verifies it.
-    fn show_verified(&mut self, frame: Frame) -> Result<Shown> {
-        self.flip(&frame, CommitFlags { event: true, ..CommitFlags::default() })?;
-        self.pending = Some(frame);
-        self.wait_pending()
-    }
-
-    /// Waits until every frame sent is on screen and its event read, and tells of one.
-    fn finish_in_turn(&mut self) -> Result<Option<Shown>> {
-        while !self.fifo.all_read() {
-            self.fifo.read(&self.card)?;
-            if !self.fifo.all_read() {
-                wait_readable(&*self.card, FLIP_TIMEOUT_MS, "get a page flip from", &self.name)?;
-            }
-        }
-        if let Some(frame) = self.pending.take() {
-            self.put_on_screen(frame);
-        }
-        Ok(self.fifo.told())
-    }
-
-    /// Whether frames are sent one after the other without waiting for each.
-    fn in_turn(&self) -> bool {
-        self.request.present == Present::Fifo && !self.request.verify
-    }
-
-    /// Waits until the pending frame is on screen. Until then, and if that fails, it stays pending, with its lease.
-    fn wait_pending(&mut self) -> Result<Shown> {
-        let flip = self.card.wait_flip(FLIP_TIMEOUT_MS)?;
-        let nothing = || Error::new(Kind::Invalid, "wait for a frame on", &self.name).because("none is pending");
-        let frame = self.pending.take().ok_or_else(nothing)?;
-        self.arrived(frame, flip)
-    }
-
-    /// Submits a frame and returns at once.
-    fn submit(&mut self, frame: Frame) -> Result<()> {
-        if !self.flip(&frame, CommitFlags { nonblock: true, event: true, ..CommitFlags::default() })? {
-            let error = Error::from_io("show a frame on", &self.name, std::io::Error::from_raw_os_error(libc::EBUSY));
-            return Err(error.repair("an earlier commit has not completed"));
-        }
-        self.pending = Some(frame);
-        let period = self.way.as_ref().map_or(0, |way| way.route.period_us()).max(1);
-        let since_last = now_us().saturating_sub(self.last_flip_us);
-        self.flip_due_us = self.last_flip_us + (since_last / period + 1) * period;
-        Ok(())
-    }
-
-    /// Submits a frame if the one before is on screen, else keeps it, instead of one that waits already.
-    fn queue(&mut self, frame: Frame) -> Result<Option<Shown>> {
-        if self.pending.is_none() {
-            return self.submit(frame).map(|()| None);
-        }
-        // Before the look at the event, which submits what waits: that is to be the newest.
-        self.dropped += u64::from(self.waiting.replace(frame).is_some());
-        // A look at the wrong time would be a system call for nothing.
-        if now_us() >= self.flip_due_us { self.dispatch() } else { Ok(None) }
-    }
-
-    /// A frame has come on screen with a flip event.
-    fn arrived(&mut self, frame: Frame, flip: Flip) -> Result<Shown> {
-        let verifier = self.way.as_mut().and_then(|way| way.verifier.as_mut());
-        let checked = verifier.map_or(Ok(()), |verifier| verifier.check(&frame, flip));
-        let shown = self.replaced(frame, flip.at_us);
-        checked.map(|()| shown)
-    }
-
-    /// The lease of the frame that was on screen before ends here.
-    fn replaced(&mut self, frame: Frame, at_us: u64) -> Shown {
-        let shown = Shown { meta: *frame.meta(), at_us };
-        self.last_flip_us = at_us;
-        self.put_on_screen(frame);
-        shown
-    }
-
-    /// Shows a frame that nobody counts, in place of what is on screen, and returns when it is there.
-    pub(super) fn replace_picture(&mut self, frame: Frame) -> Result<()> {
-        self.flip(&frame, CommitFlags::default())?;
-        self.put_on_screen(frame);
-        Ok(())
-    }
-
-    fn put_on_screen(&mut self, frame: Frame) {
-        frame.lease().mark_on_screen();
-        self.on_screen = Some(frame);
-    }
-
-    /// The framebuffer of a frame's buffer, imported now if `join` has not seen it.
-    fn framebuffer(&mut self, frame: &Frame) -> Result<u32> {
-        let imported = self.framebuffers.get(&mut self.importer, frame.buffer());
-        let error =
-            |refusal: Refusal| Error::new(Kind::Unsupported, "import a frame into", &self.name).because(refusal);
-        imported.map(Framebuffer::id).map_err(error)
+    fn stride_align(&self) -> u32 {
+        self.request.stride_align.unwrap_or_else(|| stride_align(&self.card)).max(1)
     }
 
     /// The way of before is given up for another, which the first frame will take; until then the picture stays. What was on screen
@@ -383,7 +235,7 @@ impl Display {
     }
 }
 
-fn joined<'a>(way: &'a mut Option<Way>, name: &str) -> Result<&'a mut Way> {
+pub(super) fn joined<'a>(way: &'a mut Option<Way>, name: &str) -> Result<&'a mut Way> {
     let not = || Error::new(Kind::Invalid, "show a frame on", name).because("no source was joined to it");
     way.as_mut().ok_or_else(not)
 }
@@ -407,7 +259,7 @@ impl Sink for Display {
         }
         self.imports_before = self.framebuffers.imports();
         let routes = Route::candidates(&self.card, layout, rate)?;
-        if let Some(refusal) = shown_wrong(&self.card, layout) {
+        if let Some(refusal) = shown_wrong(&self.card, layout, self.stride_align()) {
             return Err(refusal.into());
         }
         for buffer in buffers {
@@ -428,7 +280,8 @@ impl Sink for Display {
     }
 
     fn allocate(&mut self, layout: &Layout, room: &Room, count: u32) -> Result<Vec<Buffer>> {
-        (0..count).map(|_| self.card.make_buffer(layout, room)).collect()
+        let align = self.stride_align();
+        (0..count).map(|_| self.card.make_buffer(layout, room, align)).collect()
     }
 
     fn inspect(&mut self, frame: &Frame) -> Result<()> {

@@ -13,21 +13,21 @@ use crate::memory::Memory;
 
 impl Card {
     /// Makes a buffer for a picture of this format, size and colour. Rows are as long as the card's driver wants them; everything lies
-    /// in one memory plane. `room` is what others want of the memory.
+    /// in one memory plane. `room` is what others want of the memory, `align` what strides must be a multiple of, in bytes.
     ///
     /// The card's own handle is closed: the memory lives as long as the buffer and what has imported it. Cost: four system calls.
     ///
     /// # Errors
     /// What `DRM_IOCTL_MODE_CREATE_DUMB` or the export says.
-    pub fn make_buffer(&self, layout: &Layout, room: &Room) -> Result<Buffer> {
+    pub fn make_buffer(&self, layout: &Layout, room: &Room, align: u32) -> Result<Buffer> {
         let (format, size) = (layout.format(), layout.size());
-        let plain = Layout::packed(format, size, 1).map_err(|cause| self.unfit(layout).because(cause))?;
+        let plain = Layout::packed(format, size, align).map_err(|cause| self.unfit(layout).because(cause))?;
         let len = room.len(&plain, 0)?;
         let pitch = plain.planes().first().map_or(0, |plane| plane.stride);
         // For one plane the driver is asked in pixels, of which it may want a multiple; else in bytes, as one grey picture with the rows
         // of all planes.
         let (width, bits) = match pixel_bits(format) {
-            Some(bits) => (size.0, bits),
+            Some(bits) => (pitch.div_ceil(bits / 8), bits),
             None => (pitch, 8),
         };
         let rows = u32::try_from(len.div_ceil(pitch.max(1) as usize)).unwrap_or(u32::MAX);

@@ -2,6 +2,7 @@
 
 use super::Display;
 use crate::convert::Converter;
+use crate::endpoint::Sink;
 use crate::error::{Error, Kind, Result};
 use crate::format::MAX_PLANES;
 use crate::frame::{Frame, Room, Slots};
@@ -15,9 +16,12 @@ impl Display {
     pub(super) fn keep_picture(&mut self) -> Result<()> {
         let Some(frame) = self.on_screen.clone() else { return Ok(()) };
         let layout = *frame.buffer().layout();
-        let buffer = self.card().make_buffer(&layout, &Room::default())?;
-        let about = || Error::new(Kind::Invalid, "keep the picture on", self.card().name());
-        let mut converter = Converter::new(&layout, buffer.layout()).map_err(|cause| about().because(cause))?;
+        let buffer = self
+            .allocate(&layout, &Room::default(), 1)?
+            .pop()
+            .ok_or_else(|| self.about_keeping())?;
+        let mut converter =
+            Converter::new(&layout, buffer.layout()).map_err(|cause| self.about_keeping().because(cause))?;
         let reader = frame.buffer().read()?;
         let mut writer = buffer.write()?;
         let memory: [Span<'_>; MAX_PLANES] = [0, 1, 2, 3].map(|memory| reader.memory(memory).unwrap_or(Span::EMPTY));
@@ -27,11 +31,15 @@ impl Display {
         // A slot of nobody's queue: it goes with the frame.
         let slots = Slots::new(1);
         slots.take_free().for_each(crate::frame::FreeSlot::queued);
-        let lease = Slots::dequeued(&slots, 0).ok_or_else(about)?;
+        let lease = Slots::dequeued(&slots, 0).ok_or_else(|| self.about_keeping())?;
         let kept = Frame::new(buffer, *frame.meta(), lease);
         drop(frame);
         self.replace_picture(kept)?;
         self.ledger.enter(Display::KEPT, bytes);
         Ok(())
+    }
+
+    fn about_keeping(&self) -> Error {
+        Error::new(Kind::Invalid, "keep the picture on", self.card().name())
     }
 }

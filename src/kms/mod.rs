@@ -17,6 +17,7 @@ mod keep;
 mod master;
 mod offers;
 mod predict;
+mod present;
 mod quirks;
 mod route;
 mod saved;

@@ -4,12 +4,36 @@ use super::Card;
 use crate::endpoint::{Refusal, Rung};
 use crate::format::Layout;
 
+/// What the strides must be a multiple of, in bytes.
+///
+/// AMD's display engines fetch rows from addresses that are multiples of 256 bytes (`amdgpu_align_pitch` in amdgpu_device.c; DCN and
+/// DCE take the pitch in such units).
+pub(super) fn stride_align(card: &Card) -> u32 {
+    match card.info().driver.as_str() {
+        "amdgpu" => 256,
+        _ => 1,
+    }
+}
+
 /// The refusal of a layout that this card's driver is known to show wrong.
 ///
 /// vkms, at least up to Linux 7.2, takes the address of every colour plane from the first memory plane and adds the offset of the
 /// first colour plane twice (`packed_pixels_addr` in `vkms_formats.c`, over a mapping that `drm_gem_fb_vmap` has put the offset
 /// into). One in which that is corrected says so by its patch level (`tools/vm/guest/vkms-planes.patch`).
-pub(super) fn shown_wrong(card: &Card, layout: &Layout) -> Option<Refusal> {
+pub(super) fn shown_wrong(card: &Card, layout: &Layout, stride_align: u32) -> Option<Refusal> {
+    let uneven = layout.planes().iter().find(|plane| plane.stride % stride_align != 0);
+    if let Some(plane) = uneven {
+        return Some(Refusal {
+            rung: Rung::Exported,
+            step: "driver check",
+            errno: None,
+            why: format!(
+                "rows of {} bytes are not a multiple of {stride_align}, as this display wants them",
+                plane.stride
+            ),
+            repair: "let the source capture into the display's buffers, or ask it for such rows (--stride)".to_owned(),
+        });
+    }
     if card.info().driver != "vkms" || card.info().version > (1, 0, 0) {
         return None;
     }

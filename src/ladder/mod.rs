@@ -84,7 +84,7 @@ pub fn join(source: &mut dyn Source, sink: &mut dyn Sink, path: Path) -> Result<
     }
     if path != Path::Copy {
         match reverse(source, sink, refusals.last())? {
-            Ok(()) => return Ok(Joined { rung: Rung::Reverse, refusals, copier: None }),
+            Ok(rung) => return Ok(Joined { rung, refusals, copier: None }),
             Err(more) => refusals.extend(more),
         }
     }
@@ -167,7 +167,8 @@ impl Maker {
 /// AMD's displays want strides in multiples of 256 bytes; no other known one wants more.
 const STRIDE: u32 = 256;
 
-/// Buffers that the source does not make. `Ok(Err(…))` has the reason of each maker that was tried.
+/// Buffers that the source does not make; at last its own once more, with rows such as the sink's own have. Tells which of the two
+/// rungs holds. `Ok(Err(…))` has the reason of each maker that was tried.
 ///
 /// # Errors
 /// If the source cannot go back to its own buffers.
@@ -175,7 +176,7 @@ pub fn reverse(
     source: &mut dyn Source,
     sink: &mut dyn Sink,
     exported: Option<&Refusal>,
-) -> Result<Result<(), Vec<Refusal>>> {
+) -> Result<Result<Rung, Vec<Refusal>>> {
     let layout = *source.layout();
     if sink.formats().is_some_and(|formats| !formats.contains(&layout.format())) {
         // Whoever makes the memory, the pixels are what they are.
@@ -191,7 +192,7 @@ pub fn reverse(
     for maker in Maker::DMA_BUF {
         let whose = maker.name(sink);
         match try_reverse(source, sink, maker, &layout, count) {
-            Ok(()) => return Ok(Ok(())),
+            Ok(()) => return Ok(Ok(Rung::Reverse)),
             Err(JoinError::Refused(refusal)) => {
                 let why = format!("with buffers of {whose}: {}", refusal.why);
                 refusals.push(Refusal { rung: Rung::Reverse, why, ..refusal });
@@ -205,7 +206,21 @@ pub fn reverse(
         }
         put_back(source, &layout)?;
     }
+    if other_rows(source, sink, &layout).is_ok() {
+        return Ok(Ok(Rung::Exported));
+    }
+    put_back(source, &layout)?;
     Ok(Err(refusals))
+}
+
+/// The source's own buffers, with strides such as the sink's have. Failures are the reasons of before.
+fn other_rows(source: &mut dyn Source, sink: &mut dyn Sink, layout: &Layout) -> Result<(), JoinError> {
+    let trial = sink.allocate(&one_memory_plane(layout)?, &Room::default(), 1)?;
+    let wished = trial.first().map_or(*layout, |buffer| *buffer.layout());
+    drop(trial);
+    source.agree(&wished)?;
+    source.use_own_buffers()?;
+    exported(source, sink).map(drop)
 }
 
 fn try_reverse(

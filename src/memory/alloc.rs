@@ -112,7 +112,7 @@ impl Memory {
     ///
     /// # Errors
     /// What `fstat` says of a memfd.
-    pub fn len(&self) -> Result<usize> {
+    pub fn bytes(&self) -> Result<usize> {
         match self {
             Memory::DmaBuf(dma_buf) => Ok(dma_buf.len()),
             Memory::Plain(memfd) => {

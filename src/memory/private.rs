@@ -88,6 +88,14 @@ impl Private {
         (copied, (found.is_ok() && renewed).then_some(self))
     }
 
+    /// The same where it is known which pages were written: first page and number of pages of each run.
+    pub(crate) fn renew_pages(self, mut written: impl Iterator<Item = (usize, usize)>) -> Option<Private> {
+        let renewed = self.pages == Pages::Faulted
+            // SAFETY: as in `renew`.
+            && written.all(|(first, pages)| unsafe { self.region.advise(first, pages, MmapAdvise::MADV_DONTNEED) }.is_ok());
+        renewed.then_some(self)
+    }
+
     /// The addresses alone, whatever pages are there now.
     pub(crate) fn into_region(self) -> Region {
         self.region
@@ -128,10 +136,9 @@ mod tests {
 
     const PAGES: usize = 40;
 
-    fn runs(
-        private: &Private,
-        by: fn(usize, usize, usize, &mut dyn FnMut(usize, usize)) -> io::Result<()>,
-    ) -> Vec<usize> {
+    type Scan = fn(usize, usize, usize, &mut dyn FnMut(usize, usize)) -> io::Result<()>;
+
+    fn runs(private: &Private, by: Scan) -> Vec<usize> {
         let mut all = Vec::new();
         let start = private.region().start().as_ptr().addr();
         let scanned =

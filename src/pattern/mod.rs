@@ -20,7 +20,9 @@ use crate::clock::now_ns;
 use crate::endpoint::{Ready, Source, SourceCounts};
 use crate::error::{Context, Error, Kind, Result};
 use crate::format::{Colour, Format, Layout, MAX_PLANES};
-use crate::frame::{Buffer, Clock, Frame, FrameFlags, FrameMeta, MAX_SLOTS, SlotCounts, Slots, SlotsArc, Timestamp};
+use crate::frame::{
+    Buffer, Clock, Frame, FrameFlags, FrameMeta, MAX_SLOTS, Room, SlotCounts, Slots, SlotsArc, Timestamp,
+};
 use crate::memory::{Access, Allocator, CpuAccess};
 
 use card::{Canvas, Card, MIN_SIZE};
@@ -80,6 +82,7 @@ pub struct Pattern {
     rate: f64,
     period_ns: u64,
     allocator: Allocator,
+    align: u32,
     buffers: Vec<Buffer>,
     canvases: Vec<Canvas>,
     card: Card,
@@ -115,21 +118,8 @@ impl Pattern {
     pub fn new(request: &PatternRequest) -> Result<Pattern> {
         let layout = checked_layout(request)?;
         let allocator = request.allocator.unwrap_or_else(Allocator::best);
-        let card = Card::new(layout);
-        let mut buffers = Vec::new();
-        let mut canvases = Vec::new();
-        for _ in 0..request.buffers {
-            let len = layout.memory_len(0);
-            let buffer = Buffer::new(layout, vec![allocator.allocate(len)?], &[len])?;
-            let mut mappings = buffer.map(Access::ReadWrite)?;
-            let mapping = mappings
-                .pop()
-                .ok_or_else(|| Error::new(Kind::System, "map", "a buffer of the pattern"))?;
-            let access = begin(&buffer)?;
-            canvases.push(card.begin(mapping));
-            access.map_or(Ok(()), CpuAccess::end)?;
-            buffers.push(buffer);
-        }
+        let made = Buffer::allocate_all(allocator, &layout, &Room::default(), request.buffers)?;
+        let Drawn { card, buffers, canvases } = Drawn::into(layout, made)?;
         let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK);
         Ok(Pattern {
             layout,
@@ -137,6 +127,7 @@ impl Pattern {
             // At least 1e6 (`MAX_RATE`), and `as` saturates.
             period_ns: (1e9 / request.rate).round() as u64,
             allocator,
+            align: request.align,
             slots: SlotsOfPattern(Slots::new(request.buffers)),
             queue: VecDeque::with_capacity(buffers.len()),
             filled: VecDeque::with_capacity(buffers.len()),
@@ -150,7 +141,24 @@ impl Pattern {
         })
     }
 
-    /// Where the memory comes from.
+    /// From now on draws into these.
+    fn draw_into(&mut self, layout: Layout, buffers: Vec<Buffer>) -> Result<()> {
+        let Drawn { card, buffers, canvases } = Drawn::into(layout, buffers)?;
+        let count = u32::try_from(buffers.len()).unwrap_or(MAX_SLOTS);
+        self.slots = SlotsOfPattern(Slots::new(count));
+        (self.layout, self.card, self.buffers, self.canvases) = (layout, card, buffers, canvases);
+        (self.queue, self.filled) = (VecDeque::with_capacity(count as usize), VecDeque::with_capacity(count as usize));
+        Ok(())
+    }
+
+    fn must_stand(&self) -> Result<()> {
+        match self.next {
+            None => Ok(()),
+            Some(_) => Err(Error::new(Kind::Busy, "change the buffers of", NAME).repair("stop it first")),
+        }
+    }
+
+    /// Where the memory comes from, while it is its own.
     pub fn allocator(&self) -> Allocator {
         self.allocator
     }
@@ -269,6 +277,37 @@ impl Source for Pattern {
         self.timer.unset().context("stop the timer of", || NAME)
     }
 
+    fn agree(&mut self, wished: &Layout) -> Result<(Layout, Room)> {
+        self.must_stand()?;
+        let shape = wished.format() == self.layout.format() && wished.size() == self.layout.size();
+        if !shape || wished.memory_planes() != 1 {
+            let error = Error::new(Kind::Unsupported, "draw a test card in", wished.to_string());
+            return Err(error.because(format!("it draws {} in one memory plane", self.layout)));
+        }
+        self.layout = wished.with_colour(self.layout.colour());
+        Ok((self.layout, Room::default()))
+    }
+
+    fn use_buffers(&mut self, buffers: Vec<Buffer>) -> Result<()> {
+        self.must_stand()?;
+        let odd = buffers.iter().find(|buffer| buffer.layout().planes() != self.layout.planes());
+        if let Some(buffer) = odd {
+            let error = Error::new(Kind::Invalid, "draw a test card in", buffer.layout().to_string());
+            return Err(error.because(format!("{} was agreed on", self.layout)));
+        }
+        self.draw_into(self.layout, buffers)
+    }
+
+    fn use_own_buffers(&mut self) -> Result<()> {
+        self.must_stand()?;
+        let count = u32::try_from(self.buffers.len()).unwrap_or(MAX_SLOTS);
+        let bad = |cause| Error::new(Kind::Invalid, "lay out", "a test card").because(cause);
+        let layout = Layout::packed(self.layout.format(), self.layout.size(), self.align).map_err(bad)?;
+        let layout = layout.with_colour(self.layout.colour());
+        let buffers = Buffer::allocate_all(self.allocator, &layout, &Room::default(), count)?;
+        self.draw_into(layout, buffers)
+    }
+
     fn watchdog(&self) -> Option<Duration> {
         Some(Duration::from_nanos(self.period_ns.saturating_mul(8)).max(Duration::from_secs(2)))
     }
@@ -288,6 +327,30 @@ impl AsFd for Pattern {
     /// The timer: readable when a frame is due.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.timer.as_fd()
+    }
+}
+
+/// Buffers with what stays the same in all frames drawn into them.
+struct Drawn {
+    card: Card,
+    buffers: Vec<Buffer>,
+    canvases: Vec<Canvas>,
+}
+
+impl Drawn {
+    fn into(layout: Layout, buffers: Vec<Buffer>) -> Result<Drawn> {
+        let card = Card::new(layout);
+        let mut canvases = Vec::with_capacity(buffers.len());
+        for buffer in &buffers {
+            let mut mappings = buffer.map(Access::ReadWrite)?;
+            let mapping = mappings
+                .pop()
+                .ok_or_else(|| Error::new(Kind::System, "map", "a buffer of the pattern"))?;
+            let access = begin(buffer)?;
+            canvases.push(card.begin(mapping));
+            access.map_or(Ok(()), CpuAccess::end)?;
+        }
+        Ok(Drawn { card, buffers, canvases })
     }
 }
 

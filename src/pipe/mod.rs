@@ -120,6 +120,7 @@ impl<'a> Pipe<'a> {
         let duration = Duration::from_micros(now_us().saturating_sub(start));
         let shown = self.last_shown_us.saturating_sub(self.first_shown_us);
         self.forget_copier();
+        self.source.copies().iter().for_each(|copies| self.copies.add(copies));
         let fps = (self.presented > 1 && shown > 0).then(|| (self.presented - 1) as f64 * 1e6 / shown as f64);
         Ok(Account {
             rung: self.joined.rung,

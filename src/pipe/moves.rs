@@ -108,6 +108,8 @@ impl Pipe<'_> {
         if self.joined.copier.is_none() {
             self.sink.hold()?;
         }
+        // The account of its frames goes with its buffers.
+        self.source.copies().iter().for_each(|copies| self.copies.add(copies));
         if !self.wait_for_signal(stop)? {
             return Ok(false);
         }

@@ -6,7 +6,7 @@ mod png;
 mod raw;
 mod stream;
 #[cfg(test)]
-mod stream_tests;
+mod tests;
 mod y4m;
 
 pub use null::Null;

@@ -7,8 +7,8 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::agree::{agree_format, agree_rate, memory_lens};
-use super::queue::{Allocated, Dequeued, Event, Idle, Queue, Streaming, held_by};
-use super::{Device, Rate};
+use super::queue::{Allocated, Dequeued, Idle, Queue, Streaming, held_by};
+use super::{Device, Event, Rate};
 use crate::endpoint::{Ready, Source, SourceCounts};
 use crate::error::{Context, Error, Kind, Result};
 use crate::format::{Format, Fourcc, Layout};
@@ -17,6 +17,9 @@ use crate::ledger::Copies;
 
 /// A frame that has not come after this long is a failure.
 const WATCHDOG: Duration = Duration::from_secs(5);
+
+/// A signal that has changed again each time that it was locked to is left to the events that tell so.
+const MAX_LOCKS: u32 = 4;
 
 /// What is asked of a camera; what is not asked stays as the driver has it.
 #[derive(Clone, PartialEq, Debug, Default)]
@@ -258,7 +261,7 @@ impl Camera {
 
     fn handle_event(&mut self) -> Result<()> {
         let name = self.name.clone();
-        match self.streaming()?.event()? {
+        match self.device.event()? {
             Some(Event::SourceChange) => {
                 let error = Error::new(Kind::FormatChanged, "read frames from", name);
                 Err(error
@@ -323,8 +326,10 @@ impl Source for Camera {
     }
 
     fn start(&mut self) -> Result<()> {
+        // Before the flow: what changes from here on is told.
+        self.device.subscribe();
         let (state, result) = match std::mem::replace(&mut self.queue, State::Turning) {
-            State::Allocated(queue) => match queue.subscribed().start() {
+            State::Allocated(queue) => match queue.start() {
                 Ok(queue) => (State::Streaming(queue), Ok(())),
                 Err(failed) => (State::Allocated(failed.queue), Err(failed.error)),
             },
@@ -353,7 +358,14 @@ impl Source for Camera {
     fn follow(&mut self) -> Result<()> {
         self.stop()?;
         self.free()?;
-        self.device.lock_to_signal()?;
+        // Several events may tell of one change, and setting the timings makes another. What is read away here is told by the question
+        // after it; a change that comes later has an event of its own.
+        for _ in 0..MAX_LOCKS {
+            while self.device.event()?.is_some() {}
+            if !self.device.lock_to_signal()? {
+                break;
+            }
+        }
         let layout = agree_format(&self.device, &CameraRequest::default())?;
         self.rate = agree_rate(&self.device, RateRequest::AsItIs, &layout)?;
         self.layout = layout;
@@ -443,5 +455,9 @@ impl Source for Camera {
 
     fn counts(&self) -> SourceCounts {
         self.counts
+    }
+
+    fn copies(&self) -> Vec<Copies> {
+        self.view_copies()
     }
 }

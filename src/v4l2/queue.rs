@@ -113,15 +113,6 @@ pub enum Dequeued {
     Nothing,
 }
 
-/// Something that happened at the source.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Event {
-    /// The incoming signal changed (`V4L2_EVENT_SOURCE_CHANGE`): the format must be asked for again.
-    SourceChange,
-    /// The source has ended (`V4L2_EVENT_EOS`).
-    EndOfStream,
-}
-
 impl<S> Queue<S> {
     fn name(&self) -> String {
         self.device.name()
@@ -218,7 +209,8 @@ impl Queue<Idle> {
     fn pool_of(&self, buffers: Vec<Buffer>, made_by: MadeBy) -> Pool {
         // MAX_SLOTS at most.
         let count = buffers.len() as u32;
-        let least_queued = self.device.minimum_buffers().min(count.saturating_sub(1)).max(1);
+        // One to fill while the next is on its way, and never more than half of them.
+        let least_queued = (self.device.minimum_buffers() + 1).min(count / 2).max(1);
         Pool { slots: Slots::new(count), buffers, made_by, least_queued }
     }
 
@@ -289,20 +281,6 @@ impl Queue<Allocated> {
                 Err(Box::new(Failed { error, queue: streaming.turn(Allocated) }))
             }
         }
-    }
-
-    /// Asks to be told of changes at the source and of its end. Drivers without such events say so, and it does not matter.
-    pub(super) fn subscribed(self) -> Queue<Allocated> {
-        // A source change is told for one input, by its number ("V4L2_EVENT_SOURCE_CHANGE" in the documentation of VIDIOC_DQEVENT).
-        let mut input = 0;
-        let input = raw::get_input(self.device.as_fd(), &mut input).map_or(0, |()| input.cast_unsigned());
-        for (event, id) in [(sys::V4L2_EVENT_SOURCE_CHANGE, input), (sys::V4L2_EVENT_EOS, 0)] {
-            let mut subscription: sys::v4l2_event_subscription = raw::zeroed();
-            subscription.type_ = event;
-            subscription.id = id;
-            let _ = raw::subscribe_event(self.device.as_fd(), &mut subscription);
-        }
-        self
     }
 
     /// Frees the driver's buffers. Memory that somebody still holds lives on.
@@ -384,22 +362,6 @@ impl Queue<Streaming> {
             return Ok(Dequeued::Damaged(meta));
         }
         Ok(Dequeued::Frame(Frame::new(memory.clone(), meta, lease)))
-    }
-
-    /// The next event, if there is one of those subscribed to.
-    ///
-    /// # Errors
-    /// [`Kind::Disconnected`] when the device is gone, otherwise what `VIDIOC_DQEVENT` says.
-    pub fn event(&mut self) -> Result<Option<Event>> {
-        let mut event: sys::v4l2_event = raw::zeroed();
-        match raw::dequeue_event(self.device.as_fd(), &mut event) {
-            Ok(()) if event.type_ == sys::V4L2_EVENT_EOS => Ok(Some(Event::EndOfStream)),
-            Ok(()) if event.type_ == sys::V4L2_EVENT_SOURCE_CHANGE => Ok(Some(Event::SourceChange)),
-            Ok(()) => Ok(None),
-            // No event pending (v4l2_event_dequeue), or a driver without events.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTTY | libc::EAGAIN)) => Ok(None),
-            Err(error) => Err(self.broken("read the events of", error)),
-        }
     }
 
     /// Stops the flow. Slots that the driver had are free; frames that are leased stay valid.

@@ -17,6 +17,7 @@ pub(super) const MAX_V4L2_PLANES: usize = 8;
 const VIDIOC_DQEVENT: Number = nix::request_code_read!(b'V', 89, size_of::<sys::v4l2_event>());
 const VIDIOC_PREPARE_BUF: Number = nix::request_code_readwrite!(b'V', 93, size_of::<sys::v4l2_buffer>());
 const VIDIOC_QUERY_DV_TIMINGS: Number = nix::request_code_read!(b'V', 99, size_of::<sys::v4l2_dv_timings>());
+const VIDIOC_G_DV_TIMINGS: Number = nix::request_code_readwrite!(b'V', 88, size_of::<sys::v4l2_dv_timings>());
 const VIDIOC_S_DV_TIMINGS: Number = nix::request_code_readwrite!(b'V', 87, size_of::<sys::v4l2_dv_timings>());
 const VIDIOC_SUBSCRIBE_EVENT: Number = nix::request_code_write!(b'V', 90, size_of::<sys::v4l2_event_subscription>());
 
@@ -63,6 +64,7 @@ calls! {
     subscribe_event VIDIOC_SUBSCRIBE_EVENT, sys::v4l2_event_subscription;
     dequeue_event VIDIOC_DQEVENT, sys::v4l2_event;
     query_dv_timings VIDIOC_QUERY_DV_TIMINGS, sys::v4l2_dv_timings;
+    get_dv_timings VIDIOC_G_DV_TIMINGS, sys::v4l2_dv_timings;
     set_dv_timings VIDIOC_S_DV_TIMINGS, sys::v4l2_dv_timings;
 }
 

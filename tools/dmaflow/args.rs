@@ -76,6 +76,9 @@ pub struct PipeArgs {
     /// Compare each picture that the display reports (its CRC) with the captured bytes
     #[arg(long)]
     pub verify: bool,
+    /// The display wants rows of a multiple of BYTES, whatever its driver says (256 for many GPUs)
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub stride_align: Option<u32>,
     /// Leave the last picture that the display showed in FILE
     #[arg(long, value_name = "FILE.png")]
     pub snap: Option<PathBuf>,

@@ -15,7 +15,11 @@
 
 mod shared;
 mod table;
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests;
 mod views;
+mod written;
 
 use std::cell::Cell;
 use std::fmt;
@@ -25,7 +29,7 @@ use std::sync::{Arc, RwLockReadGuard};
 use super::{Frame, FrameMeta};
 use crate::clock::now_us;
 use crate::error::{Error, Kind, Result};
-use crate::format::Layout;
+use crate::format::{Layout, MAX_PLANES};
 use crate::ledger::Copies;
 use crate::memory::{Region, Span};
 use shared::{Entered, Shared, State};
@@ -49,16 +53,23 @@ impl Frame {
     }
 }
 
-/// A copy-on-write view of a frame; see [`Frame::view`] and the [design](self).
+/// A process's own sight of a frame, to read and to scribble on, which copies the pages that are written and no others; opened by
+/// [`Frame::view`].
+///
+/// It is mapped on the device's own pages (`MAP_PRIVATE`): the kernel copies a page when it is first written, and tells how many it
+/// copied; the frame that others see never changes. When the camera would starve, the queue detaches the oldest view
+/// ([`ViewPolicy`]): one copy, and the lease is given back.
 ///
 /// It is **not** a snapshot of memory that somebody else fills: until it is detached, pages that were not written are the device's. Its
 /// lease keeps the camera away from them.
 ///
-/// Addresses and lengths stay the same for the view's whole life, detached or not. Dropping it unmaps nothing that can be used again: after
+/// An address that was asked for stays the same for the view's whole life, detached or not. Dropping it unmaps nothing that can be used again: after
 /// that its addresses show other frames.
 pub struct CowView {
     shared: Arc<Shared>,
     layout: Layout,
+    /// Rows of each colour plane.
+    rows: [u32; MAX_PLANES],
     meta: FrameMeta,
     slot: u32,
 }
@@ -84,7 +95,12 @@ impl CowView {
             }
             None => Arc::new(Shared::snapshot(buffer, slots)?),
         };
-        Ok(CowView { shared, layout: *buffer.layout(), meta: *frame.meta(), slot: frame.slot() })
+        let layout = *buffer.layout();
+        let mut rows = [0; MAX_PLANES];
+        for (plane, rows) in rows.iter_mut().enumerate().take(layout.planes().len()) {
+            *rows = layout.format().rows(plane, layout.height());
+        }
+        Ok(CowView { shared, layout, rows, meta: *frame.meta(), slot: frame.slot() })
     }
 
     /// Format, size and where the colour planes lie in the memory planes.
@@ -109,31 +125,31 @@ impl CowView {
 
     /// Copies the start of row `row` of colour plane `plane` into `out`: as many bytes as `out` has, a row's pixels being
     /// [`Format::row_bytes`](crate::format::Format::row_bytes). What is outside the picture's memory reads as zero.
+    #[inline]
     pub fn row(&self, plane: usize, row: u32, out: &mut [u8]) {
         match self.place(plane, row) {
-            Some((memory, offset, _)) => match self.shared.region(memory) {
-                Some(region) => region.read(offset, out),
-                None => out.fill(0),
-            },
+            Some((memory, offset, _)) => self.shared.read(memory, offset, out),
             None => out.fill(0),
         }
+    }
+
+    /// Copies bytes of memory plane `memory` out, from byte `offset` on; what is not there reads as zero. The way to take all of it.
+    pub fn read(&self, memory: usize, offset: usize, out: &mut [u8]) {
+        self.shared.read(memory, offset, out);
     }
 
     /// Writes bytes into row `row` of colour plane `plane` from byte `offset` of the row on, and tells how many fitted into the row's
     /// stride. Others do not see them. The kernel copies each page at its first byte written: about 4 KiB of copying and a page fault.
     pub fn write(&mut self, plane: usize, row: u32, offset: u32, bytes: &[u8]) -> usize {
         let Some((memory, start, stride)) = self.place(plane, row) else { return 0 };
-        let Some(region) = self.shared.region(memory) else { return 0 };
         let fits = stride.saturating_sub(offset as usize).min(bytes.len());
-        let _gate = self.shared.gate_for_writing();
-        // SAFETY: the view is borrowed exclusively, so its holder reads and writes nothing else; the queue, which alone shares the view,
-        // reads it only with the gate closed to us.
-        unsafe { region.write(start.saturating_add(offset as usize), &bytes[..fits]) }
+        // SAFETY: the view is borrowed exclusively, so its holder does nothing else with it.
+        unsafe { self.shared.write(memory, start.saturating_add(offset as usize), &bytes[..fits]) }
     }
 
     /// The bytes of memory plane `memory`, to read by copying them out; `None` if there is no such plane.
     pub fn memory(&self, memory: u32) -> Option<Span<'_>> {
-        self.shared.region(memory as usize).map(Region::span)
+        self.shared.address(memory as usize).map(Region::span)
     }
 
     /// The first byte of memory plane `memory`, for reading, and its length in bytes, whole pages; `None` if there is no such plane.
@@ -142,14 +158,14 @@ impl CowView {
     /// disregards the lease, or a program that fills the buffer by other ways, would change bytes under the reference. Write through
     /// [`CowView::raw`] alone.
     pub fn as_ptr(&self, memory: usize) -> Option<(*const u8, usize)> {
-        let region = self.shared.region(memory)?;
+        let region = self.shared.address(memory)?;
         Some((region.start().as_ptr().cast_const(), region.len()))
     }
 
     /// The view's memory for writing by raw pointer. While it is held the queue does not detach this view: hold it while you write and no
     /// longer.
     pub fn raw(&mut self) -> RawView<'_> {
-        let gate = self.shared.gate_for_writing();
+        let gate = self.shared.gate_for_raw();
         RawView { shared: &self.shared, _gate: gate }
     }
 
@@ -174,7 +190,8 @@ impl CowView {
     /// Gives the frame's lease back and keeps the bytes: one copy into memory that is in place already, which is put at the same address.
     /// Pointers stay valid and show the same bytes, those written by the holder too.
     ///
-    /// Cost: one copy of the buffer's memory, one `mremap` for each memory plane, the end of CPU access.
+    /// Cost: one copy of the buffer's memory and the end of CPU access; if an address was asked for ([`CowView::as_ptr`],
+    /// [`CowView::raw`]), one `mremap` for each memory plane, and the next view of the buffer maps it anew.
     ///
     /// # Errors
     /// For want of memory; the view is as it was then.
@@ -183,9 +200,10 @@ impl CowView {
     }
 
     /// Memory plane, offset in it and stride of a row that the picture has.
+    #[inline]
     fn place(&self, plane: usize, row: u32) -> Option<(usize, usize, usize)> {
         let place = self.layout.planes().get(plane)?;
-        if row >= self.layout.format().rows(plane, self.layout.height()) {
+        if self.rows.get(plane).is_none_or(|&rows| row >= rows) {
             return None;
         }
         let offset = (place.stride as usize)

@@ -1,12 +1,14 @@
 //! The part of a view that its holder and the queue share.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, TryLockError};
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::{OnceLock, PoisonError, RwLock, RwLockReadGuard, TryLockError};
 
 use super::views::{Account, Cause};
+use super::written::Written;
 use crate::error::{Context, Result};
 use crate::format::MAX_PLANES;
-use crate::frame::{Buffer, Lease, SlotsArc};
+use crate::frame::{Buffer, Lease, SlotsArc, WeakBuffer};
 use crate::memory::{OwnedAccess, Private, Region, page_size};
 
 /// Whose pages a view shows.
@@ -23,38 +25,38 @@ pub enum ViewPages {
 /// See the [module](self).
 ///
 /// The gate is held for reading by whoever writes to the view, and for writing by whoever detaches it: no write can come between the
-/// copy and the exchange of the pages and be lost. Reading needs no gate, because it finds the same bytes before and after.
+/// copy and the exchange of the pages and be lost. Reading needs no gate: see [`Plane::read`].
 pub(super) struct Shared {
-    /// By memory plane. Addresses and lengths never change.
+    /// By memory plane.
     planes: Vec<Plane>,
     gate: RwLock<State>,
-    /// Whether the holder may have written, so that pages have to be counted at the end.
-    written: AtomicBool,
+    /// Whether the holder has been told an address: then pages are exchanged under it, else a detached view just goes on elsewhere.
+    addressed: AtomicBool,
     account: Account,
     slots: SlotsArc,
+    /// Where mappings go at the end, if somebody still has it.
+    buffer: WeakBuffer,
 }
 
+/// What a plane shows: `copy`, once that is there.
 struct Plane {
-    pages: Pages,
-    /// Whether the pages at the address are the view's own by now.
-    own: AtomicBool,
-}
-
-enum Pages {
-    Private(Private),
-    Copied(Region),
+    device: Option<Private>,
+    copy: OnceLock<Region>,
+    /// Whether the pages of `device` were exchanged for the view's own.
+    exchanged: AtomicBool,
+    written: Written,
 }
 
 /// What holds the gate, and what it guards.
 pub(super) enum State {
-    Attached(Held),
+    Attached { _held: Held },
     Own(ViewPages),
 }
 
 /// What a view keeps while it shows the device's pages. The fields go in this order: the memory is given back before the table says so.
 pub(super) struct Held {
     _access: [Option<OwnedAccess>; MAX_PLANES],
-    buffer: Buffer,
+    _buffer: Buffer,
     _lease: Lease,
     _entered: Entered,
 }
@@ -78,27 +80,56 @@ impl Drop for Entered {
 }
 
 impl Plane {
-    fn new(pages: Pages) -> Plane {
-        let own = AtomicBool::new(matches!(pages, Pages::Copied(_)));
-        Plane { pages, own }
+    fn new(device: Option<Private>, copy: Option<Region>) -> Plane {
+        let pages = device.as_ref().map_or(0, |device| device.region().len() / page_size());
+        let copy = copy.map_or_else(OnceLock::new, OnceLock::from);
+        Plane { device, copy, exchanged: AtomicBool::new(false), written: Written::new(pages) }
     }
 
-    fn region(&self) -> &Region {
-        match &self.pages {
-            Pages::Private(private) => private.region(),
-            Pages::Copied(region) => region,
+    /// The addresses that the holder uses now.
+    #[inline]
+    fn region(&self) -> Option<&Region> {
+        self.copy.get().or(self.device.as_ref().map(Private::region))
+    }
+
+    /// Copies bytes out. A view without an address that is detached meanwhile goes on with its copy, and the device may write to the old
+    /// pages; they stay mapped, and the bytes are read again. (The queue stores `copy` before it gives the lease back.)
+    #[inline]
+    fn read(&self, offset: usize, out: &mut [u8]) {
+        let Some(mut region) = self.region() else { return out.fill(0) };
+        loop {
+            region.read(offset, out);
+            fence(Ordering::Acquire);
+            match self.copy.get() {
+                Some(copy) if !std::ptr::eq(copy, region) => region = copy,
+                _ => return,
+            }
         }
     }
 
     fn is_own(&self) -> bool {
-        self.own.load(Ordering::Acquire)
+        self.exchanged.load(Ordering::Acquire) || self.copy.get().is_some()
     }
 
     fn copied(&self) -> Result<u64> {
-        match &self.pages {
-            Pages::Private(private) if !self.is_own() => private.copied(),
-            _ => Ok((self.region().len() / page_size()) as u64),
+        match &self.device {
+            Some(device) if !self.is_own() => device.copied(),
+            _ => Ok(self.region().map_or(0, |region| region.len() / page_size()) as u64),
         }
+    }
+
+    /// Puts the bytes, as the holder sees them, into `spare` and `spare` in the place of the device's pages. What is left of
+    /// `spare` on failure comes back.
+    fn detach(&self, mut spare: Region, addressed: bool) -> Result<(), (Region, io::Error)> {
+        let Some(region) = self.region() else { return Ok(()) };
+        spare.copy_from(region);
+        if addressed {
+            spare.replace(region)?;
+            self.exchanged.store(true, Ordering::Release);
+            return Ok(());
+        }
+        let again = |spare| (spare, io::Error::from_raw_os_error(nix::libc::EALREADY));
+        self.copy.set(spare).map_err(again)
     }
 }
 
@@ -113,9 +144,9 @@ impl Shared {
             *access = buffer.dma_buf(plane).map(OwnedAccess::begin).transpose()?;
         }
         let slots = lease.slots_arc();
-        let held = Held { _access: access, buffer: buffer.clone(), _lease: lease, _entered: entered };
-        let planes = planes.into_iter().map(|private| Plane::new(Pages::Private(private))).collect();
-        Ok(Shared::new(planes, State::Attached(held), slots))
+        let held = Held { _access: access, _buffer: buffer.clone(), _lease: lease, _entered: entered };
+        let planes = planes.into_iter().map(|private| Plane::new(Some(private), None)).collect();
+        Ok(Shared::new(buffer, planes, State::Attached { _held: held }, slots))
     }
 
     /// A copy of a buffer, which the view has for itself.
@@ -132,34 +163,69 @@ impl Shared {
                 Some(span) => span.read(0, spare.bytes_mut()),
                 None => spare.bytes_mut().fill(0),
             }
-            planes.push(Plane::new(Pages::Copied(spare)));
+            planes.push(Plane::new(None, Some(spare)));
         }
         drop(reader);
-        let shared = Shared::new(planes, State::Own(ViewPages::Snapshot), slots);
+        let shared = Shared::new(buffer, planes, State::Own(ViewPages::Snapshot), slots);
         for &len in buffer.memory_lens() {
             shared.enter(Cause::Snapshot, 1, len as u64);
         }
         Ok(shared)
     }
 
-    fn new(planes: Vec<Plane>, state: State, slots: SlotsArc) -> Shared {
-        let written = AtomicBool::new(false);
-        Shared { planes, gate: RwLock::new(state), written, account: Account::default(), slots }
+    fn new(buffer: &Buffer, planes: Vec<Plane>, state: State, slots: SlotsArc) -> Shared {
+        let (gate, addressed) = (RwLock::new(state), AtomicBool::new(false));
+        Shared { planes, gate, addressed, account: Account::default(), slots, buffer: buffer.downgrade() }
     }
 
     pub(super) fn account(&self) -> &Account {
         &self.account
     }
 
-    /// The addresses of a memory plane.
-    pub(super) fn region(&self, memory: usize) -> Option<&Region> {
-        self.planes.get(memory).map(Plane::region)
+    /// Copies bytes of a memory plane out; what is not there reads as zero.
+    #[inline]
+    pub(super) fn read(&self, memory: usize, offset: usize, out: &mut [u8]) {
+        match self.planes.get(memory) {
+            Some(plane) => plane.read(offset, out),
+            None => out.fill(0),
+        }
     }
 
-    /// Keeps the view from being detached, and remembers that it may be written.
-    pub(super) fn gate_for_writing(&self) -> RwLockReadGuard<'_, State> {
-        self.written.store(true, Ordering::Relaxed);
-        self.gate()
+    /// Copies bytes into a memory plane and tells how many fitted. Waits for a detaching that is going on.
+    ///
+    /// # Safety
+    /// The caller is the holder, and no other thread of its own uses these bytes meanwhile.
+    pub(super) unsafe fn write(&self, memory: usize, offset: usize, bytes: &[u8]) -> usize {
+        let _gate = self.gate();
+        let Some(plane) = self.planes.get(memory) else { return 0 };
+        let Some(region) = plane.region() else { return 0 };
+        if !plane.is_own() {
+            let last = offset.saturating_add(bytes.len().saturating_sub(1));
+            plane.written.mark(offset / page_size(), last / page_size());
+        }
+        // SAFETY: as the caller promises of its own threads; the queue, which alone shares the view, reads these bytes only with the
+        // gate closed to us.
+        unsafe { region.write(offset, bytes) }
+    }
+
+    /// The addresses of a memory plane, which stay from now on.
+    pub(super) fn address(&self, memory: usize) -> Option<&Region> {
+        let _gate = self.gate();
+        self.addressed.store(true, Ordering::Release);
+        self.region(memory)
+    }
+
+    /// Keeps the view from being detached, while its holder may write to any page; its addresses stay from now on.
+    pub(super) fn gate_for_raw(&self) -> RwLockReadGuard<'_, State> {
+        let gate = self.gate();
+        self.addressed.store(true, Ordering::Release);
+        self.planes.iter().for_each(|plane| plane.written.mark_unknown());
+        gate
+    }
+
+    /// The addresses of a memory plane, for whoever has the gate.
+    pub(super) fn region(&self, memory: usize) -> Option<&Region> {
+        self.planes.get(memory)?.region()
     }
 
     fn gate(&self) -> RwLockReadGuard<'_, State> {
@@ -169,7 +235,7 @@ impl Shared {
 
     pub(super) fn pages(&self) -> ViewPages {
         match &*self.gate() {
-            State::Attached(_) => ViewPages::Device,
+            State::Attached { .. } => ViewPages::Device,
             State::Own(pages) => *pages,
         }
     }
@@ -204,20 +270,20 @@ impl Shared {
         if let State::Own(_) = state {
             return Ok(());
         }
-        let about = || "a view from its frame";
+        let addressed = self.addressed.load(Ordering::Acquire);
         for plane in self.planes.iter().filter(|plane| !plane.is_own()) {
-            if let (Pages::Private(private), true) = (&plane.pages, self.written.load(Ordering::Relaxed)) {
-                self.enter_pages(private.copied().unwrap_or(0));
-            }
-            let region = plane.region();
-            let mut spare = self.slots.views().spare(region.len()).context("detach", about)?;
-            spare.copy_from(region);
-            if let Err((spare, error)) = spare.replace(region) {
-                self.slots.views().keep(spare);
-                return Err(error).context("detach", about);
-            }
-            plane.own.store(true, Ordering::Release);
-            self.enter(Cause::Detached, 1, region.len() as u64);
+            let Some(device) = &plane.device else { continue };
+            let written = plane.written.pages(device);
+            let len = device.region().len();
+            let detached = self.slots.views().spare(len).and_then(|spare| {
+                plane.detach(spare, addressed).map_err(|(spare, error)| {
+                    self.slots.views().keep(spare);
+                    error
+                })
+            });
+            detached.context("detach", || "a view from its frame")?;
+            self.enter_pages(written);
+            self.enter(Cause::Detached, 1, len as u64);
         }
         // The lease goes here: after the last page of the device is out of the holder's sight.
         *state = State::Own(ViewPages::Detached);
@@ -230,39 +296,35 @@ impl Shared {
     }
 
     fn enter_pages(&self, pages: u64) {
-        self.enter(Cause::Written, pages, pages * page_size() as u64);
+        if pages > 0 {
+            self.enter(Cause::Written, pages, pages * page_size() as u64);
+        }
     }
 
-    /// Gives each plane's memory back to where it can be used again.
+    /// Gives each plane's memory back to where it can be used again. The lease and the place in the table go after it.
     fn end(&mut self) {
         let planes = std::mem::take(&mut self.planes);
-        let state = self.gate.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let written = self.written.load(Ordering::Relaxed);
-        let mut pages = 0;
         let mut clean = Vec::with_capacity(planes.len());
         let all = planes.len();
-        for Plane { pages: memory, own } in planes {
-            match memory {
-                Pages::Private(private) if !own.into_inner() => {
-                    if !written {
-                        clean.push(private);
-                        continue;
-                    }
-                    let (copied, renewed) = private.renew();
-                    pages += copied;
+        for Plane { device, copy, exchanged, written } in planes {
+            let copy = copy.into_inner();
+            let detached = copy.is_some();
+            copy.into_iter().for_each(|copy| self.slots.views().keep(copy));
+            match device {
+                Some(device) if exchanged.into_inner() => self.slots.views().keep(device.into_region()),
+                Some(device) => {
+                    let (pages, renewed) = written.renew(device);
+                    // Else they were entered when it was detached.
+                    self.enter_pages(if detached { 0 } else { pages });
                     clean.extend(renewed);
                 }
-                Pages::Private(private) => self.slots.views().keep(private.into_region()),
-                Pages::Copied(region) => self.slots.views().keep(region),
+                None => {}
             }
         }
-        if let State::Attached(held) = state
-            && clean.len() == all
+        if clean.len() == all
+            && let Some(buffer) = self.buffer.upgrade()
         {
-            held.buffer.keep_private(clean);
-        }
-        if pages > 0 {
-            self.enter_pages(pages);
+            buffer.keep_private(clean);
         }
     }
 }
