@@ -391,7 +391,7 @@ pub trait Sink {
     /// Takes a frame, and tells which frame has come on show meanwhile, or because of it.
     ///
     /// # Errors
-    /// The device's refusal.
+    /// The device's refusal; [`Kind::Ended`] when it takes no more, as when nobody reads a pipe any more.
     fn present(&mut self, frame: Frame) -> Result<Option<Shown>>;
 
     /// What to poll for input, if the sink has something to say between two frames.

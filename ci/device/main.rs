@@ -24,6 +24,7 @@ mod formats;
 mod harness;
 mod ladder;
 mod modules;
+mod outputs;
 mod process;
 mod screen;
 mod signals;
@@ -44,6 +45,7 @@ fn main() -> std::process::ExitCode {
         screen::TESTS,
         commands::TESTS,
         sinks::TESTS,
+        outputs::TESTS,
         snap::TESTS,
         bufs::TESTS,
         verify::TESTS,

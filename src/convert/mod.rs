@@ -41,6 +41,8 @@ struct Rows {
     source: [Vec<u8>; MAX_PLANES],
     /// Y, U and V, apart.
     yuv: [Vec<u8>; 3],
+    /// Halves of words: the lower, the upper, and both of the pixels beside.
+    halves: [Vec<u16>; 4],
     /// Words of blue, green, red and alpha.
     words: Vec<u8>,
     /// The destination's.
@@ -283,6 +285,9 @@ impl Rows {
         if let Recipe::Colours(take, ..) | Recipe::Samples(take, _) = recipe {
             let len = width as usize * if take.is_wide() { 2 } else { 1 };
             rows.yuv = std::array::from_fn(|_| vec![0; len]);
+        }
+        if let Recipe::Colours(..) = recipe {
+            rows.halves = std::array::from_fn(|_| vec![0; width as usize]);
         }
         if !matches!(recipe, Recipe::Same | Recipe::Samples(..)) {
             rows.words = vec![0; width as usize * 4];

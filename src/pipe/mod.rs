@@ -169,7 +169,11 @@ impl<'a> Pipe<'a> {
                 Err(error) => return Err(error),
             };
             let Some(frame) = next else { continue };
-            self.present(frame, progress)?;
+            match self.present(frame, progress) {
+                // Nobody reads any more.
+                Err(error) if error.kind() == Kind::Ended => break,
+                other => other?,
+            }
             if self.limits.frames.is_some_and(|frames| self.captured >= frames) {
                 break;
             }

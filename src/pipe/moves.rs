@@ -38,7 +38,8 @@ impl Pipe<'_> {
     /// Whether a copy might go where this frame did not.
     pub(super) fn may_step_down(&self, error: &Error) -> bool {
         use crate::ladder::Path;
-        let lasting = matches!(error.kind(), Kind::Disconnected | Kind::Permission | Kind::Timeout | Kind::Invalid);
+        let lasting =
+            matches!(error.kind(), Kind::Disconnected | Kind::Ended | Kind::Permission | Kind::Timeout | Kind::Invalid);
         self.path == Path::Auto && self.joined.rung.is_zero_copy() && !lasting
     }
 
