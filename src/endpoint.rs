@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Kind, Result};
 use crate::format::{Format, Layout};
-use crate::frame::{Buffer, Frame, FrameMeta, Room, WeakBuffer};
+use crate::frame::{Buffer, Frame, FrameMeta, Room, ViewPolicy, WeakBuffer};
 use crate::ledger::{Copies, Ledger};
 
 /// What `poll` said of a source's descriptor.
@@ -112,6 +112,12 @@ pub trait Source: AsFd {
     /// [`Kind::Timeout`] while there is no signal that can be locked to: another change will follow. Otherwise the device's refusal.
     fn follow(&mut self) -> Result<()> {
         Err(Error::new(Kind::Unsupported, "follow the change of", self.name()).because("it does not change"))
+    }
+
+    /// What to do when views leave no buffer to fill; [`ViewPolicy::Detach`] at first. A source that never runs short of buffers need
+    /// not care.
+    fn set_view_policy(&mut self, policy: ViewPolicy) {
+        let _ = policy;
     }
 
     /// The longest wait for a frame that is not a failure.

@@ -9,6 +9,7 @@ use dmaflow::format::{Fourcc, Layout};
 use dmaflow::frame::{Buffer, Frame, Room};
 use dmaflow::memory::Allocator;
 use dmaflow::v4l2::{Camera, CameraRequest, Device};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use crate::camera::{format, open, request};
 use crate::harness::{Outcome, PASSED, Test, note};
@@ -144,10 +145,43 @@ fn unfit() -> anyhow::Result<Outcome> {
     PASSED
 }
 
+/// Memory with a hole at every other page. While it is held, the kernel gives out these holes first when somebody wants single pages: what
+/// it gives is not contiguous, as it may be by chance on a machine that has just started.
+pub struct Shattered(std::ptr::NonNull<std::ffi::c_void>);
+
+impl Shattered {
+    const LEN: usize = 256 << 20;
+
+    pub fn new() -> Result<Shattered> {
+        let len = std::num::NonZeroUsize::new(Shattered::LEN).context("a length")?;
+        let (access, flags) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE);
+        // SAFETY: new memory at an address of the kernel's choice.
+        let start = unsafe { mmap_anonymous(None, len, access, flags) }?;
+        let memory = Shattered(start);
+        // SAFETY: the advices are for the memory just mapped, of which nobody knows.
+        unsafe {
+            madvise(start, Shattered::LEN, MmapAdvise::MADV_NOHUGEPAGE)?;
+            madvise(start, Shattered::LEN, MmapAdvise::MADV_POPULATE_WRITE)?;
+            for page in (0..Shattered::LEN).step_by(2 * dmaflow::memory::page_size()) {
+                madvise(start.byte_add(page), dmaflow::memory::page_size(), MmapAdvise::MADV_DONTNEED)?;
+            }
+        }
+        Ok(memory)
+    }
+}
+
+impl Drop for Shattered {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new` with this length.
+        let _ = unsafe { munmap(self.0, Shattered::LEN) };
+    }
+}
+
 /// vivid with `allocators=1` needs contiguous memory: the refusal says so, and the camera's own buffers are there at once.
 fn contiguous() -> anyhow::Result<Outcome> {
     vivid(&["allocators=1"])?;
     let mut camera = open("XR24", (640, 360))?;
+    let _shattered = Shattered::new()?;
     for allocator in Allocator::DMA_BUF {
         let given = buffers(&camera, allocator, 3)?;
         let error = match camera.use_buffers(given) {

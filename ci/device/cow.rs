@@ -4,9 +4,10 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use dmaflow::endpoint::Source;
+use dmaflow::endpoint::{Sink, Source};
 use dmaflow::error::Kind;
 use dmaflow::frame::{CowView, Frame, ViewPages, ViewPolicy};
+use dmaflow::kms::{Display, DisplayRequest};
 use dmaflow::memory::{Allocator, page_size};
 use dmaflow::v4l2::{Camera, CameraRequest, Device, RateRequest};
 
@@ -14,7 +15,7 @@ use crate::camera::request;
 use crate::capture::{buffers, picture};
 use crate::harness::{Outcome, PASSED, Test, note};
 use crate::modules::vivid;
-use crate::process::dma_bufs;
+use crate::process::{dma_bufs, dmaflow, finish, number};
 
 const NEEDS: &[&str] = &["vivid", "udmabuf"];
 
@@ -29,6 +30,8 @@ pub const TESTS: &[Test] = &[
     Test { name: "cow::hoarder_is_waited_for", needs: NEEDS, seconds: 60, run: hoarder_is_waited_for },
     Test { name: "cow::hoarder_is_an_error", needs: NEEDS, seconds: 60, run: hoarder_is_an_error },
     Test { name: "cow::holder_beside_the_queue", needs: NEEDS, seconds: 120, run: holder_beside_the_queue },
+    Test { name: "cow::the_screen_shows_the_frame", needs: &["vivid", "vkms"], seconds: 120, run: on_screen },
+    Test { name: "cow::a_hoarder_in_the_command", needs: NEEDS, seconds: 120, run: in_the_command },
     Test { name: "cow::views_of_one_frame", needs: NEEDS, seconds: 60, run: views_of_one_frame },
 ];
 
@@ -194,7 +197,7 @@ fn detached_bytes_stay() -> anyhow::Result<Outcome> {
 
 fn hoarder_is_detached() -> anyhow::Result<Outcome> {
     // Time enough between two frames to look at them all under emulation on a busy machine.
-    let mut camera = camera_at(Pool::Vmalloc, 10.0)?;
+    let mut camera = camera_at(Pool::Vmalloc, 5.0)?;
     let mut views: Vec<(CowView, Vec<u8>)> = Vec::new();
     for number in 0..300_usize {
         let frame = camera.next()?;
@@ -361,5 +364,55 @@ fn views_of_one_frame() -> anyhow::Result<Outcome> {
     let same: Frame = frame.clone();
     drop((frame, views));
     ensure!(camera.views().is_empty() && seen(&same.view("last")?) == original, "{:?}", camera.views());
+    PASSED
+}
+
+/// A program scribbles on each frame while a display shows it: what is shown is the frame, by the display's own account (its CRC).
+fn on_screen() -> anyhow::Result<Outcome> {
+    let mut camera = camera(Pool::Vmalloc)?;
+    let request = DisplayRequest { verify: true, ..DisplayRequest::default() };
+    let mut display = Display::find("vkms", request)?;
+    crate::display::join(&mut display, &camera)?;
+    let mut before: Option<CowView> = None;
+    for number in 0..12_u8 {
+        let frame = camera.next()?;
+        display.inspect(&frame)?;
+        let mut view = frame.view("scribbler")?;
+        for row in 0..SIZE.1 {
+            ensure!(view.write(0, row, 0, &[number; ROW]) == ROW, "row {row} was not written");
+        }
+        let pages = (ROW * SIZE.1 as usize).div_ceil(page_size()) as u64;
+        ensure!(view.copied_pages()? == pages, "{} pages copied instead of {pages}", view.copied_pages()?);
+        display.present(frame)?;
+        // Scribbling goes on while it is on screen, on the frame before too.
+        if let Some(before) = &mut before {
+            before.write(0, 7, 0, &[!number; ROW]);
+        }
+        before = Some(view);
+    }
+    while display.finish()?.is_some() {}
+    let verdict = display.verdict().context("a verdict")?;
+    ensure!((verdict.checked, verdict.wrong) == (12, 0), "{verdict:?}");
+    PASSED
+}
+
+/// `--keep-views`: by policy the camera loses nothing, waits and says for whom, or stops at once and says so.
+fn in_the_command() -> anyhow::Result<Outcome> {
+    let pipe = |policy: &str| {
+        let options = format!(
+            "pipe --from vivid --to null --format XR24 --size 640x360 --fps 5 --buffers 4 --keep-views 4 --view-policy {policy} \
+             --frames 40 --json"
+        );
+        finish(&mut dmaflow(&options))
+    };
+    let result = pipe("detach")?.json(0)?;
+    let counts = (number(&result, "frames/captured")?, number(&result, "frames/dropped_by_camera")?);
+    ensure!(counts == (40, 0), "{result}");
+    // Each frame's view was detached, but for those still open at the end: one copy each, in the ledger.
+    let detached = number(&result["copies"][0], "count")?;
+    ensure!((30..=40).contains(&detached) && number(&result, "bytes_copied")? > 0, "{result}");
+    for policy in ["wait", "error"] {
+        pipe(policy)?.one_line(1, &["slot", "by dmaflow --keep-views", "process"])?;
+    }
     PASSED
 }

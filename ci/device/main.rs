@@ -25,6 +25,7 @@ mod harness;
 mod ladder;
 mod modules;
 mod outputs;
+mod probe;
 mod process;
 mod screen;
 mod signals;
@@ -48,6 +49,7 @@ fn main() -> std::process::ExitCode {
         outputs::TESTS,
         snap::TESTS,
         bufs::TESTS,
+        probe::TESTS,
         verify::TESTS,
         faults::TESTS,
         alloc::TESTS,

@@ -183,7 +183,7 @@ impl Display {
             verifier.end();
             self.verified.add(verifier.verdict());
         }
-        if !before.lit {
+        if !before.lit && !before.left {
             return Ok(());
         }
         if before.route.crtc == next.route.crtc && before.route.connector == next.route.connector {

@@ -111,7 +111,8 @@ pub fn exported(source: &dyn Source, sink: &mut dyn Sink) -> Result<Rung, JoinEr
     sink.join(source.layout(), source.rate(), source.buffers())
 }
 
-fn reads_itself() -> Refusal {
+/// What is said of the rungs without a copy for such a sink.
+pub(crate) fn reads_itself() -> Refusal {
     Refusal {
         rung: Rung::Exported,
         step: "join",
@@ -134,17 +135,17 @@ pub fn converted() -> Refusal {
 
 /// Who makes buffers that the source does not.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Maker {
+pub(crate) enum Maker {
     Sink,
     Allocator(Allocator),
 }
 
 impl Maker {
     /// In the order in which they are tried. A heap before udmabuf: its memory may be what the devices share.
-    const DMA_BUF: [Maker; 3] =
+    pub(crate) const DMA_BUF: [Maker; 3] =
         [Maker::Sink, Maker::Allocator(Allocator::SystemHeap), Maker::Allocator(Allocator::Udmabuf)];
 
-    fn name(self, sink: &dyn Sink) -> String {
+    pub(crate) fn name(self, sink: &dyn Sink) -> String {
         match self {
             Maker::Sink => sink.name().to_owned(),
             Maker::Allocator(allocator) => allocator.to_string(),
@@ -178,31 +179,15 @@ pub fn reverse(
     exported: Option<&Refusal>,
 ) -> Result<Result<Rung, Vec<Refusal>>> {
     let layout = *source.layout();
-    if sink.formats().is_some_and(|formats| !formats.contains(&layout.format())) {
-        // Whoever makes the memory, the pixels are what they are.
-        let why =
-            exported.map_or_else(|| format!("the sink has no {}", layout.format()), |refusal| refusal.why.clone());
-        let repair =
-            exported.map_or_else(|| "choose a format that both have".to_owned(), |refusal| refusal.repair.clone());
-        let step = exported.map_or("formats", |refusal| refusal.step);
-        return Ok(Err(vec![Refusal { rung: Rung::Reverse, step, errno: None, why, repair }]));
+    if let Some(refusal) = lacks_format(&layout, sink, exported) {
+        return Ok(Err(vec![refusal]));
     }
     let count = u32::try_from(source.buffers().len()).unwrap_or(u32::MAX).max(1);
     let mut refusals = Vec::new();
     for maker in Maker::DMA_BUF {
-        let whose = maker.name(sink);
-        match try_reverse(source, sink, maker, &layout, count) {
+        match reverse_by(source, sink, maker, count)? {
             Ok(()) => return Ok(Ok(Rung::Reverse)),
-            Err(JoinError::Refused(refusal)) => {
-                let why = format!("with buffers of {whose}: {}", refusal.why);
-                refusals.push(Refusal { rung: Rung::Reverse, why, ..refusal });
-            }
-            Err(JoinError::Failed(error)) if error.kind() == Kind::Disconnected => return Err(error),
-            Err(JoinError::Failed(error)) => {
-                let refusal = Refusal::from_error(Rung::Reverse, &error);
-                let why = format!("with buffers of {whose}: {}", refusal.why);
-                refusals.push(Refusal { why, ..refusal });
-            }
+            Err(refusal) => refusals.push(refusal),
         }
         put_back(source, &layout)?;
     }
@@ -213,8 +198,42 @@ pub fn reverse(
     Ok(Err(refusals))
 }
 
+/// What no other buffers cure: whoever makes the memory, the pixels are what they are.
+pub(crate) fn lacks_format(layout: &Layout, sink: &dyn Sink, exported: Option<&Refusal>) -> Option<Refusal> {
+    let format = layout.format();
+    if sink.formats().is_none_or(|formats| formats.contains(&format)) {
+        return None;
+    }
+    let why = exported.map_or_else(|| format!("the sink has no {format}"), |refusal| refusal.why.clone());
+    let repair = exported.map_or_else(|| "choose a format that both have".to_owned(), |refusal| refusal.repair.clone());
+    let step = exported.map_or("formats", |refusal| refusal.step);
+    Some(Refusal { rung: Rung::Reverse, step, errno: None, why, repair })
+}
+
+/// Buffers of this maker. `Ok(Err(…))` has the reason why not; the source may be without buffers then.
+///
+/// # Errors
+/// If the source or the sink is gone.
+pub(crate) fn reverse_by(
+    source: &mut dyn Source,
+    sink: &mut dyn Sink,
+    maker: Maker,
+    count: u32,
+) -> Result<Result<(), Refusal>> {
+    let layout = *source.layout();
+    let whose = maker.name(sink);
+    let refusal = match try_reverse(source, sink, maker, &layout, count) {
+        Ok(()) => return Ok(Ok(())),
+        Err(JoinError::Refused(refusal)) => Refusal { rung: Rung::Reverse, ..refusal },
+        Err(JoinError::Failed(error)) if error.kind() == Kind::Disconnected => return Err(error),
+        Err(JoinError::Failed(error)) => Refusal::from_error(Rung::Reverse, &error),
+    };
+    let why = format!("with buffers of {whose}: {}", refusal.why);
+    Ok(Err(Refusal { why, ..refusal }))
+}
+
 /// The source's own buffers, with strides such as the sink's have. Failures are the reasons of before.
-fn other_rows(source: &mut dyn Source, sink: &mut dyn Sink, layout: &Layout) -> Result<(), JoinError> {
+pub(crate) fn other_rows(source: &mut dyn Source, sink: &mut dyn Sink, layout: &Layout) -> Result<(), JoinError> {
     let trial = sink.allocate(&one_memory_plane(layout)?, &Room::default(), 1)?;
     let wished = trial.first().map_or(*layout, |buffer| *buffer.layout());
     drop(trial);

@@ -47,7 +47,7 @@ pub(super) fn memory_lens(device: &Device) -> Result<Vec<usize>> {
     })
 }
 
-fn current_format(device: &Device) -> Result<sys::v4l2_format> {
+pub(super) fn current_format(device: &Device) -> Result<sys::v4l2_format> {
     let mut current: sys::v4l2_format = raw::zeroed();
     current.type_ = device.info().api.buffer_type();
     raw::get_format(device.as_fd(), &mut current).context("ask the format of", || device.name())?;

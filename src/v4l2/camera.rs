@@ -460,4 +460,8 @@ impl Source for Camera {
     fn copies(&self) -> Vec<Copies> {
         self.view_copies()
     }
+
+    fn set_view_policy(&mut self, policy: ViewPolicy) {
+        Camera::set_view_policy(self, policy);
+    }
 }

@@ -12,6 +12,7 @@ mod events;
 mod offers;
 mod queue;
 mod raw;
+mod saved;
 mod signal;
 
 pub use camera::{Camera, CameraRequest, RateRequest};
@@ -20,3 +21,4 @@ pub use device::{Api, Device, DeviceInfo};
 pub use events::Event;
 pub use offers::{FormatOffer, Input, Rate, Rates, Sizes};
 pub use queue::{Allocated, Dequeued, Failed, Idle, Queue, Streaming};
+pub use saved::SavedFormat;

@@ -32,6 +32,8 @@ pub struct Args {
 pub enum Command {
     /// Cameras, displays and allocators of this machine, and the formats that they share
     List(ListArgs),
+    /// Tries every way from a source to a sink in every format, for real
+    Probe(ProbeArgs),
     /// Frames from a source to a sink
     Pipe(PipeArgs),
     /// One frame of a camera, or what a display shows, as a PNG file
@@ -42,6 +44,36 @@ pub enum Command {
 
 #[derive(ClapArgs)]
 pub struct ListArgs {
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Below the help text of `probe`.
+const PROBE: &str = "\
+SOURCE    /dev/videoN | a driver or card name (vivid) | pattern (a test card, no device needed)
+SINK      /dev/dri/cardN | a driver name (vkms) | null
+
+exported  the source's own buffers, used by the sink: no copy
+reverse   buffers of the sink, of a dma-heap or of udmabuf, that the source captures into: no copy
+converted the GPU makes of each frame one that the sink takes
+copied    the CPU copies each frame
+
+A rung is ok when two frames that came that way have been shown. Pictures appear on the display meanwhile; it is put back.
+Exit status: 0 everything was tried, whatever was refused; 1 something failed; 2 wrong usage";
+
+#[derive(ClapArgs)]
+#[command(after_help = PROBE)]
+pub struct ProbeArgs {
+    /// Where frames come from [default: every camera]
+    #[arg(long, value_name = "SOURCE")]
+    pub from: Option<String>,
+    /// Where frames go [default: every display]
+    #[arg(long, value_name = "SINK")]
+    pub to: Option<String>,
+    /// Size in pixels [default: what the source has]
+    #[arg(long, value_name = "WxH", value_parser = size)]
+    pub size: Option<(u32, u32)>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -85,6 +117,12 @@ pub struct PipeArgs {
     /// Test --verify: change one byte of the N-th frame (from 0) between capture and scanout
     #[arg(long, value_name = "N", requires = "verify")]
     pub corrupt_frame: Option<u64>,
+    /// Keep copy-on-write views of the newest N frames, as a program would that looks at them for long
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub keep_views: Option<u32>,
+    /// What the camera does when views leave it no buffer: detach the oldest (one copy), wait, or fail
+    #[arg(long, value_enum, default_value_t = PolicyChoice::Detach, value_name = "WHAT", requires = "keep_views")]
+    pub view_policy: PolicyChoice,
     /// Print the result as one JSON object
     #[arg(long)]
     pub json: bool,
@@ -147,6 +185,13 @@ pub struct BufsArgs {
     /// Seconds from one look to the next
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = interval, requires = "watch")]
     pub interval: Duration,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PolicyChoice {
+    Detach,
+    Wait,
+    Error,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]

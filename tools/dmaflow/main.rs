@@ -5,10 +5,13 @@ mod bufs;
 mod bufs_report;
 mod ends;
 mod failure;
+mod keep;
 mod list;
 mod live;
 mod output;
 mod pipe;
+mod probe;
+mod probe_report;
 mod report;
 mod snap;
 mod table;
@@ -23,6 +26,7 @@ fn main() -> ExitCode {
     let args = Args::parse();
     let result = match &args.command {
         Command::List(args) => list::run(args),
+        Command::Probe(args) => probe::run(args),
         Command::Pipe(args) => pipe::run(args),
         Command::Snap(args) => snap::run(args),
         Command::Bufs(args) => bufs::run(args),

@@ -5,7 +5,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
-use dmaflow::endpoint::{Refusal, Source};
+use dmaflow::endpoint::{Refusal, Sink, Source};
+use dmaflow::frame::ViewPolicy;
 use dmaflow::ladder::{NoWay, Path};
 use dmaflow::pipe::{Limits, Pipe};
 use dmaflow::sink::write_png;
@@ -14,9 +15,10 @@ use nix::libc;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use crate::args::{PathChoice, PipeArgs};
+use crate::args::{PathChoice, PipeArgs, PolicyChoice};
 use crate::ends::{AnySink, open_sink, open_source, takes_stdout};
 use crate::failure::{Usage, WRONG_FRAME, ZeroCopyRefused};
+use crate::keep::Keeper;
 use crate::live::Live;
 use crate::output;
 use crate::report::{self, Report, SinkSays};
@@ -59,7 +61,17 @@ fn flow(
         PathChoice::ZeroCopy => Path::ZeroCopy,
         PathChoice::Copy => Path::Copy,
     };
-    let mut pipe = match Pipe::join(source, sink.as_dyn(), path, limits) {
+    source.set_view_policy(match args.view_policy {
+        PolicyChoice::Detach => ViewPolicy::Detach,
+        PolicyChoice::Wait => ViewPolicy::Wait,
+        PolicyChoice::Error => ViewPolicy::Error,
+    });
+    let mut keeper = args.keep_views.map(|most| Keeper::new(sink.as_dyn(), most));
+    let target: &mut dyn Sink = match &mut keeper {
+        Some(keeper) => keeper,
+        None => sink.as_dyn(),
+    };
+    let mut pipe = match Pipe::join(source, target, path, limits) {
         Ok(pipe) => pipe,
         Err(NoWay::Failed(error)) => bail!(error),
         Err(NoWay::Refused(refusals)) => return refused(args, refusals, report),

@@ -93,14 +93,27 @@ struct WrongFrame {
     sequence: u32,
 }
 
+/// A refusal in JSON.
 #[derive(Serialize)]
-struct RefusalReport {
+pub struct RefusalReport {
     rung: String,
     step: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     errno: Option<String>,
     why: String,
     repair: String,
+}
+
+impl From<&Refusal> for RefusalReport {
+    fn from(refusal: &Refusal) -> RefusalReport {
+        RefusalReport {
+            rung: refusal.rung.to_string(),
+            step: refusal.step,
+            errno: refusal.errno.map(errno_name),
+            why: refusal.why.clone(),
+            repair: refusal.repair.clone(),
+        }
+    }
 }
 
 /// What a sink says at the end of a pipe.
@@ -138,13 +151,7 @@ impl Report {
     }
 
     pub fn refuse(&mut self, refusal: &Refusal) {
-        self.refusals.push(RefusalReport {
-            rung: refusal.rung.to_string(),
-            step: refusal.step,
-            errno: refusal.errno.map(errno_name),
-            why: refusal.why.clone(),
-            repair: refusal.repair.clone(),
-        });
+        self.refusals.push(RefusalReport::from(refusal));
     }
 
     pub fn joined(&mut self, mode: Option<String>) {

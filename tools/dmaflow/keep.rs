@@ -1,0 +1,90 @@
+//! `--keep-views`: a consumer that keeps what it has seen, to try what the camera does about it.
+
+use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
+
+use dmaflow::endpoint::{JoinError, Rung, Shown, Sink, Verdict};
+use dmaflow::error::Result;
+use dmaflow::format::{Format, Layout};
+use dmaflow::frame::{Buffer, CowView, Frame, Room};
+use dmaflow::ledger::Ledger;
+
+/// Another sink, and copy-on-write views of the newest frames that went there.
+pub struct Keeper<'a> {
+    inner: &'a mut dyn Sink,
+    views: VecDeque<CowView>,
+    most: usize,
+}
+
+impl<'a> Keeper<'a> {
+    pub fn new(inner: &'a mut dyn Sink, most: u32) -> Keeper<'a> {
+        let most = most as usize;
+        Keeper { inner, views: VecDeque::with_capacity(most + 1), most }
+    }
+}
+
+impl Sink for Keeper<'_> {
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+
+    fn formats(&self) -> Option<Vec<Format>> {
+        self.inner.formats()
+    }
+
+    fn join(&mut self, layout: &Layout, rate: Option<f64>, buffers: &[Buffer]) -> Result<Rung, JoinError> {
+        self.inner.join(layout, rate, buffers)
+    }
+
+    fn allocate(&mut self, layout: &Layout, room: &Room, count: u32) -> Result<Vec<Buffer>> {
+        self.inner.allocate(layout, room, count)
+    }
+
+    fn inspect(&mut self, frame: &Frame) -> Result<()> {
+        self.inner.inspect(frame)
+    }
+
+    fn present(&mut self, frame: Frame) -> Result<Option<Shown>> {
+        self.views.push_back(frame.view("dmaflow --keep-views")?);
+        if self.views.len() > self.most {
+            self.views.pop_front();
+        }
+        self.inner.present(frame)
+    }
+
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.event_fd()
+    }
+
+    fn wants_event(&self) -> bool {
+        self.inner.wants_event()
+    }
+
+    fn dispatch(&mut self) -> Result<Option<Shown>> {
+        self.inner.dispatch()
+    }
+
+    fn finish(&mut self) -> Result<Option<Shown>> {
+        self.inner.finish()
+    }
+
+    fn hold(&mut self) -> Result<()> {
+        self.inner.hold()
+    }
+
+    fn dropped(&self) -> u64 {
+        self.inner.dropped()
+    }
+
+    fn imports(&self) -> u64 {
+        self.inner.imports()
+    }
+
+    fn ledger(&self) -> &Ledger {
+        self.inner.ledger()
+    }
+
+    fn verdict(&self) -> Option<Verdict> {
+        self.inner.verdict()
+    }
+}

@@ -1,0 +1,259 @@
+//! `dmaflow probe`: every rung in every format of every source, for real.
+
+use std::io::IsTerminal;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::bail;
+use dmaflow::endpoint::Sink;
+use dmaflow::error::Result;
+use dmaflow::kms::{Card, Display, DisplayRequest};
+use dmaflow::probe::{CameraFormats, Candidate, End, PatternFormats, Probe, probe};
+use dmaflow::sink::Null;
+use dmaflow::v4l2::Device;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use nix::sys::signalfd::SignalFd;
+
+use crate::args::ProbeArgs;
+use crate::failure::{FAILED, Usage};
+use crate::output;
+use crate::pipe::catch_signals;
+use crate::probe_report::{PairReport, Report};
+
+/// A source, and what a person should read of it.
+enum Source {
+    Camera(PathBuf, String),
+    Pattern,
+}
+
+enum Target {
+    Display(PathBuf, String),
+    Null,
+}
+
+/// Two ends while they are probed; both are as they were when it is gone.
+struct Pair {
+    candidate: AnyCandidate,
+    sink: AnySink,
+}
+
+enum AnyCandidate {
+    Camera(Box<CameraFormats>),
+    Pattern(PatternFormats),
+}
+
+enum AnySink {
+    Display(Box<Display>),
+    Null(Null),
+}
+
+pub fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
+    output::check()?;
+    // Before any device is opened: from here on an order to stop waits until it can be followed in order.
+    let stop = catch_signals()?;
+    let mut report = Report::default();
+    let sources = sources(args.from.as_deref(), &mut report.failed)?;
+    let targets = targets(args.to.as_deref(), &mut report.failed)?;
+    let live = Live::new();
+    'all: for source in &sources {
+        for target in &targets {
+            let mut pair = PairReport::new(source.names(), target.names());
+            report.stopped = try_pair(args, source, target, &stop, &live, &mut pair);
+            report.probes.push(pair);
+            if report.stopped {
+                break 'all;
+            }
+        }
+    }
+    live.end();
+    output::print(&if args.json { report.json()? } else { report.table() })?;
+    if report.stopped {
+        output::note("stopped before everything was tried");
+    }
+    let failures = report.failures();
+    failures.iter().for_each(|line| output::complain(&format!("error: {line}")));
+    Ok(if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(FAILED) })
+}
+
+/// Probes a source and a sink, and puts both back. Whether it was told to stop.
+fn try_pair(
+    args: &ProbeArgs,
+    source: &Source,
+    target: &Target,
+    stop: &SignalFd,
+    live: &Live,
+    report: &mut PairReport,
+) -> bool {
+    let mut pair = match Pair::open(args, source, target) {
+        Ok(pair) => pair,
+        Err(error) => {
+            report.fail(error.line());
+            return false;
+        }
+    };
+    let (names, sink) = (report.names(), pair.sink.as_dyn());
+    let found: Probe = probe(pair.candidate.as_dyn(), sink, Some(stop.as_fd()), &mut |offer, rung| {
+        live.say(&format!("{names}: {} {rung}", offer.name()));
+    });
+    // The screen first.
+    let restored = [pair.sink.restore(), pair.candidate.restore()];
+    found.formats.iter().for_each(|tried| report.tried(tried));
+    if !found.formats.is_empty() && found.formats.iter().all(|tried| tried.source.is_err()) {
+        report.fail("none of its formats can be had; the reasons are in the result".to_owned());
+    }
+    let stopped = match found.end {
+        End::Complete => false,
+        End::Stopped => true,
+        End::Failed(error) => {
+            report.fail(error.line());
+            false
+        }
+    };
+    restored
+        .into_iter()
+        .filter_map(Result::err)
+        .for_each(|error| report.fail(error.line()));
+    stopped
+}
+
+/// The cameras that were asked for. Those that cannot be opened go to `failed`.
+fn sources(name: Option<&str>, failed: &mut Vec<String>) -> anyhow::Result<Vec<Source>> {
+    let camera = |device: &Device| Source::Camera(device.info().path.clone(), device.info().driver.clone());
+    Ok(match name {
+        Some("pattern") => vec![Source::Pattern],
+        Some(name) if name.starts_with("unix:") => bail!(Usage("this version has no source unix:".into())),
+        Some(name) => vec![camera(&Device::find(name)?)],
+        None => {
+            let first = Device::first()?;
+            let mut sources = Vec::new();
+            for info in Device::list() {
+                match info {
+                    Ok(info) => sources.push(Source::Camera(info.path, info.driver)),
+                    Err(error) => failed.push(error.line()),
+                }
+            }
+            if sources.is_empty() { vec![camera(&first)] } else { sources }
+        }
+    })
+}
+
+/// The displays that were asked for. Those that cannot be opened go to `failed`.
+fn targets(name: Option<&str>, failed: &mut Vec<String>) -> anyhow::Result<Vec<Target>> {
+    let display = |card: &Card| Target::Display(card.info().path.clone(), card.info().driver.clone());
+    Ok(match name {
+        Some("null") => vec![Target::Null],
+        Some(name @ ("vulkan" | "gbm")) => bail!(Usage(format!("this version has no sink {name}"))),
+        Some(name) if name.contains(':') => {
+            bail!(Usage(format!("probe tries displays and null; {name} takes every frame by the CPU")))
+        }
+        Some(name) => vec![display(&Card::find(name)?)],
+        None => {
+            let first = Card::first()?;
+            let mut targets = Vec::new();
+            for info in Card::list() {
+                match info {
+                    Ok(info) => targets.push(Target::Display(info.path, info.driver)),
+                    Err(error) => failed.push(error.line()),
+                }
+            }
+            if targets.is_empty() { vec![display(&first)] } else { targets }
+        }
+    })
+}
+
+impl Source {
+    /// The node, and the driver.
+    fn names(&self) -> (String, Option<String>) {
+        match self {
+            Source::Camera(path, driver) => (path.display().to_string(), Some(driver.clone())),
+            Source::Pattern => ("pattern".to_owned(), None),
+        }
+    }
+}
+
+impl Target {
+    /// The node, and the driver.
+    fn names(&self) -> (String, Option<String>) {
+        match self {
+            Target::Display(path, driver) => (path.display().to_string(), Some(driver.clone())),
+            Target::Null => ("null".to_owned(), None),
+        }
+    }
+}
+
+impl Pair {
+    fn open(args: &ProbeArgs, source: &Source, target: &Target) -> Result<Pair> {
+        let sink = match target {
+            Target::Display(path, _) => {
+                AnySink::Display(Box::new(Display::open(Card::open(path)?, DisplayRequest::default())?))
+            }
+            Target::Null => AnySink::Null(Null::new()),
+        };
+        let candidate = match source {
+            Source::Camera(path, _) => {
+                AnyCandidate::Camera(Box::new(CameraFormats::new(Device::open(path)?, args.size)?))
+            }
+            Source::Pattern => AnyCandidate::Pattern(PatternFormats { size: args.size }),
+        };
+        Ok(Pair { candidate, sink })
+    }
+}
+
+impl AnyCandidate {
+    fn as_dyn(&mut self) -> &mut dyn Candidate {
+        match self {
+            AnyCandidate::Camera(camera) => camera.as_mut(),
+            AnyCandidate::Pattern(pattern) => pattern,
+        }
+    }
+
+    fn restore(&mut self) -> Result<()> {
+        match self {
+            AnyCandidate::Camera(camera) => camera.restore(),
+            AnyCandidate::Pattern(_) => Ok(()),
+        }
+    }
+}
+
+impl AnySink {
+    fn as_dyn(&mut self) -> &mut dyn Sink {
+        match self {
+            AnySink::Display(display) => display.as_mut(),
+            AnySink::Null(null) => null,
+        }
+    }
+
+    fn restore(&mut self) -> Result<()> {
+        match self {
+            AnySink::Display(display) => display.restore(),
+            AnySink::Null(_) => Ok(()),
+        }
+    }
+}
+
+/// What is being tried, on a terminal.
+struct Live(Option<ProgressBar>);
+
+impl Live {
+    fn new() -> Live {
+        Live(std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+            bar.set_style(ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_spinner()));
+            bar
+        }))
+    }
+
+    fn say(&self, line: &str) {
+        if let Some(bar) = &self.0 {
+            bar.set_message(line.to_owned());
+            bar.tick();
+        }
+    }
+
+    fn end(self) {
+        if let Some(bar) = self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}
