@@ -60,7 +60,7 @@ pub trait Source: AsFd {
     /// The next frame, or `None` if there is none yet.
     ///
     /// # Errors
-    /// [`Kind::Ended`](crate::error::Kind::Ended) after the last frame,
+    /// [`Kind::Ended`] after the last frame,
     /// [`FormatChanged`](crate::error::Kind::FormatChanged) when the source must be set up anew,
     /// [`Disconnected`](crate::error::Kind::Disconnected) when it is gone.
     fn try_next(&mut self, ready: Ready) -> Result<Option<Frame>>;

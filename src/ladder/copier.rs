@@ -97,7 +97,7 @@ impl Copier {
             .get_or_insert_with(|| Check::new(self.converter.from(), self.converter.to()));
     }
 
-    /// The copies that were wrong, if they were [checked](Copier::check).
+    /// The copies that were wrong, if they were compared with their frames.
     pub fn verdict(&self) -> Option<Verdict> {
         self.check.as_ref().map(|check| check.verdict)
     }
