@@ -27,7 +27,7 @@ impl Take {
             Kind::Packed422 { y, u, v } => Some(Take::Packed([y[0], y[1], u, v])),
             Kind::SemiPlanar { swapped, sample } => Some(Take::Pairs { swapped, wide: sample == 2 }),
             Kind::Planar { swapped } => Some(Take::Planes { swapped }),
-            Kind::Grey | Kind::Rgb { .. } => None,
+            _ => None,
         }
     }
 

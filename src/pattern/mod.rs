@@ -19,7 +19,7 @@ use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFl
 use crate::clock::now_ns;
 use crate::endpoint::{Ready, Source, SourceCounts};
 use crate::error::{Context, Error, Kind, Result};
-use crate::format::{Colour, Format, Layout, MAX_PLANES};
+use crate::format::{Colour, Format, Kind as Samples, Layout, MAX_PLANES};
 use crate::frame::{
     Buffer, Clock, Frame, FrameFlags, FrameMeta, MAX_SLOTS, Room, SlotCounts, Slots, SlotsArc, Timestamp, ViewPolicy,
 };
@@ -414,6 +414,9 @@ fn checked_layout(request: &PatternRequest) -> Result<Layout> {
         Error::new(Kind::Invalid, "make a test card of", format!("{name}{width}x{height}")).because(why)
     };
     let format = format.ok_or_else(|| bad("no format is known".to_owned()))?;
+    if matches!(format.kind(), Samples::Bayer { .. }) {
+        return Err(bad("it is drawn as a picture, and not as a sensor would see it".to_owned()));
+    }
     if width < MIN_SIZE.0 || height < MIN_SIZE.1 {
         return Err(bad(format!("it needs at least {}x{} pixels", MIN_SIZE.0, MIN_SIZE.1)));
     }

@@ -270,7 +270,10 @@ fn corrupt(frame: &Frame) -> Result<()> {
         format::Kind::Rgb { channels: [_, green, _], .. } => usize::from(green.shift / 8),
         format::Kind::Packed422 { y: [first, _], .. } => usize::from(first),
         format::Kind::SemiPlanar { sample, .. } => usize::from(sample) - 1,
-        format::Kind::Planar { .. } | format::Kind::Grey => 0,
+        format::Kind::Planar { .. } | format::Kind::Grey | format::Kind::Bayer { bits: 8, .. } => 0,
+        format::Kind::DeepGrey { .. } | format::Kind::Bayer { .. } => 1,
+        format::Kind::YuvWord { channels: [luma, ..], .. } => usize::from(luma.shift / 8),
+        format::Kind::Hsv { before } => usize::from(before) + 2,
     };
     let Some(place) = layout.planes().first() else { return Ok(()) };
     let offset = place.offset as usize + place.stride as usize * row as usize + byte;

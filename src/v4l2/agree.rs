@@ -149,10 +149,12 @@ fn choose_code(device: &Device, (code, format): (Option<Fourcc>, Option<Format>)
         (Some(code), _) => offer.code == code,
         (None, format) => offer.known.map(|(known, _)| known) == format,
     };
-    let best = offers
-        .iter()
-        .filter(fits)
-        .min_by_key(|offer| offer.known.map(|(_, planes)| planes));
+    // In the format's own order: the usual code before other names for the same.
+    let place = |offer: &&FormatOffer| {
+        let (known, planes) = offer.known?;
+        Some((planes, known.v4l2().position(|(code, _)| code == offer.code)))
+    };
+    let best = offers.iter().filter(fits).min_by_key(place);
     best.map(|offer| offer.code).ok_or_else(|| {
         let wanted = code
             .or(format.map(Format::name))
