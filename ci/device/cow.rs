@@ -257,7 +257,6 @@ fn hoarder_is_waited_for() -> anyhow::Result<Outcome> {
 
 fn hoarder_is_an_error() -> anyhow::Result<Outcome> {
     let (mut camera, mut views) = hoarded(ViewPolicy::Error)?;
-    let start = Instant::now();
     let error = camera.next().err().context("a frame without a buffer")?;
     ensure!(error.kind() == Kind::Busy, "{error:?}");
     names_the_hoarder(&error.line())?;

@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use dmaflow::endpoint::{Ready, Rung, Source, SourceCounts};
+use dmaflow::endpoint::{Ready, Rung, Sink, Source, SourceCounts};
 use dmaflow::format::Layout;
 use dmaflow::frame::{Buffer, Frame};
 use dmaflow::kms::{Display, DisplayRequest};
