@@ -24,6 +24,7 @@ mod formats;
 mod harness;
 mod ladder;
 mod modules;
+mod outputs;
 mod probe;
 mod process;
 mod screen;
@@ -45,6 +46,7 @@ fn main() -> std::process::ExitCode {
         screen::TESTS,
         commands::TESTS,
         sinks::TESTS,
+        outputs::TESTS,
         snap::TESTS,
         bufs::TESTS,
         probe::TESTS,

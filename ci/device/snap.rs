@@ -1,20 +1,24 @@
 //! Pictures of sources and of what a display shows.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use dmaflow::format::{Format, Kind};
 use nix::sys::signal::Signal;
 
 use crate::harness::{Outcome, PASSED, Test, note};
-use crate::modules::{Witness, kernel};
-use crate::process::{State, all_dma_bufs, dmaflow, finish, number, pipe, start};
+use crate::modules::{Witness, kernel, vivid};
+use crate::process::{State, all_dma_bufs, dmaflow, finish, number, pipe, sh, start};
 use crate::sinks::{has_bars, read_png};
 
 const NEEDS: &[&str] = &["vivid", "vkms"];
 
 pub const TESTS: &[Test] = &[
     Test { name: "snap::a_camera", needs: NEEDS, seconds: 60, run: a_camera },
+    Test { name: "snap::every_format_of_a_camera", needs: NEEDS, seconds: 600, run: every_format },
+    Test { name: "snap::every_multi_planar_format", needs: NEEDS, seconds: 240, run: every_multi_planar_format },
     Test { name: "snap::the_pattern", needs: &[], seconds: 60, run: the_pattern },
     Test { name: "snap::the_console", needs: NEEDS, seconds: 60, run: the_console },
     Test { name: "snap::a_display_that_another_drives", needs: NEEDS, seconds: 120, run: another_drives },
@@ -45,6 +49,79 @@ fn a_camera() -> anyhow::Result<Outcome> {
         ensure!(options.is_empty() || picture.0 == size, "{options}: {:?}", picture.0);
         ensure!(has_bars(&picture), "{options}: no colour bars");
     }
+    PASSED
+}
+
+/// The codes of the camera's formats, as another program lists them.
+fn codes() -> Result<Vec<String>> {
+    let list = sh("v4l2-ctl -d /dev/video0 --list-formats")?;
+    // `[27]: 'Y16 -BE' (16-bit Greyscale BE, …)`
+    let code = |line: &str| Some(line.split('\'').nth(1)?.replace(' ', ""));
+    Ok(list
+        .lines()
+        .filter(|line| line.trim_start().starts_with('['))
+        .filter_map(code)
+        .collect())
+}
+
+/// The colours in the middles of the eight bars, below the text.
+fn bars(picture: &Picture) -> Vec<[u8; 3]> {
+    (0..8).map(|bar| pixel(picture, (40 + 80 * bar, 330))).collect()
+}
+
+/// How far a bar may be from what XR24 shows: what the format's bits lose (the camera cuts off and does not round), and rounding.
+fn tolerance(format: Format) -> u8 {
+    let step = |bits: u8| 255 / ((1u16 << bits) - 1);
+    let most = match format.kind() {
+        Kind::Rgb { channels, .. } => 3 + channels.map(|bits| step(bits.width)).into_iter().max().unwrap_or(1),
+        // Of luma, and of chroma times up to 2.1.
+        Kind::YuvWord { channels, .. } => 4 + 3 * channels.map(|bits| step(bits.width)).into_iter().max().unwrap_or(1),
+        _ => 6,
+    };
+    u8::try_from(most).unwrap_or(u8::MAX)
+}
+
+fn each_format(codes: &[String]) -> Result<()> {
+    let expected = bars(&snapped(&format!("vivid {FILE} --format XR24 --size 640x360"))?);
+    ensure!(expected.iter().collect::<BTreeSet<_>>().len() == 8, "{expected:?}");
+    let mut wrong = Vec::new();
+    for code in codes {
+        let format = Format::parse(&format!("v4l2:{code}"))
+            .with_context(|| format!("{code} is not known"))?
+            .0;
+        let picture = snapped(&format!("vivid {FILE} --format v4l2:{code} --size 640x360"))?;
+        ensure!(picture.0 == (640, 360), "{code}: {:?}", picture.0);
+        let grey = matches!(format.kind(), Kind::Grey | Kind::DeepGrey { .. });
+        for (bar, (got, want)) in std::iter::zip(bars(&picture), &expected).enumerate() {
+            let [r, g, b] = want.map(f64::from);
+            let luma = (0.299 * r + 0.587 * g + 0.114 * b).round() as u8;
+            let want = if grey { [luma; 3] } else { *want };
+            let apart = std::iter::zip(got, want).map(|(got, want)| got.abs_diff(want)).max();
+            if apart > Some(tolerance(format)) {
+                wrong.push(format!("{code} bar {bar}: {got:?}, not {want:?}"));
+            }
+        }
+    }
+    ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
+    Ok(())
+}
+
+fn every_format() -> anyhow::Result<Outcome> {
+    let codes = codes()?;
+    ensure!(codes.len() > 80, "{codes:?}");
+    each_format(&codes)?;
+    note(&format!("{} formats", codes.len()));
+    PASSED
+}
+
+/// Those that have a memory plane for each colour plane; the others are as they were.
+fn every_multi_planar_format() -> anyhow::Result<Outcome> {
+    let single = codes()?;
+    vivid(&["multiplanar=2"])?;
+    let more: Vec<_> = codes()?.into_iter().filter(|code| !single.contains(code)).collect();
+    ensure!(more.len() >= 8, "{more:?}");
+    each_format(&more)?;
+    note(&more.join(" "));
     PASSED
 }
 

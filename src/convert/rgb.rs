@@ -33,6 +33,9 @@ enum Shape {
 
 fn shape(format: Format) -> Option<(Shape, bool, bool)> {
     let Kind::Rgb { channels: [red, green, blue], alpha } = format.kind() else { return None };
+    if format.is_big_endian() {
+        return None;
+    }
     let opaque = alpha.is_none();
     let byte = |bits: Bits| (bits.width == 8 && bits.shift.is_multiple_of(8)).then_some(bits.shift / 8);
     let places = || Some([byte(red)?, byte(green)?, byte(blue)?]);

@@ -27,7 +27,7 @@ impl Take {
             Kind::Packed422 { y, u, v } => Some(Take::Packed([y[0], y[1], u, v])),
             Kind::SemiPlanar { swapped, sample } => Some(Take::Pairs { swapped, wide: sample == 2 }),
             Kind::Planar { swapped } => Some(Take::Planes { swapped }),
-            Kind::Grey | Kind::Rgb { .. } => None,
+            _ => None,
         }
     }
 
@@ -74,10 +74,10 @@ impl Rows {
     pub(super) fn words(&mut self, take: Take, matrix: &Matrix, half: bool) {
         let rows = Rows::apart(take, &self.source, &self.yuv);
         match (take.is_wide(), half) {
-            (false, true) => words::<1, HALF>(rows, matrix, &mut self.words),
-            (false, false) => words::<1, BLOCK>(rows, matrix, &mut self.words),
-            (true, true) => words::<2, HALF>(rows, matrix, &mut self.words),
-            (true, false) => words::<2, BLOCK>(rows, matrix, &mut self.words),
+            (false, true) => words::<1, 2, HALF>(rows, matrix, &mut self.halves, &mut self.words),
+            (false, false) => words::<1, 1, BLOCK>(rows, matrix, &mut self.halves, &mut self.words),
+            (true, true) => words::<2, 2, HALF>(rows, matrix, &mut self.halves, &mut self.words),
+            (true, false) => words::<2, 1, BLOCK>(rows, matrix, &mut self.halves, &mut self.words),
         }
     }
 
@@ -240,33 +240,55 @@ fn sample<const SIZE: usize>(row: &[u8], index: usize) -> u16 {
     }
 }
 
-/// Words of a row's Y, U and V. Samples of `SIZE` bytes; `CHROMA` of chroma to a block.
-#[allow(clippy::needless_range_loop, reason = "lanes of several arrays at once, which the compiler makes vectors of")]
+/// The Y of the pixels that share sample `index` of chroma, `EACH` of them, in the upper bits.
 #[inline(always)]
-fn words<const SIZE: usize, const CHROMA: usize>([y, u, v]: [&[u8]; 3], matrix: &Matrix, words: &mut [u8]) {
+fn lumas<const SIZE: usize, const EACH: usize>(row: &[u8], index: usize) -> [u16; EACH] {
+    if SIZE == 1 && EACH == 2 {
+        let pair = u16::from_le_bytes([row[2 * index], row[2 * index + 1]]);
+        return std::array::from_fn(|pixel| if pixel == 0 { pair << 8 } else { pair & 0xff00 });
+    }
+    std::array::from_fn(|pixel| sample::<SIZE>(row, index * EACH + pixel))
+}
+
+/// Words of a row's Y, U and V. Samples of `SIZE` bytes, those of chroma shared by `EACH` pixels, `LANES` of them in a block.
+///
+/// In two steps, for the compiler to make vectors of both: the halves of words, with the pixels that share chroma apart, in lanes of
+/// 16 bits; and the words, over the whole row.
+#[allow(clippy::needless_range_loop, reason = "lanes of several arrays at once")]
+#[inline(always)]
+fn words<const SIZE: usize, const EACH: usize, const LANES: usize>(
+    [y, u, v]: [&[u8]; 3],
+    matrix: &Matrix,
+    halves: &mut [Vec<u16>; 4],
+    words: &mut [u8],
+) {
     let (first, third) = if matrix.red_first { (v, u) } else { (u, v) };
-    let chroma = first.chunks_exact(CHROMA * SIZE).zip(third.chunks_exact(CHROMA * SIZE));
-    let blocks = y.chunks_exact(BLOCK * SIZE).zip(chroma).zip(words.chunks_exact_mut(BLOCK * 4));
+    let chroma = first.chunks_exact(LANES * SIZE).zip(third.chunks_exact(LANES * SIZE));
+    let blocks = y.chunks_exact(LANES * EACH * SIZE).zip(chroma);
     let centred = |row: &[u8], index| (sample::<SIZE>(row, index) ^ 0x8000).cast_signed();
-    for ((y, (first, third)), words) in blocks {
-        // The halves of the pixels that share a sample lie apart until the end: the loops are over lanes of 16 bits.
-        let mut halves = [[[0; CHROMA]; 2]; 2];
-        for lane in 0..CHROMA {
+    let [low, high, next_low, next_high] = halves.each_mut().map(|half| half.as_chunks_mut::<LANES>().0);
+    let lanes = low.iter_mut().zip(high).zip(next_low.iter_mut().zip(next_high));
+    for ((y, (first, third)), ((low, high), (next_low, next_high))) in blocks.zip(lanes) {
+        for lane in 0..LANES {
             let shares = matrix.chroma(centred(first, lane), centred(third, lane));
-            for pixel in 0..BLOCK / CHROMA {
-                let luma = sample::<SIZE>(y, lane * (BLOCK / CHROMA) + pixel);
-                let [low, high] = matrix.halves(luma, shares);
-                halves[pixel][0][lane] = low;
-                halves[pixel][1][lane] = high;
+            let lumas = lumas::<SIZE, EACH>(y, lane);
+            [low[lane], high[lane]] = matrix.halves(lumas[0], shares);
+            if EACH == 2 {
+                [next_low[lane], next_high[lane]] = matrix.halves(lumas[1], shares);
             }
         }
-        let words = words.as_chunks_mut::<2>().0;
-        for lane in 0..CHROMA {
-            for pixel in 0..BLOCK / CHROMA {
-                let at = 2 * (lane * (BLOCK / CHROMA) + pixel);
-                words[at] = halves[pixel][0][lane].to_le_bytes();
-                words[at + 1] = halves[pixel][1][lane].to_le_bytes();
-            }
+    }
+    let word = |low: u16, high: u16| (u32::from(low) | u32::from(high) << 16).to_le_bytes();
+    let [low, high, next_low, next_high] = halves.each_ref().map(Vec::as_slice);
+    let (words, _) = words.as_chunks_mut::<4>();
+    if EACH == 2 {
+        let lanes = low.iter().zip(high).zip(next_low.iter().zip(next_high));
+        for (pair, ((low, high), (next_low, next_high))) in words.as_chunks_mut::<2>().0.iter_mut().zip(lanes) {
+            *pair = [word(*low, *high), word(*next_low, *next_high)];
+        }
+    } else {
+        for (one, (low, high)) in words.iter_mut().zip(low.iter().zip(high)) {
+            *one = word(*low, *high);
         }
     }
 }

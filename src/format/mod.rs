@@ -6,12 +6,15 @@
 //! - [`Colour`]: what YUV numbers mean.
 //! - [`Pixels`]: reads and writes single pixels of any format, for test cards, pictures and checks; never for speed.
 
+mod bayer;
 mod colour;
 mod fourcc;
+mod known;
 mod layout;
 mod pixels;
 mod table;
 
+pub use bayer::demosaic;
 pub use colour::{Colour, Encoding, Range};
 pub use fourcc::{Fourcc, Modifier, ParseFourccError};
 pub use layout::{Layout, LayoutError, MAX_PLANES, PlaneLayout};

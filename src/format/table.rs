@@ -1,8 +1,9 @@
-//! The pixel formats that dmaflow knows, each with its DRM and V4L2 codes.
+//! What a pixel format is: how its samples lie, and its codes in DRM and V4L2. Which there are: `known.rs`.
 
 use std::fmt;
 
 use super::Fourcc;
+use super::known::TABLE;
 
 /// One field of a packed RGB pixel, counted from the least significant bit of the little-endian word.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -16,7 +17,7 @@ pub struct Bits {
 /// How a format's samples are arranged.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {
-    /// One little-endian word of 2 to 4 bytes a pixel.
+    /// One word of 1 to 4 bytes a pixel, little-endian unless [`Format::is_big_endian`].
     Rgb {
         /// Red, green and blue.
         channels: [Bits; 3],
@@ -46,16 +47,43 @@ pub enum Kind {
     },
     /// Y alone.
     Grey,
+    /// Y alone, of more than 8 bits in two bytes, the value in the lower bits. Little-endian unless [`Format::is_big_endian`].
+    DeepGrey {
+        /// Bits of a sample: 10, 12 or 16.
+        bits: u8,
+    },
+    /// One little-endian word of 2 or 4 bytes a pixel. Samples of fewer than 8 bits are the upper bits of ones of 8.
+    YuvWord {
+        /// Y, U and V.
+        channels: [Bits; 3],
+        /// Alpha, where the format has one.
+        alpha: Option<Bits>,
+    },
+    /// Hue in steps of two degrees, saturation and value, a byte each, the first `before` bytes into the pixel.
+    Hsv {
+        /// Bytes before hue.
+        before: u8,
+    },
+    /// What a sensor sees through its colour filters: one sample a pixel, of the colour that its place in a square of two by two pixels has.
+    Bayer {
+        /// Column and row of red in the square; blue is diagonally opposite, green in both other places.
+        red: [u8; 2],
+        /// Bits of a sample: 8 in one byte, or more in the lower bits of two, little-endian.
+        bits: u8,
+    },
 }
 
+/// One entry of the table.
 pub(super) struct Info {
-    drm: Option<Fourcc>,
-    v4l2: &'static [(Fourcc, u32)],
-    kind: Kind,
-    horizontal: u32,
-    vertical: u32,
+    pub(super) drm: Option<Fourcc>,
+    /// The first with so many memory planes is the usual one, the others are other names for it.
+    pub(super) v4l2: &'static [(Fourcc, u32)],
+    pub(super) kind: Kind,
+    pub(super) big_endian: bool,
+    pub(super) horizontal: u32,
+    pub(super) vertical: u32,
     /// Bytes, for each colour plane, of one group: `horizontal` pixels in a chroma plane, one pixel elsewhere.
-    group: &'static [u32],
+    pub(super) group: &'static [u32],
 }
 
 /// A pixel format: one entry of a fixed table, cheap to copy and compare.
@@ -85,9 +113,15 @@ impl Format {
     }
 
     /// What a person calls `text`: a DRM code, or a V4L2 code. A code that only V4L2 has (`NM12`, `RGBP`) also fixes the
-    /// number of memory planes and comes back as the second value.
+    /// number of memory planes and comes back as the second value. Two codes mean different formats in the two worlds: V4L2's are
+    /// called `v4l2:RG16` and `v4l2:BA12`.
     pub fn parse(text: &str) -> Option<(Format, Option<Fourcc>)> {
-        let code = text.to_ascii_uppercase().parse().ok()?;
+        let text = text.to_ascii_uppercase();
+        if let Some(code) = text.strip_prefix("V4L2:") {
+            let code = code.parse().ok()?;
+            return Format::from_v4l2(code).map(|(format, _)| (format, Some(code)));
+        }
+        let code = text.parse().ok()?;
         if let Some(format) = Format::from_drm(code) {
             return Some((format, None));
         }
@@ -99,7 +133,7 @@ impl Format {
         self.0.drm
     }
 
-    /// The V4L2 codes with their numbers of memory planes, fewest first.
+    /// The V4L2 codes with their numbers of memory planes, fewest first, the usual one before other names for the same.
     pub fn v4l2(self) -> impl Iterator<Item = (Fourcc, u32)> {
         self.0.v4l2.iter().copied()
     }
@@ -119,7 +153,12 @@ impl Format {
 
     /// Whether the samples are YUV (or Y alone).
     pub fn is_yuv(self) -> bool {
-        !matches!(self.0.kind, Kind::Rgb { .. })
+        !matches!(self.0.kind, Kind::Rgb { .. } | Kind::Hsv { .. } | Kind::Bayer { .. })
+    }
+
+    /// Whether a word or a sample of several bytes has its highest first.
+    pub fn is_big_endian(self) -> bool {
+        self.0.big_endian
     }
 
     /// Number of colour planes.
@@ -182,7 +221,8 @@ impl Eq for Format {}
 
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.name().fmt(f)
+        let elsewhere = self.drm().is_none() && Format::from_drm(self.name()).is_some();
+        if elsewhere { f.pad(&format!("v4l2:{}", self.name())) } else { self.name().fmt(f) }
     }
 }
 
@@ -191,87 +231,6 @@ impl fmt::Debug for Format {
         write!(f, "Format({})", self.name())
     }
 }
-
-const fn code(text: &[u8; 4]) -> Fourcc {
-    Fourcc::new(text)
-}
-
-const fn bits(shift: u8, width: u8) -> Bits {
-    Bits { shift, width }
-}
-
-const fn rgb(
-    drm: &[u8; 4],
-    v4l2: &'static [(Fourcc, u32)],
-    channels: [Bits; 3],
-    alpha: Option<Bits>,
-    group: &'static [u32],
-) -> Info {
-    Info { drm: Some(code(drm)), v4l2, kind: Kind::Rgb { channels, alpha }, horizontal: 1, vertical: 1, group }
-}
-
-const fn yuv(
-    drm: &[u8; 4],
-    v4l2: &'static [(Fourcc, u32)],
-    kind: Kind,
-    subsampling: (u32, u32),
-    group: &'static [u32],
-) -> Info {
-    Info { drm: Some(code(drm)), v4l2, kind, horizontal: subsampling.0, vertical: subsampling.1, group }
-}
-
-const fn packed(text: &[u8; 4], v4l2: &'static [(Fourcc, u32)], y: [u8; 2], u: u8, v: u8) -> Info {
-    yuv(text, v4l2, Kind::Packed422 { y, u, v }, (2, 1), &[2])
-}
-
-const fn semi(text: &[u8; 4], v4l2: &'static [(Fourcc, u32)], swapped: bool, subsampling: (u32, u32)) -> Info {
-    yuv(text, v4l2, Kind::SemiPlanar { swapped, sample: 1 }, subsampling, &[1, 2])
-}
-
-const fn planar(text: &[u8; 4], v4l2: &'static [(Fourcc, u32)], swapped: bool, subsampling: (u32, u32)) -> Info {
-    yuv(text, v4l2, Kind::Planar { swapped }, subsampling, &[1, 1, 1])
-}
-
-const R8: Bits = bits(16, 8);
-const G8: Bits = bits(8, 8);
-const B8: Bits = bits(0, 8);
-
-/// DRM names the word from its most significant bit (`drm_fourcc.h`), V4L2 the bytes in memory order for the 32-bit
-/// formats ("Packed RGB Formats" of the V4L2 documentation): V4L2's BGR32 with alpha is DRM's ARGB8888, both `AR24`.
-static TABLE: &[Info] = &[
-    rgb(b"XR24", &[(code(b"XR24"), 1)], [R8, G8, B8], None, &[4]),
-    rgb(b"AR24", &[(code(b"AR24"), 1)], [R8, G8, B8], Some(bits(24, 8)), &[4]),
-    rgb(b"XB24", &[(code(b"XB24"), 1)], [B8, G8, R8], None, &[4]),
-    rgb(b"AB24", &[(code(b"AB24"), 1)], [B8, G8, R8], Some(bits(24, 8)), &[4]),
-    rgb(b"RX24", &[(code(b"RX24"), 1)], [bits(24, 8), bits(16, 8), bits(8, 8)], None, &[4]),
-    rgb(b"RA24", &[(code(b"RA24"), 1)], [bits(24, 8), bits(16, 8), bits(8, 8)], Some(bits(0, 8)), &[4]),
-    rgb(b"BX24", &[(code(b"BX24"), 1)], [bits(8, 8), bits(16, 8), bits(24, 8)], None, &[4]),
-    rgb(b"BA24", &[(code(b"BA24"), 1)], [bits(8, 8), bits(16, 8), bits(24, 8)], Some(bits(0, 8)), &[4]),
-    rgb(b"RG24", &[(code(b"BGR3"), 1)], [R8, G8, B8], None, &[3]),
-    rgb(b"BG24", &[(code(b"RGB3"), 1)], [B8, G8, R8], None, &[3]),
-    rgb(b"RG16", &[(code(b"RGBP"), 1)], [bits(11, 5), bits(5, 6), bits(0, 5)], None, &[2]),
-    rgb(b"XR15", &[(code(b"XR15"), 1)], [bits(10, 5), bits(5, 5), bits(0, 5)], None, &[2]),
-    rgb(b"AR15", &[(code(b"AR15"), 1)], [bits(10, 5), bits(5, 5), bits(0, 5)], Some(bits(15, 1)), &[2]),
-    semi(b"NV12", &[(code(b"NV12"), 1), (code(b"NM12"), 2)], false, (2, 2)),
-    semi(b"NV21", &[(code(b"NV21"), 1), (code(b"NM21"), 2)], true, (2, 2)),
-    semi(b"NV16", &[(code(b"NV16"), 1), (code(b"NM16"), 2)], false, (2, 1)),
-    semi(b"NV61", &[(code(b"NV61"), 1), (code(b"NM61"), 2)], true, (2, 1)),
-    semi(b"NV24", &[(code(b"NV24"), 1)], false, (1, 1)),
-    semi(b"NV42", &[(code(b"NV42"), 1)], true, (1, 1)),
-    planar(b"YU12", &[(code(b"YU12"), 1), (code(b"YM12"), 3)], false, (2, 2)),
-    planar(b"YV12", &[(code(b"YV12"), 1), (code(b"YM21"), 3)], true, (2, 2)),
-    planar(b"YU16", &[(code(b"422P"), 1), (code(b"YM16"), 3)], false, (2, 1)),
-    planar(b"YV16", &[(code(b"YM61"), 3)], true, (2, 1)),
-    planar(b"YU24", &[(code(b"YM24"), 3)], false, (1, 1)),
-    planar(b"YV24", &[(code(b"YM42"), 3)], true, (1, 1)),
-    packed(b"YUYV", &[(code(b"YUYV"), 1)], [0, 2], 1, 3),
-    packed(b"UYVY", &[(code(b"UYVY"), 1)], [1, 3], 0, 2),
-    packed(b"YVYU", &[(code(b"YVYU"), 1)], [0, 2], 3, 1),
-    packed(b"VYUY", &[(code(b"VYUY"), 1)], [1, 3], 2, 0),
-    yuv(b"P010", &[(code(b"P010"), 1)], Kind::SemiPlanar { swapped: false, sample: 2 }, (2, 2), &[2, 4]),
-    // DRM's 8-bit single-channel format is red alone (R8); no display shows it as grey, so it has no DRM code here.
-    Info { drm: None, v4l2: &[(code(b"GREY"), 1)], kind: Kind::Grey, horizontal: 1, vertical: 1, group: &[1] },
-];
 
 #[cfg(test)]
 mod tests {
@@ -294,7 +253,10 @@ mod tests {
         for format in Format::all() {
             let Some(drm) = format.drm() else { continue };
             if let Some((other, _)) = Format::from_v4l2(drm) {
-                assert_eq!(format, other, "{drm} means two things");
+                // V4L2's are Bayer formats of 16 and 12 bits; they are told apart by their names.
+                let twofold = ["RG16", "BA12"].contains(&drm.to_string().as_str());
+                assert_eq!(format == other, !twofold, "{drm} means two things");
+                assert_eq!(other.to_string() == format!("v4l2:{drm}"), twofold);
             }
         }
     }
@@ -306,6 +268,12 @@ mod tests {
         assert_eq!((format.name().to_string(), code.unwrap().to_string()), ("NV12".into(), "NM12".into()));
         assert_eq!(Format::parse("BGR3").unwrap().0.drm().unwrap().to_string(), "RG24");
         assert_eq!(Format::parse("nonsense"), None);
+        let (bayer, code) = Format::parse("v4l2:RG16").unwrap();
+        assert!(matches!(bayer.kind(), Kind::Bayer { red: [0, 0], bits: 16 }) && code.unwrap().to_string() == "RG16");
+        assert!(matches!(Format::parse("RG16").unwrap().0.kind(), Kind::Rgb { .. }));
+        for format in Format::all() {
+            assert_eq!(Format::parse(&format.to_string()).unwrap().0, format);
+        }
     }
 
     #[test]

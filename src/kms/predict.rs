@@ -210,7 +210,7 @@ impl Reader {
         // `vkms_formats` in `vkms_plane.c`, those of them that dmaflow has.
         let shown = match flavour {
             Flavour::V6_12 => matches!(name.as_str(), "XR24" | "AR24" | "RG16"),
-            Flavour::V7_2 => !matches!(format.kind(), Kind::Packed422 { .. } | Kind::Grey),
+            Flavour::V7_2 => matches!(format.kind(), Kind::Rgb { .. } | Kind::SemiPlanar { .. } | Kind::Planar { .. }),
         };
         if !shown {
             return None;

@@ -6,6 +6,7 @@ mod alloc;
 mod mapping;
 mod private;
 mod region;
+mod send;
 mod span;
 
 pub use crate::uapi::Access;
@@ -14,6 +15,7 @@ pub(crate) use mapping::OwnedAccess;
 pub use mapping::{CpuAccess, Mapping};
 pub(crate) use private::Private;
 pub(crate) use region::Region;
+pub(crate) use send::{SPANS, unread, vmsplice, write_spans};
 pub use span::Span;
 
 /// Bytes of a page of this machine's memory. Cost: none that matters (the C library has it from its start).

@@ -162,14 +162,18 @@ impl<'a> Pipe<'a> {
             let next = match self.source.try_next(ready) {
                 Ok(next) => next,
                 Err(error) if error.kind() == Kind::Ended => break,
-                Err(error) if error.kind() == Kind::FormatChanged => match self.follow(stop, progress)? {
+                Err(error) if error.kind() == Kind::FormatChanged => match self.follow(stop, end, progress)? {
                     true => continue,
                     false => break,
                 },
                 Err(error) => return Err(error),
             };
             let Some(frame) = next else { continue };
-            self.present(frame, progress)?;
+            match self.present(frame, progress) {
+                // Nobody reads any more.
+                Err(error) if error.kind() == Kind::Ended => break,
+                other => other?,
+            }
             if self.limits.frames.is_some_and(|frames| self.captured >= frames) {
                 break;
             }
@@ -266,7 +270,10 @@ fn corrupt(frame: &Frame) -> Result<()> {
         format::Kind::Rgb { channels: [_, green, _], .. } => usize::from(green.shift / 8),
         format::Kind::Packed422 { y: [first, _], .. } => usize::from(first),
         format::Kind::SemiPlanar { sample, .. } => usize::from(sample) - 1,
-        format::Kind::Planar { .. } | format::Kind::Grey => 0,
+        format::Kind::Planar { .. } | format::Kind::Grey | format::Kind::Bayer { bits: 8, .. } => 0,
+        format::Kind::DeepGrey { .. } | format::Kind::Bayer { .. } => 1,
+        format::Kind::YuvWord { channels: [luma, ..], .. } => usize::from(luma.shift / 8),
+        format::Kind::Hsv { before } => usize::from(before) + 2,
     };
     let Some(place) = layout.planes().first() else { return Ok(()) };
     let offset = place.offset as usize + place.stride as usize * row as usize + byte;

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use crate::clock::now_us;
 use crate::endpoint::{JoinError, Refusal, Rung, Shown, Sink};
 use crate::error::{Context, Error, Kind, Result};
-use crate::format::{Format, Layout, MAX_PLANES, Modifier, Pixels};
-use crate::frame::{Buffer, Frame};
+use crate::format::{Format, Kind as Samples, Layout, MAX_PLANES, Modifier, Pixels, demosaic};
+use crate::frame::{Buffer, BufferReader, Frame};
 use crate::ledger::Ledger;
 
 /// A [`Sink`] that keeps the newest frame and writes it to a file as PNG at the end.
@@ -126,6 +126,10 @@ pub fn buffer_to_rgb(buffer: &Buffer) -> Result<Vec<u8>> {
         row.resize(format.row_bytes(plane, width) as usize, 0);
     }
     let mut rgb = Vec::with_capacity(width as usize * height as usize * 3);
+    if matches!(format.kind(), Samples::Bayer { .. }) {
+        bayer_to_rgb(&reader, &mut rgb);
+        return Ok(rgb);
+    }
     for y in 0..height {
         for (plane, row) in rows.iter_mut().enumerate().take(format.planes()) {
             if plane == 0 {
@@ -141,6 +145,29 @@ pub fn buffer_to_rgb(buffer: &Buffer) -> Result<Vec<u8>> {
         }
     }
     Ok(rgb)
+}
+
+/// The picture of a Bayer format, interpolated from three rows at a time.
+fn bayer_to_rgb(reader: &BufferReader<'_>, rgb: &mut Vec<u8>) {
+    let layout = *reader.layout();
+    let (format, (width, height)) = (layout.format(), layout.size());
+    let row = |y: u32| {
+        let mut row = vec![0; format.row_bytes(0, width) as usize];
+        reader.row(0, y, &mut row);
+        row
+    };
+    let last = height.saturating_sub(1);
+    // Mirrored at the edges.
+    let [mut above, mut own] = [1.min(last), 0].map(row);
+    for y in 0..height {
+        let below = row(if y < last { y + 1 } else { last.saturating_sub(1) });
+        let rows = [&above, &own, &below].map(|row| Pixels::new(format, &[row]));
+        for x in 0..width {
+            let pixel = demosaic(format, &rows, (x, y), width).unwrap_or_default();
+            rgb.extend_from_slice(&[pixel.r, pixel.g, pixel.b]);
+        }
+        (above, own) = (own, below);
+    }
 }
 
 /// Writes a picture of 8 bits a channel to a PNG file, which is complete or not there: it is written under another name

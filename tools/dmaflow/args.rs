@@ -9,7 +9,8 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 /// Below every help text.
 const NAMES: &str = "\
 SOURCE  /dev/videoN | a driver or card name (vivid) | pattern (a test card, no device needed)
-SINK    /dev/dri/cardN | a driver name (vkms) | png:FILE | null
+SINK    /dev/dri/cardN | a driver name (vkms) | png:FILE | y4m:FILE | raw:FILE | null
+        (y4m:- and raw:- write the frames to stdout, and the result to stderr)
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 3 zero copy demanded and refused, 4 a frame was shown wrong";
 

@@ -1,14 +1,16 @@
 //! From names on the command line to sources and sinks.
 
+use std::os::fd::{AsFd, BorrowedFd};
+
 use anyhow::{Context, bail};
 use dmaflow::endpoint::{Sink, Source};
 use dmaflow::format::{Format, Fourcc};
 use dmaflow::kms::{Card, Display, DisplayRequest, Present};
 use dmaflow::pattern::{Pattern, PatternRequest};
-use dmaflow::sink::{Null, Png};
+use dmaflow::sink::{Null, Png, Raw, Y4m};
 use dmaflow::v4l2::{Camera, CameraRequest, Device, RateRequest};
 
-use crate::args::{PresentChoice, Shape};
+use crate::args::{PathChoice, PipeArgs, PresentChoice, Shape};
 use crate::failure::Usage;
 use crate::output::note;
 
@@ -19,6 +21,8 @@ const USUAL_RATE: f64 = 60.0;
 pub enum AnySink {
     Display(Box<Display>),
     Png(Png),
+    Y4m(Y4m),
+    Raw(Raw),
     Null(Null),
 }
 
@@ -27,6 +31,8 @@ impl AnySink {
         match self {
             AnySink::Display(display) => display.as_mut(),
             AnySink::Png(png) => png,
+            AnySink::Y4m(y4m) => y4m,
+            AnySink::Raw(raw) => raw,
             AnySink::Null(null) => null,
         }
     }
@@ -35,24 +41,26 @@ impl AnySink {
     pub fn restore(&mut self) -> dmaflow::error::Result<()> {
         match self {
             AnySink::Display(display) => display.restore(),
-            AnySink::Png(_) | AnySink::Null(_) => Ok(()),
+            AnySink::Png(_) | AnySink::Y4m(_) | AnySink::Raw(_) | AnySink::Null(_) => Ok(()),
         }
     }
 }
 
-/// Opens the sink called `name`, else the first display.
-pub fn open_sink(
-    name: Option<&str>,
-    present: PresentChoice,
-    verify: bool,
-    stride_align: Option<u32>,
-) -> anyhow::Result<AnySink> {
-    let present = match present {
+/// Whether a sink of this name writes frames to stdout, so that nothing else may go there.
+pub fn takes_stdout(name: Option<&str>) -> bool {
+    matches!(name, Some("y4m:-" | "raw:-"))
+}
+
+/// Opens the sink that the arguments name, else the first display. When `stop` becomes readable, a sink that waits for its reader gives
+/// up.
+pub fn open_sink(args: &PipeArgs, stop: BorrowedFd<'_>) -> anyhow::Result<AnySink> {
+    let (name, verify) = (args.to.as_deref(), args.verify);
+    let present = match args.present {
         PresentChoice::Fifo => Present::Fifo,
         PresentChoice::Mailbox => Present::Mailbox,
     };
     let display = |card: Card| -> anyhow::Result<AnySink> {
-        let display = Display::open(card, DisplayRequest { present, verify, stride_align })?;
+        let display = Display::open(card, DisplayRequest { present, verify, stride_align: args.stride_align })?;
         Ok(AnySink::Display(Box::new(display)))
     };
     let Some(name) = name else {
@@ -60,10 +68,21 @@ pub fn open_sink(
         note(&format!("to {} ({})", card.info().path.display(), card.info().driver));
         return display(card);
     };
+    let stop = || stop.as_fd().try_clone_to_owned().context("cannot pass the order to stop on");
+    let copy = args.path == PathChoice::Copy;
     let sink = match name.split_once(':') {
         Some(("png", "")) => bail!(Usage("png: needs a file, as in png:picture.png".into())),
         Some(("png", file)) => AnySink::Png(Png::new(file)),
-        Some((kind @ ("y4m" | "unix" | "raw"), _)) => bail!(Usage(format!("this version has no sink {kind}:"))),
+        Some((kind @ ("y4m" | "raw"), "")) => bail!(Usage(format!("{kind}: needs a file, or - for stdout"))),
+        Some(("y4m", place)) => {
+            let y4m = Y4m::new(place).stop_at(stop()?);
+            AnySink::Y4m(if copy { y4m.by_copy() } else { y4m })
+        }
+        Some(("raw", place)) => {
+            let raw = Raw::new(place).stop_at(stop()?);
+            AnySink::Raw(if copy { raw.by_copy() } else { raw })
+        }
+        Some(("unix", _)) => bail!(Usage("this version has no sink unix:".into())),
         Some(_) => bail!(Usage(format!("there is no sink called \"{name}\""))),
         None if name == "null" => AnySink::Null(Null::new()),
         None if name == "vulkan" || name == "gbm" => bail!(Usage(format!("this version has no sink {name}"))),

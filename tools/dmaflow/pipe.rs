@@ -16,7 +16,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::args::{PathChoice, PipeArgs, PolicyChoice};
-use crate::ends::{AnySink, open_sink, open_source};
+use crate::ends::{AnySink, open_sink, open_source, takes_stdout};
 use crate::failure::{Usage, WRONG_FRAME, ZeroCopyRefused};
 use crate::keep::Keeper;
 use crate::live::Live;
@@ -28,7 +28,7 @@ pub fn run(args: &PipeArgs) -> anyhow::Result<ExitCode> {
     output::check()?;
     // Before any device is opened: from here on an order to stop waits until it can be followed in order.
     let stop = catch_signals()?;
-    let mut sink = open_sink(args.to.as_deref(), args.present, args.verify, args.stride_align)?;
+    let mut sink = open_sink(args, stop.as_fd())?;
     if args.snap.is_some() && !matches!(sink, AnySink::Display(_)) {
         bail!(Usage("--snap needs a display to look at".into()));
     }
@@ -43,7 +43,7 @@ pub fn run(args: &PipeArgs) -> anyhow::Result<ExitCode> {
         (Err(error), Err(also)) => return Err(error.context(also.line())),
         (Err(error), Ok(())) => return Err(error),
     };
-    output::print(&if args.json { report.json()? } else { report.table() })?;
+    tell(args, &if args.json { report.json()? } else { report.table() })?;
     restored?;
     Ok(status)
 }
@@ -108,13 +108,22 @@ fn flow(
     }
 }
 
+/// The result goes to stdout, unless the frames do.
+fn tell(args: &PipeArgs, result: &str) -> anyhow::Result<()> {
+    if takes_stdout(args.to.as_deref()) {
+        output::complain(result);
+        return Ok(());
+    }
+    output::print(result)
+}
+
 /// No rung that is allowed holds.
 fn refused(args: &PipeArgs, refusals: Vec<Refusal>, report: &mut Report) -> anyhow::Result<ExitCode> {
     for refusal in &refusals {
         report.refuse(refusal);
     }
     if args.json {
-        output::print(&report.json()?)?;
+        tell(args, &report.json()?)?;
     }
     // The first says why the way that costs nothing is closed; the last, why the last resort is.
     let told = match args.path {

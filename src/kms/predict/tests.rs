@@ -60,6 +60,7 @@ fn slow_pixel(layout: &Layout, memory: &[u8], x: u32, y: u32) -> (u16, [u16; 3])
             (0xffff, [scaled(0), scaled(1), scaled(2)])
         }
         Raw::Yuv { y, u, v, .. } => (0xffff, slow_yuv([y, u, v].map(|value| value * 257), layout.colour())),
+        Raw::Hsv { .. } | Raw::Bayer { .. } => unreachable!("no display shows them"),
     }
 }
 

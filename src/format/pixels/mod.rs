@@ -46,6 +46,22 @@ pub enum Raw {
         /// The bits that each of them has. P010's are its upper 10.
         bits: u8,
     },
+    /// A pixel of an HSV format.
+    Hsv {
+        /// Hue, in steps of two degrees.
+        h: u8,
+        /// Saturation.
+        s: u8,
+        /// Value.
+        v: u8,
+    },
+    /// The one sample that a pixel of a Bayer format has.
+    Bayer {
+        /// Its value.
+        value: u16,
+        /// The bits that it has.
+        bits: u8,
+    },
 }
 
 /// One row of a picture, to read: the bytes of that row in each colour plane.
@@ -84,8 +100,7 @@ impl<'a> Pixels<'a> {
         let chroma = x / self.format.subsampling().0 as usize;
         match self.format.kind() {
             Kind::Rgb { channels, alpha } => {
-                let size = self.format.row_bytes(0, 1) as usize;
-                let word = (0..size).fold(0, |word, i| word | u32::from(self.byte(0, x * size + i)) << (8 * i));
+                let word = self.word(x);
                 Raw::Rgb {
                     values: channels.map(|bits| field(word, bits)),
                     widths: channels.map(|bits| bits.width),
@@ -109,11 +124,27 @@ impl<'a> Pixels<'a> {
                 Raw::Yuv { y: at(0, x), u: at(u, chroma), v: at(v, chroma), bits: 8 }
             }
             Kind::Grey => Raw::Yuv { y: self.sample(0, x, 1), u: 128, v: 128, bits: 8 },
+            Kind::DeepGrey { bits } => {
+                let middle = 1 << (bits - 1);
+                Raw::Yuv { y: self.deep(x, bits), u: middle, v: middle, bits }
+            }
+            Kind::YuvWord { channels, .. } => {
+                let word = self.word(x);
+                let [y, u, v] = channels.map(|bits| field(word, bits) << (8 - bits.width));
+                Raw::Yuv { y, u, v, bits: 8 }
+            }
+            Kind::Hsv { before } => {
+                let first = x * self.format.row_bytes(0, 1) as usize + usize::from(before);
+                let [h, s, v] = [0, 1, 2].map(|byte| self.byte(0, first + byte));
+                Raw::Hsv { h, s, v }
+            }
+            Kind::Bayer { bits, .. } => Raw::Bayer { value: self.deep(x, bits), bits },
         }
     }
 
     /// The colour of pixel `x`, rounded to the nearest. `colour` says what YUV numbers mean; grey is of full range
-    /// whatever it says, as V4L2's GREY is. Alpha is not applied.
+    /// whatever it says, as V4L2's GREY is. Alpha is not applied. A Bayer format's one sample is taken as grey: for its colour see
+    /// [`demosaic`](super::demosaic).
     pub fn rgb(&self, x: u32, colour: Colour) -> Rgb {
         match self.raw(x) {
             Raw::Rgb { values, widths, .. } => {
@@ -124,7 +155,38 @@ impl<'a> Pixels<'a> {
                 Rgb::new(channel(0), channel(1), channel(2))
             }
             Raw::Yuv { y, u, v, bits } => from_yuv([y, u, v], bits, meaning(self.format, colour)),
+            Raw::Hsv { h, s, v } => from_hsv([h, s, v]),
+            Raw::Bayer { bits, .. } => {
+                let level = self.level(x, bits);
+                Rgb::new(level, level, level)
+            }
         }
+    }
+
+    /// The one sample of pixel `x`, of so many bits, as 8 bits.
+    pub(super) fn level(&self, x: u32, bits: u8) -> u8 {
+        // The lowest bits are less than a step.
+        (self.deep(x as usize, bits) >> (bits - 8)).to_le_bytes()[0]
+    }
+
+    /// Pixel `x` as one word.
+    fn word(&self, x: usize) -> u32 {
+        let size = self.format.row_bytes(0, 1) as usize;
+        let big = self.format.is_big_endian();
+        (0..size).fold(0, |word, i| {
+            let byte = u32::from(self.byte(0, x * size + i));
+            word | byte << (8 * if big { size - 1 - i } else { i })
+        })
+    }
+
+    /// Sample `index` of one byte or, with more than 8 bits, two.
+    fn deep(&self, index: usize, bits: u8) -> u16 {
+        if bits == 8 {
+            return u16::from(self.byte(0, index));
+        }
+        let bytes = [self.byte(0, 2 * index), self.byte(0, 2 * index + 1)];
+        let value = if self.format.is_big_endian() { u16::from_be_bytes(bytes) } else { u16::from_le_bytes(bytes) };
+        value & (u16::MAX >> (16 - bits))
     }
 
     fn byte(&self, plane: usize, index: usize) -> u8 {
@@ -209,9 +271,12 @@ impl<'a> PixelsMut<'a> {
         let (chroma, owner) = (x / horizontal as usize, x.is_multiple_of(horizontal as usize));
         let [y, u, v] = value.yuv;
         match self.format.kind() {
-            Kind::Rgb { .. } => {
+            Kind::Rgb { .. } | Kind::YuvWord { .. } | Kind::Hsv { .. } => {
                 let size = self.format.row_bytes(0, 1) as usize;
-                let bytes = value.word.to_le_bytes();
+                let mut bytes = value.word.to_le_bytes();
+                if self.format.is_big_endian() {
+                    bytes[..size].reverse();
+                }
                 if let (Some(pixel), Some(bytes)) = (self.rows[0].get_mut(x * size..(x + 1) * size), bytes.get(..size))
                 {
                     pixel.copy_from_slice(bytes);
@@ -241,7 +306,13 @@ impl<'a> PixelsMut<'a> {
                     self.put_sample(2, chroma, 1, second);
                 }
             }
-            Kind::Grey => self.put_sample(0, x, 1, y),
+            Kind::Grey | Kind::Bayer { bits: 8, .. } => self.put_sample(0, x, 1, y),
+            Kind::DeepGrey { .. } | Kind::Bayer { .. } => {
+                let bytes = if self.format.is_big_endian() { y.to_be_bytes() } else { y.to_le_bytes() };
+                if let Some(sample) = self.rows[0].get_mut(2 * x..2 * x + 2) {
+                    sample.copy_from_slice(&bytes);
+                }
+            }
         }
     }
 
@@ -278,6 +349,25 @@ impl Value {
                 Value { word, ..Value::default() }
             }
             Kind::SemiPlanar { sample: 2, .. } => Value { yuv: to_yuv(rgb, 10, colour), ..Value::default() },
+            Kind::DeepGrey { bits } | Kind::Bayer { bits, .. } => {
+                Value { yuv: to_yuv(rgb, bits, meaning(format, colour)), ..Value::default() }
+            }
+            Kind::YuvWord { channels, .. } => {
+                let mut word = u32::MAX;
+                for (bits, value) in channels.into_iter().zip(to_yuv(rgb, 8, colour)) {
+                    let top = (1u32 << bits.width) - 1;
+                    // The nearest of those whose upper bits these are.
+                    let half = (1 << (8 - bits.width)) / 2;
+                    let upper = ((u32::from(value) + half) >> (8 - bits.width)).min(top);
+                    word = word & !(top << bits.shift) | upper << bits.shift;
+                }
+                Value { word, ..Value::default() }
+            }
+            Kind::Hsv { before } => {
+                let [h, s, v] = to_hsv(rgb);
+                let word = u32::from_le_bytes([h, s, v, 0xff]).rotate_left(8 * u32::from(before));
+                Value { word, ..Value::default() }
+            }
             _ => Value { yuv: to_yuv(rgb, 8, meaning(format, colour)), ..Value::default() },
         }
     }
@@ -299,7 +389,7 @@ fn field(word: u32, bits: Bits) -> u16 {
 
 fn meaning(format: Format, colour: Colour) -> Colour {
     match format.kind() {
-        Kind::Grey => Colour { range: Range::Full, ..colour },
+        Kind::Grey | Kind::DeepGrey { .. } | Kind::Bayer { .. } => Colour { range: Range::Full, ..colour },
         _ => colour,
     }
 }
@@ -346,146 +436,39 @@ fn to_yuv(rgb: Rgb, bits: u8, colour: Colour) -> [u16; 3] {
     ]
 }
 
+/// Hue in steps of two degrees, as V4L2 has it (`V4L2_HSV_ENC_180`).
+fn from_hsv([h, s, v]: [u8; 3]) -> Rgb {
+    let (hue, value) = (f64::from(h) / 30.0, f64::from(v));
+    let chroma = value * f64::from(s) / 255.0;
+    // How far red, green and blue are below the value: by the distance of the hue to theirs.
+    let channel = |shift: f64| {
+        let place = (shift + hue) % 6.0;
+        byte(value - chroma * place.min(4.0 - place).clamp(0.0, 1.0))
+    };
+    Rgb::new(channel(5.0), channel(3.0), channel(1.0))
+}
+
+fn to_hsv(rgb: Rgb) -> [u8; 3] {
+    let [r, g, b] = [rgb.r, rgb.g, rgb.b].map(f64::from);
+    let value = r.max(g).max(b);
+    let chroma = value - r.min(g).min(b);
+    if chroma == 0.0 {
+        return [0, 0, byte(value)];
+    }
+    let hue = if value == r {
+        (g - b) / chroma
+    } else if value == g {
+        2.0 + (b - r) / chroma
+    } else {
+        4.0 + (r - g) / chroma
+    };
+    let steps = (hue.rem_euclid(6.0) * 30.0).round() % 180.0;
+    [byte(steps), byte(chroma / value * 255.0), byte(value)]
+}
+
 fn byte(value: f64) -> u8 {
     value.round().clamp(0.0, 255.0) as u8
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    const FULL_601: Colour = Colour { encoding: Encoding::Bt601, range: Range::Full };
-    const LIMITED_601: Colour = Colour { encoding: Encoding::Bt601, range: Range::Limited };
-    const LIMITED_709: Colour = Colour { encoding: Encoding::Bt709, range: Range::Limited };
-
-    fn format(name: &str) -> Format {
-        Format::parse(name).unwrap().0
-    }
-
-    fn colours() -> impl Strategy<Value = Colour> {
-        let encoding = prop_oneof![Just(Encoding::Bt601), Just(Encoding::Bt709), Just(Encoding::Bt2020)];
-        let range = prop_oneof![Just(Range::Limited), Just(Range::Full)];
-        (encoding, range).prop_map(|(encoding, range)| Colour { encoding, range })
-    }
-
-    #[test]
-    fn known_colours_have_known_numbers() {
-        let (white, red) = (Rgb::new(255, 255, 255), Rgb::new(255, 0, 0));
-        assert_eq!(to_yuv(white, 8, LIMITED_601), [235, 128, 128]);
-        assert_eq!(to_yuv(white, 8, FULL_601), [255, 128, 128]);
-        assert_eq!(to_yuv(white, 10, LIMITED_709), [940, 512, 512]);
-        assert_eq!(to_yuv(red, 8, LIMITED_601), [81, 90, 240]);
-        assert_eq!(to_yuv(red, 8, FULL_601), [76, 85, 255]);
-        assert_eq!(to_yuv(red, 8, LIMITED_709), [63, 102, 240]);
-        assert_eq!(from_yuv([81, 90, 240], 8, LIMITED_601), Rgb::new(254, 0, 0));
-        assert_eq!(from_yuv([63, 102, 240], 8, LIMITED_709), Rgb::new(255, 1, 0));
-        assert_eq!(from_yuv([235, 128, 128], 8, LIMITED_709), white);
-        assert_eq!(from_yuv([16, 128, 128], 8, LIMITED_709), Rgb::default());
-    }
-
-    #[test]
-    fn bytes_lie_where_the_formats_say() {
-        let orange = Rgb::new(255, 128, 8);
-        let word = |name| {
-            let mut bytes = [0; 4];
-            PixelsMut::new(format(name), [&mut bytes[..]]).set(0, orange, FULL_601);
-            bytes
-        };
-        assert_eq!(word("XR24"), [8, 128, 255, 255]);
-        assert_eq!(word("BA24"), [255, 255, 128, 8]);
-        assert_eq!(word("BG24"), [255, 128, 8, 0]);
-        assert_eq!(word("RG16"), [0x01, 0xfc, 0, 0]);
-        let [y, u, v] = to_yuv(orange, 8, FULL_601).map(|value| value as u8);
-        assert_eq!(word("UYVY"), [u, y, v, 0]);
-        let (mut luma, mut chroma) = ([0; 2], [0; 2]);
-        PixelsMut::new(format("NV21"), [&mut luma[..], &mut chroma[..]]).fill(0..2, orange, FULL_601);
-        assert_eq!((luma, chroma), ([y, y], [v, u]));
-        let (mut luma, mut chroma) = ([0; 4], [0; 4]);
-        PixelsMut::new(format("P010"), [&mut luma[..], &mut chroma[..]]).fill(
-            0..2,
-            Rgb::new(255, 255, 255),
-            LIMITED_709,
-        );
-        assert_eq!((luma, chroma), ([0x00, 0xeb, 0x00, 0xeb], [0x00, 0x80, 0x00, 0x80]));
-    }
-
-    #[test]
-    fn raw_keeps_alpha_and_widths() {
-        let row = [0x11, 0x22, 0x33, 0x44];
-        let raw = Pixels::new(format("AR24"), &[&row]).raw(0);
-        assert_eq!(raw, Raw::Rgb { values: [0x33, 0x22, 0x11], widths: [8; 3], alpha: Some((0x44, 8)) });
-        let raw = Pixels::new(format("YVYU"), &[&row]).raw(1);
-        assert_eq!(raw, Raw::Yuv { y: 0x33, u: 0x44, v: 0x22, bits: 8 });
-    }
-
-    #[test]
-    fn short_rows_are_black_and_never_a_panic() {
-        for format in Format::all() {
-            let mut rows = PixelsMut::new(format, []);
-            rows.fill(0..5, Rgb::new(1, 2, 3), Colour::default());
-            let _ = Pixels::new(format, &[&[1]]).rgb(7, Colour::default());
-        }
-        assert_eq!(Pixels::new(format("XR24"), &[]).rgb(u32::MAX, FULL_601), Rgb::default());
-    }
-
-    #[test]
-    fn shared_chroma_is_written_by_the_even_row() {
-        let layout = Layout::packed(format("NV12"), (4, 4), 8).unwrap();
-        let mut memory = vec![0; layout.memory_len(0)];
-        for y in 0..4u8 {
-            let mut planes = [&mut memory[..]];
-            let mut row = PixelsMut::at(&layout, &mut planes, u32::from(y));
-            row.fill(0..4, Rgb::new(60 * y, 0, 60 * y), FULL_601);
-        }
-        let [start, stride] = [layout.planes()[1].offset, layout.planes()[1].stride].map(|bytes| bytes as usize);
-        assert_eq!(memory[start..start + 4], [128; 4]);
-        let expected = to_yuv(Rgb::new(120, 0, 120), 8, FULL_601);
-        assert_eq!(memory[start + stride..start + stride + 2], [expected[1] as u8, expected[2] as u8]);
-        assert_eq!(memory[4..stride], [0; 12]);
-        let row = Pixels::at(&layout, &[&memory], 2);
-        assert_eq!(row.raw(3), Raw::Yuv { y: expected[0], u: expected[1], v: expected[2], bits: 8 });
-    }
-
-    proptest! {
-        /// A whole picture, through `at`, in every format: the error is no more than the format's step, and YUV's
-        /// rounding of three numbers, allow.
-        #[test]
-        fn what_is_written_is_read(
-            index in 0..Format::all().len(),
-            (width, height) in (1u32..20, 1u32..8),
-            channels in any::<[u8; 3]>(),
-            colour in colours(),
-            separate in any::<bool>(),
-        ) {
-            let format = Format::all().nth(index).unwrap();
-            let [r, g, b] = channels;
-            let rgb = if format.kind() == Kind::Grey { Rgb::new(r, r, r) } else { Rgb::new(r, g, b) };
-            let strides: Vec<_> = (0..format.planes()).map(|plane| format.row_bytes(plane, width) + 3).collect();
-            let layout = if separate {
-                Layout::separate(format, (width, height), &strides).unwrap()
-            } else {
-                Layout::packed(format, (width, height), 16).unwrap()
-            };
-            let mut memory: Vec<Vec<u8>> =
-                (0..layout.memory_planes() as u32).map(|plane| vec![0x55; layout.memory_len(plane)]).collect();
-            for y in 0..height {
-                let mut planes: Vec<&mut [u8]> = memory.iter_mut().map(|plane| &mut plane[..]).collect();
-                PixelsMut::at(&layout, &mut planes, y).fill(0..width, rgb, colour);
-            }
-            let planes: Vec<&[u8]> = memory.iter().map(|plane| &plane[..]).collect();
-            let limit = match format.kind() {
-                Kind::Rgb { channels, .. } => channels.map(|bits| (128u16 >> bits.width) as u8),
-                Kind::Grey => [0; 3],
-                // Half a step of luma and half a step of chroma, the latter times up to 1.9.
-                _ => [2; 3],
-            };
-            for (x, y) in [(0, 0), (width - 1, 0), (0, height - 1), (width - 1, height - 1), (width / 2, height / 2)] {
-                let got = Pixels::at(&layout, &planes, y).rgb(x, colour);
-                let apart = [got.r.abs_diff(rgb.r), got.g.abs_diff(rgb.g), got.b.abs_diff(rgb.b)];
-                let near = apart.iter().zip(limit).all(|(&apart, limit)| apart <= limit);
-                prop_assert!(near, "{format}: {rgb:?} {got:?}");
-            }
-        }
-    }
-}
+mod tests;
