@@ -171,7 +171,9 @@ const fn create_dumb(errno: i32) -> Cause {
 /// v4l_s_fmt (v4l2-ioctl.c) and the driver's own checks.
 const fn set_format(errno: i32) -> Cause {
     match errno {
-        libc::EBUSY => cause("the queue has buffers, of this or of another program", "close the other program"),
+        libc::EBUSY => {
+            cause("another program has buffers in its queue", "another program streams from this camera; close it")
+        }
         libc::EINVAL => cause("the camera lacks the format", "choose one that `dmaflow list` shows"),
         libc::ENODEV => cause("the camera was disconnected", "plug it in again"),
         _ => cause("the camera's driver refused the format", LOG),
@@ -181,7 +183,7 @@ const fn set_format(errno: i32) -> Cause {
 /// vb2_core_reqbufs (videobuf2-core.c).
 const fn request_own(errno: i32) -> Cause {
     match errno {
-        libc::EBUSY => cause("another program streams from this camera", "close it"),
+        libc::EBUSY => cause("another program has its queue", "another program streams from this camera; close it"),
         libc::EINVAL => cause("the driver makes no buffers that can be mapped", LOG),
         libc::ENOMEM => cause(
             "no memory that the device can use is left",

@@ -60,7 +60,7 @@ pub trait Source: AsFd {
     /// The next frame, or `None` if there is none yet.
     ///
     /// # Errors
-    /// [`Kind::Ended`](crate::error::Kind::Ended) after the last frame,
+    /// [`Kind::Ended`] after the last frame,
     /// [`FormatChanged`](crate::error::Kind::FormatChanged) when the source must be set up anew,
     /// [`Disconnected`](crate::error::Kind::Disconnected) when it is gone.
     fn try_next(&mut self, ready: Ready) -> Result<Option<Frame>>;
@@ -364,6 +364,9 @@ pub trait Sink {
     /// Gets ready for frames of this shape in these buffers, importing each of them, and changes nothing that a person
     /// sees. `rate` is in frames a second.
     ///
+    /// A sink that shows frames already can be joined anew: what it shows stays until the first frame comes. One that refuses, or
+    /// fails, is as it was.
+    ///
     /// # Errors
     /// A refusal of these buffers, or a failure.
     fn join(&mut self, layout: &Layout, rate: Option<f64>, buffers: &[Buffer]) -> Result<Rung, JoinError>;
@@ -422,7 +425,7 @@ pub trait Sink {
         Ok(None)
     }
 
-    /// Keeps showing the newest picture without the source's memory: gives up every frame. Frames that were on their way are
+    /// Keeps showing the newest picture without the source's memory: gives up the source's frames. Frames that were on their way are
     /// [finished](Sink::finish) first. Nothing to do for a sink that holds none.
     ///
     /// # Errors

@@ -61,3 +61,21 @@ pub fn check(rows: &[Row]) -> Vec<Check> {
     }
     checks
 }
+
+/// What a copy may cost beside GStreamer's. NV12 is not copied where the display takes it, which costs less still.
+pub fn check_copies(rows: &[Row]) -> Vec<Check> {
+    let cost = |program| {
+        let row = rows.iter().find(|row| row.program == program && row.width == 640);
+        row.map_or(f64::NAN, |row| row.instructions_per_frame)
+    };
+    let pairs = [
+        (Program::DmaflowCopy, Program::GstCopy, 0.6),
+        (Program::DmaflowYuyv, Program::GstYuyv, 1.0),
+        (Program::DmaflowNv12, Program::GstNv12, 1.0),
+    ];
+    let check = |(program, other, limit): (Program, Program, f64)| {
+        let measured = cost(program) / cost(other);
+        Check { what: format!("{}: of {}", program.name(), other.name()), measured, limit, met: measured <= limit }
+    };
+    pairs.into_iter().map(check).collect()
+}

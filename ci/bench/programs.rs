@@ -1,4 +1,4 @@
-//! What is compared, and at which sizes: vivid to vkms, XR24.
+//! What is compared, and at which sizes: vivid to vkms, XR24 unless the program's name says another format.
 
 use serde::Serialize;
 
@@ -20,6 +20,16 @@ pub enum Program {
     DmaflowFifo,
     /// `dmaflow pipe --present mailbox`.
     DmaflowMailbox,
+    /// `dmaflow pipe --path copy`.
+    DmaflowCopy,
+    /// GStreamer, YUYV converted, at its best.
+    GstYuyv,
+    /// `dmaflow pipe` of YUYV, which no display takes.
+    DmaflowYuyv,
+    /// GStreamer, NV12 converted, at its best.
+    GstNv12,
+    /// `dmaflow pipe` of NV12, which the display takes from Linux 7.2 on.
+    DmaflowNv12,
 }
 
 /// A size with the rate that vivid has there.
@@ -40,7 +50,7 @@ impl Size {
 }
 
 impl Program {
-    pub const ALL: [Program; 7] = [
+    pub const ALL: [Program; 12] = [
         Program::GstCopy,
         Program::GstDefault,
         Program::GstBest,
@@ -48,7 +58,26 @@ impl Program {
         Program::FloorBlocking,
         Program::DmaflowFifo,
         Program::DmaflowMailbox,
+        Program::DmaflowCopy,
+        Program::GstYuyv,
+        Program::DmaflowYuyv,
+        Program::GstNv12,
+        Program::DmaflowNv12,
     ];
+
+    /// The group of programs that copy each frame, by a name for `--only`.
+    pub const COPIES: &str = "copies";
+
+    /// Whether `--only` with this name means it: the program's, or its group's.
+    pub fn is_called(self, name: &str) -> bool {
+        name == self.name() || name == Program::COPIES && (self.copies() || self == Program::GstCopy)
+    }
+
+    /// Whether it is measured for its copies alone: at one size, by fewer runs, and without a count of its calls.
+    pub fn copies(self) -> bool {
+        use Program::{DmaflowCopy, DmaflowNv12, DmaflowYuyv, GstNv12, GstYuyv};
+        matches!(self, DmaflowCopy | GstYuyv | DmaflowYuyv | GstNv12 | DmaflowNv12)
+    }
 
     /// As in the table, the JSON, and `--only`.
     pub fn name(self) -> &'static str {
@@ -60,6 +89,11 @@ impl Program {
             Program::FloorBlocking => "floor-blocking",
             Program::DmaflowFifo => "dmaflow-fifo",
             Program::DmaflowMailbox => "dmaflow-mailbox",
+            Program::DmaflowCopy => "dmaflow-copy",
+            Program::GstYuyv => "gst-yuyv",
+            Program::DmaflowYuyv => "dmaflow-yuyv",
+            Program::GstNv12 => "gst-nv12",
+            Program::DmaflowNv12 => "dmaflow-nv12",
         }
     }
 
@@ -73,13 +107,25 @@ impl Program {
             Program::FloorBlocking => "DQBUF, blocking ATOMIC, QBUF",
             Program::DmaflowFifo => "dmaflow pipe --present fifo",
             Program::DmaflowMailbox => "dmaflow pipe --present mailbox",
+            Program::DmaflowCopy => "dmaflow pipe --path copy",
+            Program::GstYuyv => {
+                "v4l2src, YUY2 ! videoconvert, I420 ! videoconvert, BGRx ! kmssink skip-vsync=true (its best)"
+            }
+            Program::DmaflowYuyv => "dmaflow pipe --format YUYV",
+            Program::GstNv12 => {
+                "v4l2src, NV12 ! videoconvert, I420 ! videoconvert, BGRx ! kmssink skip-vsync=true (its best)"
+            }
+            Program::DmaflowNv12 => "dmaflow pipe --format NV12",
         }
     }
 
     /// At the last size only what the check of growth compares: frames are slow to make there.
     pub fn measured_at(self, size: Size) -> bool {
         let is_gst = matches!(self, Program::GstCopy | Program::GstDefault | Program::GstBest);
-        size.rate == 60 || !is_gst
+        match self.copies() {
+            true => size == Size::ALL[0],
+            false => size.rate == 60 || !is_gst,
+        }
     }
 
     /// The command that shows this many frames and ends. `mode` is the floor's, which is to have the same as dmaflow:
@@ -95,10 +141,17 @@ impl Program {
             )
         };
         let floor = |way: &str| format!("{} {way} {width}x{height} {rate} {frames} {mode}", sibling("bench-floor"));
-        let dmaflow = |present: &str| {
+        let converted = |format: &str| {
             format!(
-                "dmaflow pipe --from vivid --to vkms --format XR24 --size {width}x{height} --fps {rate} \
-                 --frames {frames} --present {present} --json"
+                "gst-launch-1.0 -q v4l2src device=/dev/video0 num-buffers={frames} io-mode=mmap ! \
+                 video/x-raw,format={format},width={width},height={height},framerate={rate}/1 ! \
+                 videoconvert {CONVERT} ! video/x-raw,format=BGRx ! kmssink driver-name=vkms skip-vsync=true"
+            )
+        };
+        let dmaflow = |format: &str, how: &str| {
+            format!(
+                "dmaflow pipe --from vivid --to vkms --format {format} --size {width}x{height} --fps {rate} \
+                 --frames {frames} {how} --json"
             )
         };
         let line = match self {
@@ -107,12 +160,21 @@ impl Program {
             Program::GstBest => gst("dmabuf", "skip-vsync=true"),
             Program::FloorEvents => floor("events"),
             Program::FloorBlocking => floor("blocking"),
-            Program::DmaflowFifo => dmaflow("fifo"),
-            Program::DmaflowMailbox => dmaflow("mailbox"),
+            Program::DmaflowFifo => dmaflow("XR24", "--present fifo"),
+            Program::DmaflowMailbox => dmaflow("XR24", "--present mailbox"),
+            Program::DmaflowCopy => dmaflow("XR24", "--path copy"),
+            Program::GstYuyv => converted("YUY2"),
+            Program::DmaflowYuyv => dmaflow("YUYV", ""),
+            Program::GstNv12 => converted("NV12"),
+            Program::DmaflowNv12 => dmaflow("NV12", ""),
         };
         words(&line)
     }
 }
+
+/// The cheapest settings of `videoconvert` that give the right colours; README.md tells what was tried.
+const CONVERT: &str =
+    "dither=none chroma-mode=none ! video/x-raw,format=I420 ! videoconvert dither=none chroma-mode=none";
 
 /// Makes GStreamer look through its plug-ins.
 pub fn warm_up() -> Vec<String> {

@@ -224,10 +224,11 @@ fn hoarder_is_detached() -> anyhow::Result<Outcome> {
 fn hoarded(policy: ViewPolicy) -> Result<(Camera, Vec<CowView>)> {
     let mut camera = camera(Pool::Vmalloc)?;
     camera.set_view_policy(policy);
-    camera.set_watchdog(Duration::from_millis(500));
     let views = (0..camera.buffers().len())
         .map(|_| Ok(camera.next()?.view("hoarder")?))
         .collect::<Result<Vec<_>>>()?;
+    // From here on no frame can come.
+    camera.set_watchdog(Duration::from_millis(500));
     Ok((camera, views))
 }
 
@@ -256,9 +257,8 @@ fn hoarder_is_waited_for() -> anyhow::Result<Outcome> {
 
 fn hoarder_is_an_error() -> anyhow::Result<Outcome> {
     let (mut camera, mut views) = hoarded(ViewPolicy::Error)?;
-    let start = Instant::now();
     let error = camera.next().err().context("a frame without a buffer")?;
-    ensure!(error.kind() == Kind::Busy && start.elapsed() < Duration::from_millis(400), "{error:?}");
+    ensure!(error.kind() == Kind::Busy, "{error:?}");
     names_the_hoarder(&error.line())?;
     views.remove(0);
     camera.next()?;
@@ -414,5 +414,14 @@ fn in_the_command() -> anyhow::Result<Outcome> {
     for policy in ["wait", "error"] {
         pipe(policy)?.one_line(1, &["slot", "by dmaflow --keep-views", "process"])?;
     }
+    // The policy outlives another agreement with the camera, and holds for a source that is no camera.
+    for options in ["--from vivid --to vkms --stride 2624 --stride-align 256 --buffers 4", "--from pattern --to null"] {
+        let line = format!("pipe {options} --format XR24 --keep-views 8 --view-policy error --frames 60 --json");
+        finish(&mut dmaflow(&line))?.one_line(1, &["slot", "by dmaflow --keep-views"])?;
+    }
+    // Where frames are copied views are of the copies, and do not keep them from going on either.
+    let line = "pipe --from vivid --to vkms --format YUYV --size 320x180 --keep-views 4 --frames 30 --json";
+    let result = finish(&mut dmaflow(line))?.json(0)?;
+    ensure!(number(&result, "frames/presented")? == 30, "{result}");
     PASSED
 }

@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use dmaflow::endpoint::{Ready, Rung, Source, SourceCounts};
+use dmaflow::endpoint::{Ready, Rung, Sink, Source, SourceCounts};
 use dmaflow::format::Layout;
 use dmaflow::frame::{Buffer, Frame};
 use dmaflow::kms::{Display, DisplayRequest};
@@ -151,7 +151,7 @@ fn contiguous() -> anyhow::Result<Outcome> {
     let refusals = result["refusals"].as_array().context("refusals")?;
     let reverse: Vec<_> = refusals.iter().filter(|refusal| refusal["rung"] == "reverse").collect();
     for refusal in &reverse {
-        ensure!(refusal["errno"] == "EFAULT" && refusal["step"] == "VIDIOC_QBUF", "{refusal}");
+        ensure!(refusal["errno"] == "EFAULT" && refusal["step"] == "VIDIOC_PREPARE_BUF", "{refusal}");
         ensure!(text(refusal, "why")?.contains("contiguous"), "{refusal}");
         ensure!(text(refusal, "repair")?.contains("own buffers"), "{refusal}");
     }
@@ -233,7 +233,17 @@ fn the_source_changes() -> anyhow::Result<Outcome> {
         .read(true)
         .custom_flags(libc::O_NONBLOCK)
         .open(folder.join("data"))?;
-    let blacks = [(640, 480), (1024, 768), (1280, 720)].map(|(width, height)| black(width, height));
+    // In whichever mode.
+    let modes = fs::read_to_string(crate::modules::connector()?.with_file_name("modes"))?;
+    let sizes = modes.lines().filter_map(|line| {
+        let (width, height) = line.split_once('x')?;
+        Some((width.parse().ok()?, height.parse().ok()?))
+    });
+    let blacks: std::collections::BTreeSet<_> = sizes
+        .filter(|&(width, _)| width <= 1600)
+        .map(|(width, height)| black(width, height))
+        .collect();
+    ensure!(blacks.len() > 4, "vkms has the modes {modes}");
     let (mut seen, mut different) = (0, std::collections::BTreeSet::new());
     for change in 0..CHANGES {
         control(&format!("dv_timings={}", [0, 4, 7][change as usize % 3]))?;
@@ -250,10 +260,10 @@ fn the_source_changes() -> anyhow::Result<Outcome> {
     running.signal(nix::sys::signal::Signal::SIGINT)?;
     let result = running.end()?.json(0)?;
     note(&format!("{seen} pictures looked at, {} different", different.len()));
-    ensure!(seen > 100 && different.len() > 40, "{seen} pictures, {} different", different.len());
+    ensure!(seen > 60 && different.len() > 20, "{seen} pictures, {} different", different.len());
     let moves = result["moves"].as_array().context("moves")?;
     // Two changes in the time of one set-up are one to the source.
-    ensure!((15..=CHANGES as usize).contains(&moves.len()), "{} moves: {result}", moves.len());
+    ensure!((10..=CHANGES as usize).contains(&moves.len()), "{} moves: {result}", moves.len());
     ensure!(moves.iter().all(|step| step["to"] == "exported"), "{moves:?}");
     // One copy a change, to keep the picture; none besides.
     let copies = result["copies"].as_array().context("copies")?;
@@ -305,7 +315,7 @@ fn unplugged() -> anyhow::Result<Outcome> {
     running.signal(nix::sys::signal::Signal::SIGINT)?;
     let result = running.end()?.json(0)?;
     let (captured, presented) = (number(&result, "frames/captured")?, number(&result, "frames/presented")?);
-    ensure!(captured == presented && captured > 60, "{result}");
+    ensure!(captured == presented && captured > 20, "{result}");
     PASSED
 }
 
@@ -386,20 +396,24 @@ fn down_and_up() -> anyhow::Result<Outcome> {
         Pattern::new(&request)
     };
     let mut source =
-        Mixed { shared: card(Allocator::Udmabuf)?, plain: card(Allocator::Plain)?, given: 0, hard: 10..20 };
+        Mixed { shared: card(Allocator::Udmabuf)?, plain: card(Allocator::Plain)?, given: 0, hard: 10..90 };
     let mut display = Display::find("vkms", DisplayRequest::default())?;
-    let limits = Limits { frames: Some(120), duration: None };
+    let limits = Limits { frames: Some(300), duration: None };
     let pipe = Pipe::join(&mut source, &mut display, Path::Auto, limits)?;
     ensure!(pipe.rung() == Rung::Exported, "{:?}", pipe.refusals());
     let account = pipe.run(None, &mut |_| {})?;
     let steps: Vec<_> = account.moves.iter().map(|step| (step.frame, step.from, step.to)).collect();
-    ensure!(steps.len() == 2, "{steps:?}");
-    ensure!(steps[0] == (11, Rung::Exported, Rung::Copied), "{steps:?}");
-    ensure!((steps[1].1, steps[1].2) == (Rung::Copied, Rung::Exported) && steps[1].0 > 60, "{steps:?}");
-    ensure!(account.rung == Rung::Exported && account.captured == 120 && account.presented == 120, "{account:?}");
+    let (down, up) = ((Rung::Exported, Rung::Copied), (Rung::Copied, Rung::Exported));
+    // Down at the first such frame; up a second later, and down again at once; up when it is over.
+    ensure!(steps.iter().map(|step| (step.1, step.2)).eq([down, up, down, up]), "{steps:?}");
+    ensure!(steps[0].0 == 11 && steps[1].0 == 71 && steps[2].0 == 71 && steps[3].0 == 191, "{steps:?}");
+    ensure!(account.rung == Rung::Exported && account.captured == 300 && account.presented == 300, "{account:?}");
     let copied = account.copies.entries().first().map_or(0, |copies| copies.count);
-    ensure!(copied == steps[1].0 - steps[0].0, "{copied} copies between {steps:?}");
-    ensure!(account.refusals.iter().any(|refusal| refusal.why.contains("plain memory")), "{:?}", account.refusals);
+    ensure!(copied == (70 - 10) + (190 - 70), "{copied} copies between {steps:?}");
+    // What holds at the end was refused by nobody; the moves say why it did not hold for a while.
+    ensure!(account.refusals.is_empty(), "{:?}", account.refusals);
+    ensure!(account.moves[0].why.contains("plain memory"), "{:?}", account.moves);
+    ensure!(display.imports() == 4, "{} imports", display.imports());
     drop((source, display));
     before.is_back()?;
     drop(witness);

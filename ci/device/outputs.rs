@@ -171,7 +171,8 @@ fn by_ffmpeg() -> anyhow::Result<Outcome> {
         let drawn = 60 + number(&result, "frames/dropped_by_camera")?;
         note(&format!("{format}: 60 of {drawn} frames"));
         let expected = "/tmp/outputs.expected";
-        let stored = finish(&mut dmaflow(&format!("pipe --json {source} --frames {drawn} --to raw:{expected}")))?;
+        let stored =
+            finish(&mut dmaflow(&format!("pipe --json {source} --buffers 64 --frames {drawn} --to raw:{expected}")))?;
         let stored = stored.json(0)?;
         ensure!(number(&stored, "frames/dropped_by_camera")? == 0, "too slow to compare: {stored}");
         let (decoded, expected) = (fs::read(OUT)?, fs::read(expected)?);

@@ -199,7 +199,7 @@ impl Converter {
             let bytes = layout.format().row_bytes(plane, layout.width()) as usize;
             let part = |row, len| at(plane, row).and_then(|(span, offset)| span.part(offset, len));
             let stride = layout.planes()[plane].stride;
-            if stride == self.to.planes()[plane].stride {
+            if stride == self.to.planes()[plane].stride && (stride as usize == bytes || !beside(&self.to, plane)) {
                 // The last row without its padding, which may be missing.
                 let whole = part(0, stride as usize * (rows - 1) as usize + bytes);
                 if whole.is_some_and(|whole| to.rows(plane, 0, whole)) {
@@ -300,6 +300,22 @@ impl Rows {
 }
 
 /// Two planes of a layout that share bytes.
+/// Whether another plane starts in what the rows of this one leave free.
+fn beside(layout: &Layout, plane: usize) -> bool {
+    let planes = layout.planes();
+    let own = planes[plane];
+    let mut others = planes
+        .iter()
+        .enumerate()
+        .filter(|&(other, place)| other != plane && place.memory == own.memory);
+    others.any(|(_, place)| {
+        let first = u64::from(own.offset) % u64::from(own.stride.max(1));
+        let second = u64::from(place.offset) % u64::from(own.stride.max(1));
+        let apart = u64::from(own.stride) * u64::from(layout.format().rows(plane, layout.height()));
+        first != second && u64::from(place.offset.abs_diff(own.offset)) < apart
+    })
+}
+
 fn overlap(layout: &Layout) -> Option<(usize, usize)> {
     let span = |plane: usize| {
         let place = layout.planes()[plane];

@@ -204,6 +204,17 @@ impl Buffer {
         Ok(mapped)
     }
 
+    /// Whether a view of it would show its own pages; otherwise one would be a copy. Maps it the first time, for the views to come.
+    pub(crate) fn maps_privately(&self) -> bool {
+        match self.take_private() {
+            Ok(Some(planes)) => {
+                self.keep_private(planes);
+                true
+            }
+            _ => false,
+        }
+    }
+
     /// Keeps mappings in which nothing is written for the next view.
     pub(crate) fn keep_private(&self, planes: Vec<Private>) {
         let mut private = self.0.private.lock().unwrap_or_else(PoisonError::into_inner);

@@ -61,6 +61,11 @@ impl Request {
         self
     }
 
+    /// Whether there are values for an object.
+    pub(super) fn has(&self, object: u32) -> bool {
+        self.objects.contains(&object)
+    }
+
     /// How many values there are.
     pub(super) fn len(&self) -> usize {
         self.values.len()

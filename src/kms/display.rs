@@ -188,6 +188,7 @@ impl Display {
         }
         if before.route.crtc == next.route.crtc && before.route.connector == next.route.connector {
             next.saved = before.saved;
+            next.saved.turn_off(&self.card, next.route.plane)?;
             next.left = true;
             return Ok(());
         }
@@ -257,8 +258,10 @@ impl Sink for Display {
                 .repair("finish them first")
                 .into());
         }
-        self.imports_before = self.framebuffers.imports();
-        let routes = Route::candidates(&self.card, layout, rate)?;
+        // The connector that shows frames of ours counts as connected: its controller goes on while it is unplugged.
+        let lit = self.way.as_ref().filter(|way| way.lit || way.left);
+        let keep = lit.map(|way| way.route.connector);
+        let routes = Route::candidates(&self.card, layout, rate, keep)?;
         if let Some(refusal) = shown_wrong(&self.card, layout, self.stride_align()) {
             return Err(refusal.into());
         }
@@ -276,6 +279,8 @@ impl Sink for Display {
             self.leave(before, &mut way)?;
         }
         self.way = Some(way);
+        // Those of this join: some of its buffers may have been imported by one before.
+        self.imports_before = self.framebuffers.imports().saturating_sub(buffers.len() as u64);
         Ok(Rung::Exported)
     }
 

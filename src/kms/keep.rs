@@ -14,6 +14,10 @@ impl Display {
 
     /// Copies the frame on screen into a buffer of the card's, shows that, and gives up the frame.
     pub(super) fn keep_picture(&mut self) -> Result<()> {
+        // On a way that has shown nothing yet, what is on screen has been kept before.
+        if !self.way.as_ref().is_some_and(|way| way.lit) {
+            return Ok(());
+        }
         let Some(frame) = self.on_screen.clone() else { return Ok(()) };
         let layout = *frame.buffer().layout();
         let buffer = self

@@ -9,6 +9,7 @@ use super::flip::{Flip, wait_readable};
 use super::import::Framebuffer;
 use super::saved::Blob;
 use super::setup::mode_bytes;
+use super::verify::Verifier;
 use crate::clock::now_us;
 use crate::endpoint::{Refusal, Shown, Sink};
 use crate::error::{Error, Kind, Result};
@@ -76,9 +77,16 @@ impl Display {
 
     /// Shows a frame, waits until it is on screen, and verifies it.
     pub(super) fn show_verified(&mut self, frame: Frame) -> Result<Shown> {
+        self.forget_crcs()?;
         self.flip(&frame, CommitFlags { event: true, ..CommitFlags::default() })?;
         self.pending = Some(frame);
         self.wait_pending()
+    }
+
+    /// Nothing is on its way: what CRCs there are belong to pictures that were checked.
+    fn forget_crcs(&mut self) -> Result<()> {
+        let verifier = self.way.as_mut().and_then(|way| way.verifier.as_mut());
+        verifier.map_or(Ok(()), Verifier::forget)
     }
 
     /// Waits until every frame sent is on screen and its event read, and tells of one.
@@ -110,6 +118,7 @@ impl Display {
 
     /// Submits a frame and returns at once.
     pub(super) fn submit(&mut self, frame: Frame) -> Result<()> {
+        self.forget_crcs()?;
         if !self.flip(&frame, CommitFlags { nonblock: true, event: true, ..CommitFlags::default() })? {
             let error = Error::from_io("show a frame on", &self.name, std::io::Error::from_raw_os_error(libc::EBUSY));
             return Err(error.repair("an earlier commit has not completed"));
@@ -163,8 +172,10 @@ impl Display {
     /// The framebuffer of a frame's buffer, imported now if `join` has not seen it.
     fn framebuffer(&mut self, frame: &Frame) -> Result<u32> {
         let imported = self.framebuffers.get(&mut self.importer, frame.buffer());
-        let error =
-            |refusal: Refusal| Error::new(Kind::Unsupported, "import a frame into", &self.name).because(refusal);
+        let error = |refusal: Refusal| {
+            let error = Error::new(Kind::Unsupported, "import a frame into", &self.name).said_by(refusal.step);
+            error.because(refusal)
+        };
         imported.map(Framebuffer::id).map_err(error)
     }
 }

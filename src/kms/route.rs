@@ -37,9 +37,16 @@ impl Route {
     /// All ways that fit, best first: connectors in the card's order, the CRTC that a connector has before others, primary
     /// planes before overlays. A driver may still refuse one of them, which only a test commit tells.
     ///
+    /// `keep` is a connector to count as connected.
+    ///
     /// # Errors
     /// [`Kind::NotFound`] if nothing is connected; a refusal if no plane takes the format or no mode holds the picture.
-    pub(super) fn candidates(card: &Card, layout: &Layout, rate: Option<f64>) -> Result<Vec<Route>, JoinError> {
+    pub(super) fn candidates(
+        card: &Card,
+        layout: &Layout,
+        rate: Option<f64>,
+        keep: Option<u32>,
+    ) -> Result<Vec<Route>, JoinError> {
         let resources = card.resource_handles().context("list the outputs of", || card.name())?;
         let mut connected = Vec::new();
         let mut all = Vec::new();
@@ -49,7 +56,7 @@ impl Route {
                 continue;
             }
             all.push(info.to_string());
-            if info.state() == connector::State::Connected {
+            if info.state() == connector::State::Connected || keep == Some(handle.into()) {
                 connected.push(info);
             }
         }

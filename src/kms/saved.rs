@@ -129,6 +129,26 @@ impl Saved {
         Ok(())
     }
 
+    /// Puts back that a plane shows nothing, if it is not among those put back already: one that came into use later.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(super) fn turn_off(&mut self, card: &Card, plane: u32) -> Result<()> {
+        if self.request.has(plane) {
+            return Ok(());
+        }
+        let properties = card.properties(plane, DRM_MODE_OBJECT_PLANE)?;
+        for request in [&mut self.request, &mut self.dark] {
+            request.object(plane);
+            for name in ["FB_ID", "CRTC_ID"] {
+                if let Some(&(property, _)) = properties.get(name) {
+                    request.set(property, 0);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Puts everything back. Where a framebuffer that was shown is gone, its plane stays dark.
     ///
     /// # Errors

@@ -76,8 +76,6 @@ impl Verifier {
         let crc = self.predictor.crc(&mut |plane, row, out| reader.row(plane, row, out));
         let expected = Expected { sequence: frame.meta().sequence, place: self.captured, crc };
         self.captured += 1;
-        // What has come since the last picture is of no interest, and would be in the way of what is.
-        self.stream.as_mut().map_or(Ok(()), CrcStream::forget)?;
         match self.expected.get_mut(frame.slot() as usize) {
             Some(slot) => *slot = Some(expected),
             None => return Err(Error::new(Kind::Invalid, "verify", format!("a frame of slot {}", frame.slot()))),
@@ -118,6 +116,14 @@ impl Verifier {
                 _ => {}
             }
         }
+    }
+
+    /// Reads away the CRCs of pictures that have been checked, before the commit of the next: there is room for two seconds of them.
+    ///
+    /// # Errors
+    /// What `read` says.
+    pub(super) fn forget(&mut self) -> Result<()> {
+        self.stream.as_mut().map_or(Ok(()), CrcStream::forget)
     }
 
     /// Ends the stream of CRCs; the result stays.

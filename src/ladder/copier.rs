@@ -5,7 +5,7 @@ use crate::endpoint::Verdict;
 use crate::error::{Error, Kind, Result};
 use crate::format::{Format, Layout, MAX_PLANES, Pixels};
 use crate::frame::{Buffer, Frame, FrameMeta, SlotCounts, Slots, SlotsArc};
-use crate::ledger::Ledger;
+use crate::ledger::{Copies, Ledger};
 use crate::memory::Span;
 
 /// Who the views of this module say that they are.
@@ -19,7 +19,8 @@ pub(super) const BUFFERS: u32 = 4;
 
 /// Copies frames into buffers of its own, converting them where the sink takes another format.
 ///
-/// A frame's lease is held for the copy and no longer, so the source gets its buffer back at once. Allocates nothing for a frame.
+/// A frame's lease is held for the copy and no longer, so the source gets its buffer back at once. A frame costs the few small
+/// allocations of its view.
 pub struct Copier {
     converter: Converter,
     buffers: Vec<Buffer>,
@@ -97,9 +98,25 @@ impl Copier {
             .get_or_insert_with(|| Check::new(self.converter.from(), self.converter.to()));
     }
 
-    /// The copies that were wrong, if they were [checked](Copier::check).
+    /// The copies that were wrong, if they were compared with their frames.
     pub fn verdict(&self) -> Option<Verdict> {
         self.check.as_ref().map(|check| check.verdict)
+    }
+
+    /// A slot to write into; where views keep all of them, the oldest is detached.
+    fn take(&self) -> Option<u32> {
+        let take = || {
+            let slot = self.slots.take_free().next()?;
+            let index = slot.index();
+            slot.queued();
+            Some(index)
+        };
+        take().or_else(|| self.slots.detach_oldest_view().then(take).flatten())
+    }
+
+    /// What the CPU copied for those who hold views of the copies.
+    pub fn view_copies(&self) -> Vec<Copies> {
+        self.slots.views().copies()
     }
 
     /// The frame in a buffer of the copier's own; `None` if none is free, which is counted.
@@ -107,24 +124,27 @@ impl Copier {
     /// # Errors
     /// If the frame cannot be read or the buffer not written.
     pub fn copy(&mut self, frame: &Frame) -> Result<Option<Frame>> {
-        let Some(slot) = self.slots.take_free().next() else {
+        let Some(index) = self.take() else {
             self.dropped += 1;
             return Ok(None);
         };
-        let index = slot.index();
-        slot.queued();
         let lost = || Error::new(Kind::System, "find a buffer for", "a copy");
         // Taken and given back by the same hands: a failure below drops the lease, and with it the slot is free again.
         let lease = Slots::dequeued(&self.slots, index).ok_or_else(lost)?;
         let buffer = self.buffers.get(index as usize).ok_or_else(lost)?;
-        let view = frame.view(HOLDER)?;
         let mut writer = buffer.write()?;
-        let spans = SPANS.map(|memory| view.memory(memory).unwrap_or(Span::EMPTY));
-        let bytes = self.converter.copy(&spans, &mut writer);
+        let bytes = if frame.buffer().maps_privately() {
+            let view = frame.view(HOLDER)?;
+            self.converter
+                .copy(&SPANS.map(|memory| view.memory(memory).unwrap_or(Span::EMPTY)), &mut writer)
+        } else {
+            // A view would be a snapshot, and so a second copy. The lease that the caller holds does for as long as this takes.
+            let reader = frame.buffer().read()?;
+            self.converter
+                .copy(&SPANS.map(|memory| reader.memory(memory).unwrap_or(Span::EMPTY)), &mut writer)
+        };
         writer.end()?;
         self.ledger.enter(self.cause, bytes);
-        // Should the exporter not map privately, the view's snapshot is in the account of the source (`Source::copies`).
-        drop(view);
         let meta = FrameMeta { bytes_used: used(buffer.layout()), ..*frame.meta() };
         let copy = Frame::new(buffer.clone(), meta, lease);
         if let Some(check) = &mut self.check {
@@ -229,5 +249,79 @@ fn steps(format: Format) -> u8 {
             1u8.max(1u8 << (8 - bits))
         }
         _ => 2,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::{Clock, FrameFlags, Room, Timestamp};
+    use crate::memory::{Access, Allocator};
+
+    fn frame(buffer: &Buffer) -> Frame {
+        let slots = Slots::new(1);
+        slots.take_free().for_each(crate::frame::FreeSlot::queued);
+        let timestamp = Timestamp { us: 0, clock: Clock::Monotonic };
+        let meta = FrameMeta { sequence: 7, timestamp, bytes_used: [0; MAX_PLANES], flags: FrameFlags::default() };
+        Frame::new(buffer.clone(), meta, Slots::dequeued(&slots, 0).unwrap())
+    }
+
+    fn buffers(code: &str, count: u32) -> Vec<Buffer> {
+        let layout = Layout::packed(Format::parse(code).unwrap().0, (16, 16), 1).unwrap();
+        Buffer::allocate_all(Allocator::Plain, &layout, &Room::default(), count).unwrap()
+    }
+
+    /// Fills a picture with bytes that all differ from their neighbours.
+    fn paint(buffer: &Buffer) {
+        let bytes: Vec<u8> = (0..buffer.layout().memory_len(0)).map(|i| (i * 7 % 251) as u8).collect();
+        buffer.map(Access::ReadWrite).unwrap()[0].write(0, &bytes);
+    }
+
+    #[test]
+    fn a_wrong_copy_is_noticed() {
+        for (from, to) in [("XR24", "XR24"), ("YUYV", "XR24"), ("NV12", "RG16"), ("GREY", "XR24")] {
+            let source = &buffers(from, 1)[0];
+            paint(source);
+            let frame = frame(source);
+            let mut copier = Copier::new(source.layout(), buffers(to, 2), false).unwrap();
+            copier.check();
+            for _ in 0..ROWS {
+                drop(copier.copy(&frame).unwrap().unwrap());
+            }
+            assert_eq!(
+                (copier.verdict().unwrap().checked, copier.verdict().unwrap().wrong),
+                (ROWS, 0),
+                "{from} to {to}"
+            );
+            // Wrong by more than a step in every row, so that it does not matter which rows are looked at.
+            let copy = copier.copy(&frame).unwrap().unwrap();
+            let mut mapping = copy.buffer().map(Access::ReadWrite).unwrap();
+            for row in 0..16 {
+                let place = copy.buffer().layout().planes()[0];
+                let at = place.stride as usize * row + 1;
+                let mut byte = [0];
+                mapping[0].read(at, &mut byte);
+                mapping[0].write(at, &[byte[0] ^ 0x80]);
+            }
+            copier.check.as_mut().unwrap().compare(&frame, &copy).unwrap();
+            let verdict = copier.verdict().unwrap();
+            assert_eq!((verdict.wrong, verdict.first_wrong), (1, Some((ROWS + 1, 7))), "{from} to {to}");
+        }
+    }
+
+    #[test]
+    fn views_of_copies_do_not_starve_it() {
+        let source = &buffers("YUYV", 1)[0];
+        let frame = frame(source);
+        let mut copier = Copier::new(source.layout(), buffers("XR24", 2), false).unwrap();
+        let views: Vec<_> = (0..6)
+            .map(|_| copier.copy(&frame).unwrap().unwrap().view("keeper").unwrap())
+            .collect();
+        assert_eq!((views.len(), copier.dropped()), (6, 0));
+        let detached: u64 = copier.view_copies().iter().map(|copies| copies.count).sum();
+        assert_eq!(detached, 4);
+        let frames: Vec<_> = (0..2).map(|_| copier.copy(&frame).unwrap().unwrap()).collect();
+        assert!(copier.copy(&frame).unwrap().is_none(), "both are held as frames");
+        assert_eq!((frames.len(), copier.dropped()), (2, 1));
     }
 }

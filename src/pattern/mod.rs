@@ -21,8 +21,9 @@ use crate::endpoint::{Ready, Source, SourceCounts};
 use crate::error::{Context, Error, Kind, Result};
 use crate::format::{Colour, Format, Kind as Samples, Layout, MAX_PLANES};
 use crate::frame::{
-    Buffer, Clock, Frame, FrameFlags, FrameMeta, MAX_SLOTS, Room, SlotCounts, Slots, SlotsArc, Timestamp,
+    Buffer, Clock, Frame, FrameFlags, FrameMeta, MAX_SLOTS, Room, SlotCounts, Slots, SlotsArc, Timestamp, ViewPolicy,
 };
+use crate::ledger::Copies;
 use crate::memory::{Access, Allocator, CpuAccess};
 
 use card::{Canvas, Card, MIN_SIZE};
@@ -32,6 +33,9 @@ const NAME: &str = "pattern";
 /// The fastest rate, in frames a second.
 const MAX_RATE: f64 = 1000.0;
 
+/// The slowest: a frame in a quarter of an hour.
+const MIN_RATE: f64 = 0.001;
+
 /// What a [`Pattern`] should look like.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct PatternRequest {
@@ -39,7 +43,7 @@ pub struct PatternRequest {
     pub format: Option<Format>,
     /// Width and height in pixels, at least 64x48.
     pub size: (u32, u32),
-    /// Frames a second, above 0 and at most 1000.
+    /// Frames a second, from 0.001 to 1000.
     pub rate: f64,
     /// Number of buffers, 1 to [`MAX_SLOTS`].
     pub buffers: u32,
@@ -83,6 +87,7 @@ pub struct Pattern {
     period_ns: u64,
     allocator: Allocator,
     align: u32,
+    view_policy: ViewPolicy,
     buffers: Vec<Buffer>,
     canvases: Vec<Canvas>,
     card: Card,
@@ -128,6 +133,7 @@ impl Pattern {
             period_ns: (1e9 / request.rate).round() as u64,
             allocator,
             align: request.align,
+            view_policy: ViewPolicy::default(),
             slots: SlotsOfPattern(Slots::new(request.buffers)),
             queue: VecDeque::with_capacity(buffers.len()),
             filled: VecDeque::with_capacity(buffers.len()),
@@ -149,6 +155,21 @@ impl Pattern {
         (self.layout, self.card, self.buffers, self.canvases) = (layout, card, buffers, canvases);
         (self.queue, self.filled) = (VecDeque::with_capacity(count as usize), VecDeque::with_capacity(count as usize));
         Ok(())
+    }
+
+    fn queue_free(&mut self) {
+        for slot in self.slots.0.take_free() {
+            self.queue.push_back(slot.index());
+            slot.queued();
+        }
+    }
+
+    /// Views keep every buffer, and may: there is nobody else to wait for, since the pattern's time does not stop.
+    fn held(&self) -> Error {
+        let views: Vec<_> = self.slots.0.views().infos().iter().map(ToString::to_string).collect();
+        Error::new(Kind::Busy, "fill a buffer of", NAME)
+            .because(format!("it has none: {}; views of {}", self.slots(), views.join(", ")))
+            .repair("drop views sooner, let the pattern detach them, or ask for more buffers")
     }
 
     fn must_stand(&self) -> Result<()> {
@@ -259,10 +280,16 @@ impl Source for Pattern {
     }
 
     fn recycle(&mut self) -> Result<()> {
-        if self.next.is_some() {
-            for slot in self.slots.0.take_free() {
-                self.queue.push_back(slot.index());
-                slot.queued();
+        if self.next.is_none() {
+            return Ok(());
+        }
+        self.queue_free();
+        // As a camera's queue does when views leave it nothing to fill.
+        while self.queue.is_empty() && self.filled.is_empty() && !self.slots.0.views().is_empty() {
+            match self.view_policy {
+                ViewPolicy::Detach if self.slots.0.detach_oldest_view() => self.queue_free(),
+                ViewPolicy::Detach => break,
+                ViewPolicy::Wait | ViewPolicy::Error => return Err(self.held()),
             }
         }
         Ok(())
@@ -316,6 +343,14 @@ impl Source for Pattern {
         Error::new(Kind::Timeout, "get a frame from", NAME)
             .because(format!("of its buffers, {}", self.slots()))
             .repair("let go of frames sooner, or ask for more buffers")
+    }
+
+    fn copies(&self) -> Vec<Copies> {
+        self.slots.0.views().copies()
+    }
+
+    fn set_view_policy(&mut self, policy: ViewPolicy) {
+        self.view_policy = policy;
     }
 
     fn counts(&self) -> SourceCounts {
@@ -385,8 +420,8 @@ fn checked_layout(request: &PatternRequest) -> Result<Layout> {
     if width < MIN_SIZE.0 || height < MIN_SIZE.1 {
         return Err(bad(format!("it needs at least {}x{} pixels", MIN_SIZE.0, MIN_SIZE.1)));
     }
-    if !(rate > 0.0 && rate <= MAX_RATE) {
-        return Err(bad(format!("a rate of {rate} frames a second is not above 0 and at most {MAX_RATE}")));
+    if !(MIN_RATE..=MAX_RATE).contains(&rate) {
+        return Err(bad(format!("a rate of {rate} frames a second is not between {MIN_RATE} and {MAX_RATE}")));
     }
     if !(1..=MAX_SLOTS).contains(&buffers) {
         return Err(bad(format!("it can have 1 to {MAX_SLOTS} buffers, not {buffers}")));

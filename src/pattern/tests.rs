@@ -264,7 +264,7 @@ fn nonsense_is_refused_with_its_reason() {
         (PatternRequest { size: (60_000, 60_000), ..good }, "4 GiB"),
         (PatternRequest { rate: 0.0, ..good }, "rate of 0"),
         (PatternRequest { rate: f64::NAN, ..good }, "rate of NaN"),
-        (PatternRequest { rate: 1001.0, ..good }, "at most 1000"),
+        (PatternRequest { rate: 1001.0, ..good }, "0.001 and 1000"),
         (PatternRequest { buffers: 0, ..good }, "1 to 64 buffers"),
         (PatternRequest { buffers: 65, ..good }, "1 to 64 buffers"),
     ];

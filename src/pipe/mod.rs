@@ -162,7 +162,7 @@ impl<'a> Pipe<'a> {
             let next = match self.source.try_next(ready) {
                 Ok(next) => next,
                 Err(error) if error.kind() == Kind::Ended => break,
-                Err(error) if error.kind() == Kind::FormatChanged => match self.follow(stop, progress)? {
+                Err(error) if error.kind() == Kind::FormatChanged => match self.follow(stop, end, progress)? {
                     true => continue,
                     false => break,
                 },

@@ -27,6 +27,8 @@ pub struct Move {
 #[derive(Debug)]
 pub(super) struct Above {
     rung: Rung,
+    /// How many refusals there were before.
+    refusals: usize,
     frames: u64,
     at: u64,
 }
@@ -40,7 +42,8 @@ impl Pipe<'_> {
         use crate::ladder::Path;
         let lasting =
             matches!(error.kind(), Kind::Disconnected | Kind::Ended | Kind::Permission | Kind::Timeout | Kind::Invalid);
-        self.path == Path::Auto && self.joined.rung.is_zero_copy() && !lasting
+        // Of an import or a commit: what fails elsewhere (counting, verifying, a view) fails for copies as well.
+        self.path == Path::Auto && self.joined.rung.is_zero_copy() && error.call().is_some() && !lasting
     }
 
     /// From now on copies. The frame that was refused goes that way as well.
@@ -53,7 +56,7 @@ impl Pipe<'_> {
             again.repair("copying does not help either")
         };
         self.finish(progress)?;
-        let from = self.joined.rung;
+        let (from, refusals) = (self.joined.rung, self.joined.refusals.len());
         let copier = ladder::copied(self.source, self.sink, false)?.map_err(|_| again())?;
         self.joined.refusals.push(Refusal::from_error(from, error));
         self.joined.refusals.push(ladder::converted());
@@ -62,7 +65,7 @@ impl Pipe<'_> {
         self.check_copies();
         self.moved(from, error.line());
         let frames = self.above.as_ref().map_or(FIRST_TRY, |above| above.frames.saturating_mul(2));
-        self.above = Some(Above { rung: from, frames, at: self.captured.saturating_add(frames) });
+        self.above = Some(Above { rung: from, refusals, frames, at: self.captured.saturating_add(frames) });
         Ok(())
     }
 
@@ -71,46 +74,54 @@ impl Pipe<'_> {
     /// # Errors
     /// A failure of the sink.
     pub(super) fn step_up(&mut self, progress: &mut dyn FnMut(&Progress)) -> Result<()> {
-        let Some(above) = self.above.as_mut().filter(|above| self.captured >= above.at) else { return Ok(()) };
-        above.at = self.captured.saturating_add(above.frames);
-        let rung = above.rung;
+        if self.above.as_ref().is_none_or(|above| self.captured < above.at) {
+            return Ok(());
+        }
         self.finish(progress)?;
+        let Some(above) = &mut self.above else { return Ok(()) };
+        above.at = self.captured.saturating_add(above.frames);
+        let (rung, refusals) = (above.rung, above.refusals);
         match ladder::exported(self.source, self.sink) {
             Ok(_) => {
                 self.forget_copier();
                 self.joined.rung = rung;
+                // What was refused holds; the move says why it did not for a while.
+                self.joined.refusals.truncate(refusals);
                 self.moved(Rung::Copied, "it holds again".to_owned());
                 Ok(())
             }
-            Err(JoinError::Refused(_)) => {
-                // The sink must know the copier's buffers again.
-                let Some(copier) = &self.joined.copier else { return Ok(()) };
-                let joined = self.sink.join(copier.layout(), self.source.rate(), copier.buffers());
-                joined.map(drop).map_err(|error| match error {
-                    JoinError::Failed(error) => error,
-                    JoinError::Refused(refusal) => {
-                        Error::new(Kind::System, "go on copying to", self.sink.name()).because(refusal)
-                    }
-                })
+            Err(JoinError::Failed(error)) if error.kind() == Kind::Disconnected => Err(error),
+            // The sink is as it was, and takes copies. Twice as long until the next try.
+            Err(_) => {
+                above.frames = above.frames.saturating_mul(2);
+                Ok(())
             }
-            Err(JoinError::Failed(error)) => Err(error),
         }
     }
 
     /// After a change at the source: the picture on screen stays, the source is set up anew, and the ladder is climbed from its top.
-    /// Whether frames flow again; not if the order to stop came while there was no signal.
+    /// Whether frames flow again; not if the order to stop, or the end, came while there was no signal.
     ///
     /// # Errors
     /// What the source or the sink says, or the refusals of all rungs.
-    pub(super) fn follow(&mut self, stop: Option<BorrowedFd<'_>>, progress: &mut dyn FnMut(&Progress)) -> Result<bool> {
+    pub(super) fn follow(
+        &mut self,
+        stop: Option<BorrowedFd<'_>>,
+        end: Option<u64>,
+        progress: &mut dyn FnMut(&Progress),
+    ) -> Result<bool> {
         let from = self.joined.rung;
         self.finish(progress)?;
         if self.joined.copier.is_none() {
-            self.sink.hold()?;
+            match self.sink.hold() {
+                Err(error) if error.kind() == Kind::Disconnected => return Err(error),
+                // The frame itself stays on screen then: its memory outlives the source's buffers.
+                _ => {}
+            }
         }
         // The account of its frames goes with its buffers.
         self.source.copies().iter().for_each(|copies| self.copies.add(copies));
-        if !self.wait_for_signal(stop)? {
+        if !self.wait_for_signal(stop, end)? {
             return Ok(false);
         }
         self.forget_copier();
@@ -134,7 +145,7 @@ impl Pipe<'_> {
     }
 
     /// Sets the source up anew; while it has no signal, each further change is another try, until the watchdog's time is up.
-    fn wait_for_signal(&mut self, stop: Option<BorrowedFd<'_>>) -> Result<bool> {
+    fn wait_for_signal(&mut self, stop: Option<BorrowedFd<'_>>, end: Option<u64>) -> Result<bool> {
         let until = self
             .source
             .watchdog()
@@ -144,10 +155,14 @@ impl Pipe<'_> {
                 Err(error) if error.kind() == Kind::Timeout => error,
                 other => return other.map(|()| true),
             };
-            let left = until.map(|until| until.saturating_sub(now_us()));
-            if left == Some(0) {
+            let now = now_us();
+            if end.is_some_and(|end| now >= end) {
+                return Ok(false);
+            }
+            if until.is_some_and(|until| now >= until) {
                 return Err(error);
             }
+            let left = until.into_iter().chain(end).min().map(|first| first.saturating_sub(now));
             let timeout = left.map_or(PollTimeout::NONE, |left| {
                 PollTimeout::try_from(left.div_ceil(1000)).unwrap_or(PollTimeout::MAX)
             });
@@ -168,7 +183,7 @@ impl Pipe<'_> {
     pub(super) fn forget_copier(&mut self) {
         let Joined { copier, .. } = &mut self.joined;
         let Some(copier) = copier.take() else { return };
-        for copies in copier.ledger().entries() {
+        for copies in copier.ledger().entries().iter().chain(&copier.view_copies()) {
             self.copies.add(copies);
         }
         self.dropped += copier.dropped();

@@ -1,4 +1,4 @@
-//! Which rungs of the [ladder] hold between a source and a sink, in every format of the source: tried, not predicted.
+//! Which rungs of the [ladder](crate::ladder) hold between a source and a sink, in every format of the source: tried, not predicted.
 //!
 //! A rung holds if it joins the two and frames that came that way have been shown. The source is opened anew for each try, so that none
 //! depends on the one before.

@@ -202,7 +202,10 @@ impl Output {
                 self.over = true;
                 Ok(false)
             }
-            Err(error) => Err(Error::from_io("write", self.name.clone(), error)),
+            Err(error) => {
+                let call = if how == How::Splice { "vmsplice" } else { "writev" };
+                Err(Error::from_io("write", self.name.clone(), error).said_by(call))
+            }
         }
     }
 

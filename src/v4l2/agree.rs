@@ -8,7 +8,7 @@ use super::camera::{CameraRequest, RateRequest};
 use super::{Api, Device, FormatOffer, Rate, Rates, raw};
 use crate::causes::Call;
 use crate::error::{Context, Error, Kind, Result};
-use crate::format::{Colour, Format, Fourcc, Kind as Samples, Layout};
+use crate::format::{Colour, Format, Fourcc, Kind as Samples, Layout, MAX_PLANES};
 
 /// Two rates that differ by this share or less are one to a person: drivers round (59.94 for 60000/1001).
 const SAME_RATE: f64 = 0.005;
@@ -56,6 +56,22 @@ pub(super) fn current_format(device: &Device) -> Result<sys::v4l2_format> {
 
 /// Sets the format, if anything is asked, and reads the driver's reply.
 pub(super) fn agree_format(device: &Device, request: &CameraRequest) -> Result<Layout> {
+    agree(device, request, &[request.stride.unwrap_or(0); MAX_PLANES])
+}
+
+/// Asks for the strides of a layout, the first colour plane's in each memory plane, and reads the driver's reply.
+pub(super) fn agree_strides(device: &Device, wished: &Layout) -> Result<Layout> {
+    let mut strides = [0; MAX_PLANES];
+    for place in wished.planes().iter().rev() {
+        if let Some(stride) = strides.get_mut(place.memory as usize) {
+            *stride = place.stride;
+        }
+    }
+    agree(device, &CameraRequest { stride: Some(strides[0]), ..CameraRequest::default() }, &strides)
+}
+
+/// `strides` are by memory plane; 0 is what the driver likes.
+fn agree(device: &Device, request: &CameraRequest, strides: &[u32; MAX_PLANES]) -> Result<Layout> {
     let mut format = current_format(device)?;
     let code = match (request.code, request.format) {
         (None, None) => None,
@@ -78,7 +94,7 @@ pub(super) fn agree_format(device: &Device, request: &CameraRequest) -> Result<L
         Api::SinglePlanar => {
             // SAFETY: `type_` is the single-planar type, for which the kernel wrote `pix`; all its fields are integers.
             let pix = ask!(unsafe { &mut format.fmt.pix });
-            pix.bytesperline = request.stride.unwrap_or(0);
+            pix.bytesperline = strides[0];
             pix.sizeimage = 0;
         }
         Api::MultiPlanar => {
@@ -86,8 +102,8 @@ pub(super) fn agree_format(device: &Device, request: &CameraRequest) -> Result<L
             // fields are at odd addresses (it is packed), so they are only read and written whole.
             let pix = ask!(unsafe { &mut format.fmt.pix_mp });
             let mut planes = pix.plane_fmt;
-            for plane in &mut planes {
-                plane.bytesperline = request.stride.unwrap_or(0);
+            for (plane, stride) in planes.iter_mut().zip(strides) {
+                plane.bytesperline = *stride;
                 plane.sizeimage = 0;
             }
             pix.plane_fmt = planes;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::agree::{agree_format, agree_rate, memory_lens};
+use super::agree::{agree_format, agree_rate, agree_strides, memory_lens};
 use super::queue::{Allocated, Dequeued, Idle, Queue, Streaming, held_by};
 use super::{Device, Event, Rate};
 use crate::endpoint::{Ready, Source, SourceCounts};
@@ -345,12 +345,10 @@ impl Source for Camera {
 
     fn agree(&mut self, wished: &Layout) -> Result<(Layout, Room)> {
         self.free()?;
-        let stride = wished.planes().first().map(|plane| plane.stride);
-        let request = CameraRequest { stride, ..CameraRequest::default() };
-        let layout = agree_format(&self.device, &request)?.with_colour(self.layout.colour());
+        let layout = agree_strides(&self.device, wished)?.with_colour(self.layout.colour());
         self.layout = layout;
         if let State::Idle(queue) = &mut self.queue {
-            *queue = Queue::new(Arc::clone(&self.device), layout);
+            queue.set_layout(layout);
         }
         Ok((layout, Room::for_lens(&self.memory_lens()?)))
     }
@@ -366,11 +364,16 @@ impl Source for Camera {
                 break;
             }
         }
-        let layout = agree_format(&self.device, &CameraRequest::default())?;
+        // The format that was asked for, if the driver still has it: some fall back to their own when the timings are set.
+        let before = CameraRequest { format: Some(self.layout.format()), ..CameraRequest::default() };
+        let layout = match agree_format(&self.device, &before) {
+            Err(error) if error.kind() == Kind::Unsupported => agree_format(&self.device, &CameraRequest::default())?,
+            other => other?,
+        };
         self.rate = agree_rate(&self.device, RateRequest::AsItIs, &layout)?;
         self.layout = layout;
         if let State::Idle(queue) = &mut self.queue {
-            *queue = Queue::new(Arc::clone(&self.device), layout);
+            queue.set_layout(layout);
         }
         self.allocate()
     }

@@ -176,6 +176,11 @@ impl<S> Queue<S> {
 }
 
 impl Queue<Idle> {
+    /// The driver has agreed to another layout.
+    pub(super) fn set_layout(&mut self, layout: Layout) {
+        self.layout = layout;
+    }
+
     /// A queue without buffers, whose frames will have the layout that the driver has agreed to.
     pub(super) fn new(device: Arc<Device>, layout: Layout) -> Queue<Idle> {
         Queue { device, layout, view_policy: ViewPolicy::default(), state: Idle(()) }

@@ -44,13 +44,32 @@ impl Queue<Idle> {
                     layout = self.prepared_layout(MadeBy::Others)?;
                 }
                 Ok(_) => {}
-                Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => break,
-                Err(error) => return Err(refused("import a buffer into", self.name(), error)),
+                Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
+                    self.try_by_queueing(&buffers)?;
+                    break;
+                }
+                Err(error) => {
+                    let error = refused("import a buffer into", self.name(), error);
+                    return Err(error.said_by("VIDIOC_PREPARE_BUF"));
+                }
             }
         }
         let of = |buffer: Buffer| buffer.with_layout(layout.with_modifier(buffer.layout().modifier()));
         let buffers: Vec<_> = buffers.into_iter().map(of).collect::<Result<_>>()?;
         Ok(self.pool_of(buffers, MadeBy::Others))
+    }
+
+    /// A driver that cannot prepare buffers is given all of them, and gives them back: it takes queued buffers back also before the flow
+    /// has started (vb2_core_streamoff).
+    fn try_by_queueing(&self, buffers: &[Buffer]) -> Result<()> {
+        let queue = |(index, buffer): (u32, &Buffer)| {
+            let mut planes = planes_of(buffer);
+            self.call(MadeBy::Others, BufferCall::Queue, index, &mut planes)
+        };
+        let tried = (0u32..).zip(buffers).try_for_each(|pair| queue(pair).map(drop));
+        let mut buffer_type = self.api().buffer_type().cast_signed();
+        let _ = raw::stream_off(self.device.as_fd(), &mut buffer_type);
+        tried.map_err(|error| refused("import a buffer into", self.name(), error))
     }
 
     /// Format, size, strides and memory planes are those agreed to, in dma-bufs.
