@@ -17,14 +17,15 @@ pub enum Encoding {
 /// The span of the sample values.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub enum Range {
-    /// Y from 16 to 235, U and V from 16 to 240 (scaled up for more than 8 bits).
+    /// Y from 16 to 235, U and V from 16 to 240 (scaled up for more than 8 bits). Hue from 0 to 179, in steps of two degrees.
     #[default]
     Limited,
-    /// All values of the sample.
+    /// All values of the sample. Hue in 256 steps.
     Full,
 }
 
-/// What a buffer's numbers mean as colours. Only YUV formats need it; for RGB it is carried and not used.
+/// What a buffer's numbers mean as colours. Only YUV formats need it, and HSV the range;
+/// for RGB it is carried and not used.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Colour {
     /// The matrix between YUV and RGB.
@@ -55,6 +56,14 @@ impl Colour {
             _ => Range::Limited,
         };
         Colour { encoding, range }
+    }
+
+    /// The same for an HSV format, whose `ycbcr_enc` is an `hsv_enc`. One that is not stated is taken for 256 steps of hue, because that is
+    /// what vivid gives then (`color_to_hsv` in `v4l2-tpg-core.c`, once an RGB format was set).
+    pub fn from_v4l2_hsv(hsv_enc: u32) -> Colour {
+        const STEPS_180: u32 = 128;
+        let range = if hsv_enc == STEPS_180 { Range::Limited } else { Range::Full };
+        Colour { range, ..Colour::default() }
     }
 }
 

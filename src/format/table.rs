@@ -59,7 +59,7 @@ pub enum Kind {
         /// Alpha, where the format has one.
         alpha: Option<Bits>,
     },
-    /// Hue in steps of two degrees, saturation and value, a byte each, the first `before` bytes into the pixel.
+    /// Hue, saturation and value, a byte each, the first `before` bytes into the pixel.
     Hsv {
         /// Bytes before hue.
         before: u8,

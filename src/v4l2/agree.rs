@@ -8,7 +8,7 @@ use super::camera::{CameraRequest, RateRequest};
 use super::{Api, Device, FormatOffer, Rate, Rates, raw};
 use crate::causes::Call;
 use crate::error::{Context, Error, Kind, Result};
-use crate::format::{Colour, Format, Fourcc, Layout, MAX_PLANES};
+use crate::format::{Colour, Format, Fourcc, Kind as Samples, Layout, MAX_PLANES};
 
 /// Two rates that differ by this share or less are one to a person: drivers round (59.94 for 60000/1001).
 const SAME_RATE: f64 = 0.005;
@@ -186,6 +186,14 @@ fn format_code(api: Api, format: &sys::v4l2_format) -> Fourcc {
     })
 }
 
+/// What the numbers of such a format mean.
+fn colour(format: Format, colorspace: u32, encoding: u32, quantization: u32) -> Colour {
+    match format.kind() {
+        Samples::Hsv { .. } => Colour::from_v4l2_hsv(encoding),
+        _ => Colour::from_v4l2(colorspace, encoding, quantization),
+    }
+}
+
 /// The layout that the driver's reply describes: strides are its own, never computed.
 fn read_layout(device: &Device, reply: &sys::v4l2_format) -> Result<Layout> {
     let bad = || Error::new(Kind::Unsupported, "use the format of", device.name());
@@ -202,7 +210,7 @@ fn read_layout(device: &Device, reply: &sys::v4l2_format) -> Result<Layout> {
             let pix = unsafe { reply.fmt.pix };
             // SAFETY: both members of the inner union are the same integer.
             let encoding = unsafe { pix.__bindgen_anon_1.ycbcr_enc };
-            let colour = Colour::from_v4l2(pix.colorspace, encoding, pix.quantization);
+            let colour = colour(format, pix.colorspace, encoding, pix.quantization);
             ((pix.width, pix.height), vec![pix.bytesperline], colour, pix.field)
         }
         Api::MultiPlanar => {
@@ -210,7 +218,7 @@ fn read_layout(device: &Device, reply: &sys::v4l2_format) -> Result<Layout> {
             let pix = unsafe { reply.fmt.pix_mp };
             // SAFETY: both members of the inner union are the same integer.
             let encoding = unsafe { pix.__bindgen_anon_1.ycbcr_enc };
-            let colour = Colour::from_v4l2(pix.colorspace, u32::from(encoding), u32::from(pix.quantization));
+            let colour = colour(format, pix.colorspace, u32::from(encoding), u32::from(pix.quantization));
             let planes = pix.plane_fmt;
             let strides = planes
                 .iter()

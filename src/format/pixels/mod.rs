@@ -48,7 +48,7 @@ pub enum Raw {
     },
     /// A pixel of an HSV format.
     Hsv {
-        /// Hue, in steps of two degrees.
+        /// Hue, in steps that the colour's range says.
         h: u8,
         /// Saturation.
         s: u8,
@@ -155,7 +155,7 @@ impl<'a> Pixels<'a> {
                 Rgb::new(channel(0), channel(1), channel(2))
             }
             Raw::Yuv { y, u, v, bits } => from_yuv([y, u, v], bits, meaning(self.format, colour)),
-            Raw::Hsv { h, s, v } => from_hsv([h, s, v]),
+            Raw::Hsv { h, s, v } => from_hsv([h, s, v], colour.range),
             Raw::Bayer { bits, .. } => {
                 let level = self.level(x, bits);
                 Rgb::new(level, level, level)
@@ -364,7 +364,7 @@ impl Value {
                 Value { word, ..Value::default() }
             }
             Kind::Hsv { before } => {
-                let [h, s, v] = to_hsv(rgb);
+                let [h, s, v] = to_hsv(rgb, colour.range);
                 let word = u32::from_le_bytes([h, s, v, 0xff]).rotate_left(8 * u32::from(before));
                 Value { word, ..Value::default() }
             }
@@ -436,9 +436,16 @@ fn to_yuv(rgb: Rgb, bits: u8, colour: Colour) -> [u16; 3] {
     ]
 }
 
-/// Hue in steps of two degrees, as V4L2 has it (`V4L2_HSV_ENC_180`).
-fn from_hsv([h, s, v]: [u8; 3]) -> Rgb {
-    let (hue, value) = (f64::from(h) / 30.0, f64::from(v));
+/// The steps of a full turn of hue: `V4L2_HSV_ENC_180` and `V4L2_HSV_ENC_256`.
+fn turn(range: Range) -> f64 {
+    match range {
+        Range::Limited => 180.0,
+        Range::Full => 256.0,
+    }
+}
+
+fn from_hsv([h, s, v]: [u8; 3], range: Range) -> Rgb {
+    let (hue, value) = (f64::from(h) / turn(range) * 6.0, f64::from(v));
     let chroma = value * f64::from(s) / 255.0;
     // How far red, green and blue are below the value: by the distance of the hue to theirs.
     let channel = |shift: f64| {
@@ -448,7 +455,7 @@ fn from_hsv([h, s, v]: [u8; 3]) -> Rgb {
     Rgb::new(channel(5.0), channel(3.0), channel(1.0))
 }
 
-fn to_hsv(rgb: Rgb) -> [u8; 3] {
+fn to_hsv(rgb: Rgb, range: Range) -> [u8; 3] {
     let [r, g, b] = [rgb.r, rgb.g, rgb.b].map(f64::from);
     let value = r.max(g).max(b);
     let chroma = value - r.min(g).min(b);
@@ -462,7 +469,7 @@ fn to_hsv(rgb: Rgb) -> [u8; 3] {
     } else {
         4.0 + (r - g) / chroma
     };
-    let steps = (hue.rem_euclid(6.0) * 30.0).round() % 180.0;
+    let steps = (hue.rem_euclid(6.0) / 6.0 * turn(range)).round() % turn(range);
     [byte(steps), byte(chroma / value * 255.0), byte(value)]
 }
 
