@@ -142,7 +142,7 @@ fn contiguous_memory() -> anyhow::Result<Outcome> {
     }
     ensure!(!reasons.is_empty(), "nothing was refused: {result}");
     for reason in &reasons {
-        for word in ["VIDIOC_QBUF", "EFAULT", "contiguous", "the camera's own buffers", "with buffers of"] {
+        for word in ["VIDIOC_PREPARE_BUF", "EFAULT", "contiguous", "the camera's own buffers", "with buffers of"] {
             ensure!(reason.contains(word), "no {word:?} in {reason}");
         }
     }

@@ -65,14 +65,16 @@ impl Candidate for CameraFormats {
 
     fn offers(&self) -> Result<Vec<Offer>> {
         let mut offers: Vec<Offer> = Vec::new();
+        let place = |offer: &Offer| offer.format.v4l2().position(|(code, _)| Some(code) == offer.code);
         for offered in self.device.formats()? {
             let Some((format, memory_planes)) = offered.known else { continue };
-            // Several codes of V4L2's may be one format here.
-            if !offers
-                .iter()
-                .any(|offer| (offer.format, offer.memory_planes) == (format, memory_planes))
-            {
-                offers.push(Offer { format, memory_planes, code: Some(offered.code) });
+            let new = Offer { format, memory_planes, code: Some(offered.code) };
+            // Several codes of V4L2's may be one format here: the usual one is asked for.
+            let same = |offer: &&mut Offer| (offer.format, offer.memory_planes) == (format, memory_planes);
+            match offers.iter_mut().find(same) {
+                Some(known) if place(&new) < place(known) => *known = new,
+                Some(_) => {}
+                None => offers.push(new),
             }
         }
         Ok(offers)

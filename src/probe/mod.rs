@@ -28,11 +28,11 @@ pub struct Offer {
 
 impl Offer {
     /// What a person calls it: the format's name, or V4L2's code where that says more (`NM12`: NV12 in two memory planes).
-    pub fn name(&self) -> Fourcc {
-        let usual = self.format.v4l2().next().map(|(code, _)| code);
+    pub fn name(&self) -> String {
+        let usual = self.format.v4l2().next().map(|(_, planes)| planes);
         match self.code {
-            Some(code) if usual != Some(code) => code,
-            _ => self.format.name(),
+            Some(code) if usual != Some(self.memory_planes) => code.to_string(),
+            _ => self.format.to_string(),
         }
     }
 }

@@ -115,8 +115,8 @@ impl PairReport {
 
     pub fn tried(&mut self, tried: &Tried) {
         let layout = tried.source.as_ref().ok();
-        let name = tried.offer.name().to_string();
-        let generic = |text: &str| without_name(text, &name);
+        let (name, format) = (tried.offer.name(), tried.offer.format.to_string());
+        let generic = |text: &str| without_name(&without_name(text, &name), &format);
         let error = tried.source.as_ref().err().map(|error| error.line());
         let cells = match &error {
             Some(error) => vec![Cell { text: "none".to_owned(), notes: vec![generic(error)] }],
