@@ -258,9 +258,8 @@ impl Sink for Display {
                 .repair("finish them first")
                 .into());
         }
-        // The connector that shows frames of ours counts as connected: its controller goes on while it is unplugged.
         let lit = self.way.as_ref().filter(|way| way.lit || way.left);
-        let keep = lit.map(|way| way.route.connector);
+        let keep = lit.map(|way| &way.route);
         let routes = Route::candidates(&self.card, layout, rate, keep)?;
         if let Some(refusal) = shown_wrong(&self.card, layout, self.stride_align()) {
             return Err(refusal.into());

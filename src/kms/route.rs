@@ -37,7 +37,8 @@ impl Route {
     /// All ways that fit, best first: connectors in the card's order, the CRTC that a connector has before others, primary
     /// planes before overlays. A driver may still refuse one of them, which only a test commit tells.
     ///
-    /// `keep` is a connector to count as connected.
+    /// `keep` is the way that shows pictures now: its connector counts as connected, and its mode stays if it holds the picture, because
+    /// another one would turn the screen off for a moment.
     ///
     /// # Errors
     /// [`Kind::NotFound`] if nothing is connected; a refusal if no plane takes the format or no mode holds the picture.
@@ -45,7 +46,7 @@ impl Route {
         card: &Card,
         layout: &Layout,
         rate: Option<f64>,
-        keep: Option<u32>,
+        keep: Option<&Route>,
     ) -> Result<Vec<Route>, JoinError> {
         let resources = card.resource_handles().context("list the outputs of", || card.name())?;
         let mut connected = Vec::new();
@@ -56,7 +57,7 @@ impl Route {
                 continue;
             }
             all.push(info.to_string());
-            if info.state() == connector::State::Connected || keep == Some(handle.into()) {
+            if info.state() == connector::State::Connected || keep.is_some_and(|keep| keep.connector == handle.into()) {
                 connected.push(info);
             }
         }
@@ -75,7 +76,13 @@ impl Route {
         }
         let mut routes = Vec::new();
         for info in &connected {
-            let Some(mode) = choose_mode(info.modes(), layout.size(), rate) else { continue };
+            let kept = keep.filter(|keep| keep.connector == info.handle().into()).map(|keep| keep.mode);
+            let holds = |mode: &drm_mode_modeinfo| {
+                let (width, height) = ModeOffer::of(mode).size;
+                width >= layout.width() && height >= layout.height()
+            };
+            let chosen = || choose_mode(info.modes(), layout.size(), rate);
+            let Some(mode) = kept.filter(holds).or_else(chosen) else { continue };
             for (crtc_index, crtc) in crtcs_of(card, &resources, info) {
                 let mut here: Vec<_> = fitting
                     .iter()
