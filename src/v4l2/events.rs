@@ -48,7 +48,13 @@ impl Device {
                 Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTTY | libc::EAGAIN)) => {
                     Ok(None)
                 }
-                Err(error) => Err(Error::from_io("read the events of", self.name(), error)),
+                Err(error) => {
+                    let error = Error::from_io("read the events of", self.name(), error);
+                    Err(match error.errno() {
+                        Some(libc::ENODEV) => error.repair("the camera was disconnected"),
+                        _ => error,
+                    })
+                }
             };
         }
     }
