@@ -83,9 +83,10 @@ pub fn join(source: &mut dyn Source, sink: &mut dyn Sink, path: Path) -> Result<
         }
     }
     if path != Path::Copy {
-        match reverse(source, sink, refusals.last())? {
-            Ok(rung) => return Ok(Joined { rung, refusals, copier: None }),
-            Err(more) => refusals.extend(more),
+        let (held, more) = reverse(source, sink, refusals.last())?;
+        refusals.extend(more);
+        if let Some(rung) = held {
+            return Ok(Joined { rung, refusals, copier: None });
         }
     }
     if path == Path::ZeroCopy {
@@ -169,7 +170,7 @@ impl Maker {
 const STRIDE: u32 = 256;
 
 /// Buffers that the source does not make; at last its own once more, with rows such as the sink's own have. Tells which of the two
-/// rungs holds. `Ok(Err(…))` has the reason of each maker that was tried.
+/// rungs holds, if one does, and the reason of each maker whose buffers do not.
 ///
 /// # Errors
 /// If the source cannot go back to its own buffers.
@@ -177,25 +178,25 @@ pub fn reverse(
     source: &mut dyn Source,
     sink: &mut dyn Sink,
     exported: Option<&Refusal>,
-) -> Result<Result<Rung, Vec<Refusal>>> {
+) -> Result<(Option<Rung>, Vec<Refusal>)> {
     let layout = *source.layout();
     if let Some(refusal) = lacks_format(&layout, sink, exported) {
-        return Ok(Err(vec![refusal]));
+        return Ok((None, vec![refusal]));
     }
     let count = u32::try_from(source.buffers().len()).unwrap_or(u32::MAX).max(1);
     let mut refusals = Vec::new();
     for maker in Maker::DMA_BUF {
         match reverse_by(source, sink, maker, count)? {
-            Ok(()) => return Ok(Ok(Rung::Reverse)),
+            Ok(()) => return Ok((Some(Rung::Reverse), refusals)),
             Err(refusal) => refusals.push(refusal),
         }
         put_back(source, &layout)?;
     }
     if other_rows(source, sink, &layout).is_ok() {
-        return Ok(Ok(Rung::Exported));
+        return Ok((Some(Rung::Exported), refusals));
     }
     put_back(source, &layout)?;
-    Ok(Err(refusals))
+    Ok((None, refusals))
 }
 
 /// What no other buffers cure: whoever makes the memory, the pixels are what they are.
@@ -316,7 +317,7 @@ pub fn copied(source: &dyn Source, sink: &mut dyn Sink, demanded: bool) -> Resul
                 Err(JoinError::Refused(refusal)) => {
                     refused.get_or_insert(Refusal { rung: Rung::Copied, ..refusal });
                 }
-                Err(JoinError::Failed(error)) if matches!(error.kind(), Kind::Disconnected | Kind::NotFound) => {
+                Err(JoinError::Failed(error)) if error.kind() == Kind::Disconnected => {
                     return Err(error);
                 }
                 Err(JoinError::Failed(error)) => {
