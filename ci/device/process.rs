@@ -223,24 +223,14 @@ pub fn command_of(pid: i32) -> String {
     String::from_utf8_lossy(&line).replace('\0', " ").trim().to_owned()
 }
 
-/// The inodes of all dma-bufs of the machine, but for those that a display exports: such a one stays for as long as the owner of
-/// its memory, the console for one, has a handle of it (`drm_gem_object_exported_dma_buf_free`), whoever asked for it.
+/// The inodes of all dma-bufs of the machine.
 pub fn dma_bufs() -> BTreeSet<u64> {
-    all_dma_bufs()
-        .into_iter()
-        .filter(|(_, exporter)| exporter != "drm")
-        .map(|(inode, _)| inode)
-        .collect()
-}
-
-/// The inodes of all dma-bufs of the machine, with their exporters.
-pub fn all_dma_bufs() -> BTreeSet<(u64, String)> {
     let text = fs::read_to_string("/sys/kernel/debug/dma_buf/bufinfo").unwrap_or_default();
     // `size flags mode count exp_name ino name`, under two lines of heading.
     let entry = |line: &str| {
         let fields: Vec<_> = line.split_whitespace().collect();
         let size_first = fields.first()?.parse::<u64>().is_ok();
-        if size_first && fields.len() >= 6 { Some((fields[5].parse().ok()?, fields[4].to_owned())) } else { None }
+        if size_first && fields.len() >= 6 { fields[5].parse().ok() } else { None }
     };
     text.lines().filter_map(entry).collect()
 }

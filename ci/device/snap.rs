@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 
 use crate::harness::{Outcome, PASSED, Test, note};
 use crate::modules::{Witness, kernel, vivid};
-use crate::process::{State, all_dma_bufs, dmaflow, finish, number, pipe, sh, start};
+use crate::process::{State, dmaflow, finish, number, pipe, sh, start};
 use crate::sinks::{has_bars, read_png};
 
 const NEEDS: &[&str] = &["vivid", "vkms"];
@@ -142,14 +142,11 @@ fn the_console() -> anyhow::Result<Outcome> {
     let witness = Witness::new()?;
     let before = State::read();
     let card = crate::modules::card()?.display().to_string();
-    let mut first = None;
     for name in ["vkms", &card, "vkms"] {
         let picture = snapped(&format!("{name} {FILE} --via framebuffers"))?;
         ensure!(picture.0 == (1024, 768), "{:?}", picture.0);
-        // The console's memory keeps the dma-buf of the first look; a second look makes no second one.
-        let bufs = all_dma_bufs();
-        ensure!(*first.get_or_insert(bufs.clone()) == bufs, "{first:?} became {bufs:?}");
     }
+    // A dma-buf of the console's memory would stay for as long as the console, and keep the driver's module in use.
     before.is_back()?;
     drop(witness);
     PASSED

@@ -11,6 +11,7 @@ mod display;
 mod dumb;
 mod fifo;
 mod flip;
+mod framebuffer;
 mod gem;
 mod import;
 mod keep;

@@ -3,21 +3,17 @@
 pub(super) mod compose;
 
 use std::fmt;
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 
 use drm::control::{Device as _, crtc};
-use drm_ffi::{DRM_CLOEXEC, DRM_RDWR, drm_mode_fb_cmd2};
 use nix::libc;
 
 use super::card::Properties;
 use super::offers::PlaneOffer;
-use super::{Card, writeback};
-use crate::dmabuf::DmaBuf;
+use super::{Card, framebuffer, writeback};
 use crate::error::{Context, Error, Kind, Result};
-use crate::format::{Colour, Encoding, Format, Fourcc, Layout, MAX_PLANES, Modifier, PlaneLayout, Range, Rgb};
+use crate::format::{Colour, Encoding, Range, Rgb};
 use crate::frame::Buffer;
-use crate::memory::Memory;
 use compose::{Blend, Layer, compose};
 
 /// How a [`Snapshot`] is made.
@@ -218,7 +214,7 @@ fn layer(
         // What all did before there was the property, and what it starts as.
         Blend::Premultiplied
     };
-    let buffer = open(card, framebuffer, Colour { encoding, range })?;
+    let buffer = framebuffer::open(card, framebuffer, Colour { encoding, range })?;
     let layer = Layer {
         // Properties carry 64 bits; of these the kernel has 32, with a sign for the place.
         source: ["SRC_X", "SRC_Y", "SRC_W", "SRC_H"].map(|name| number(name) as u32),
@@ -242,79 +238,6 @@ fn layer(
         notes.push(format!("plane {id} does not say what its YUV means; it was taken as {}", layout.colour()));
     }
     Ok(layer)
-}
-
-/// GEM handles that `DRM_IOCTL_MODE_GETFB2` made. It makes new ones each time, one for each distinct buffer
-/// (`drm_mode_getfb2_ioctl`), so closing them takes nothing away from other users of the card.
-struct Handles<'a> {
-    card: &'a Card,
-    distinct: Vec<u32>,
-}
-
-impl<'a> Handles<'a> {
-    fn of(card: &'a Card, info: &drm_mode_fb_cmd2) -> Handles<'a> {
-        let mut distinct = info.handles.to_vec();
-        distinct.retain(|&handle| handle != 0);
-        distinct.sort_unstable();
-        distinct.dedup();
-        Handles { card, distinct }
-    }
-}
-
-impl Drop for Handles<'_> {
-    fn drop(&mut self) {
-        for &handle in &self.distinct {
-            // A failure means that it is closed already, which is the aim.
-            let _ = drm_ffi::gem::close(self.card.as_fd(), handle);
-        }
-    }
-}
-
-/// The memory of a framebuffer, whoever made it.
-fn open(card: &Card, framebuffer: u32, colour: Colour) -> Result<Buffer> {
-    let about = || format!("framebuffer {framebuffer} of {}", card.name());
-    let info = drm_ffi::mode::get_framebuffer2(card.as_fd(), framebuffer).context("look at", about)?;
-    let handles = Handles::of(card, &info);
-    let unsupported = |why: String| Error::new(Kind::Unsupported, "read", about()).because(why);
-    if handles.distinct.is_empty() {
-        let error = Error::new(Kind::Permission, "read", about());
-        let error = error.because("the kernel gives it to root and to the process that drives the display alone");
-        return Err(error.repair("run it as root"));
-    }
-    let code = Fourcc(info.pixel_format);
-    let format = Format::from_drm(code).ok_or_else(|| unsupported(format!("dmaflow knows no format {code}")))?;
-    let stated = info.flags & drm_ffi::DRM_MODE_FB_MODIFIERS != 0;
-    let modifier = if stated { Modifier::from_drm(info.modifier[0]) } else { None };
-    if let Some(tiling) = modifier.filter(|&modifier| modifier != Modifier::LINEAR) {
-        let error = unsupported(format!("its memory is tiled (modifier {tiling}), and the CPU can read rows alone"));
-        return Err(error.repair("stop who drives the display and use the writeback, if the hardware has one"));
-    }
-    let mut places = [PlaneLayout::default(); MAX_PLANES];
-    for (plane, place) in places.iter_mut().enumerate().take(format.planes()) {
-        let memory = handles.distinct.iter().position(|&handle| handle == info.handles[plane]);
-        let memory = memory.and_then(|memory| u32::try_from(memory).ok());
-        let memory = memory.ok_or_else(|| unsupported(format!("colour plane {plane} has no memory")))?;
-        *place = PlaneLayout { memory, offset: info.offsets[plane], stride: info.pitches[plane] };
-    }
-    let layout = Layout::new(format, (info.width, info.height), &places[..format.planes()]);
-    let layout = layout.map_err(|cause| Error::new(Kind::Unsupported, "read", about()).because(cause))?;
-    let layout = layout.with_modifier(modifier).with_colour(colour);
-    let mut memory = Vec::with_capacity(handles.distinct.len());
-    for &handle in &handles.distinct {
-        memory.push(DmaBuf::new(export(card, handle).context("export", about)?)?);
-    }
-    let lens: Vec<_> = memory.iter().map(DmaBuf::len).collect();
-    Buffer::new(layout, memory.into_iter().map(Memory::DmaBuf).collect(), &lens)
-}
-
-/// A dma-buf of a GEM object, for reading.
-///
-/// Writable where that is allowed: a GEM object has one dma-buf for all who export it, which stays as the first asked
-/// for (`drm_gem_prime_handle_to_dmabuf`), and its owner may want to write.
-pub(super) fn export(card: &Card, handle: u32) -> io::Result<OwnedFd> {
-    let handle = drm::control::from_u32(handle).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT))?;
-    let writable = card.buffer_to_prime_fd(handle, DRM_CLOEXEC | DRM_RDWR);
-    writable.or_else(|_| card.buffer_to_prime_fd(handle, DRM_CLOEXEC))
 }
 
 /// The picture in a buffer, as it is.

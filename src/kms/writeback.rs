@@ -16,15 +16,17 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::Card;
 use super::atomic::{CommitFlags, Request};
-use super::snapshot::{Output, export, picture};
+use super::framebuffer::export;
+use super::snapshot::{Output, picture};
 use crate::dmabuf::DmaBuf;
 use crate::error::{Context, Error, Kind, Result};
 use crate::format::{Format, Fourcc, Layout, PlaneLayout};
 use crate::frame::Buffer;
 use crate::memory::Memory;
 
-/// How long the hardware may take for a picture: many of them, even at a refresh rate of 24.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How long the display may take for a picture. Hardware needs one refresh; vkms composes in software, and in an emulated machine whose host
+/// is busy that takes seconds. As long as the kernel waits for a flip (`drm_atomic_helper_wait_for_flip_done`).
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// `linux/sync_file.h`
 mod sync_file {

@@ -32,6 +32,16 @@ impl Mapping {
     /// # Errors
     /// [`Kind::Invalid`] for a length of 0; otherwise what `mmap` says (some exporters refuse).
     pub fn new(fd: BorrowedFd<'_>, len: usize, access: Access) -> Result<Mapping> {
+        Mapping::at(fd, 0, len, access)
+    }
+
+    /// Maps `len` bytes of `fd` from `offset` on; of a device, what its driver has given that offset to.
+    ///
+    /// # Errors
+    /// As [`Mapping::new`].
+    pub(crate) fn at(fd: BorrowedFd<'_>, offset: u64, len: usize, access: Access) -> Result<Mapping> {
+        let past = |_| Error::new(Kind::Invalid, "map", format!("a buffer from {offset} on"));
+        let offset = nix::libc::off_t::try_from(offset).map_err(past)?;
         let len = NonZeroUsize::new(len).ok_or_else(|| Error::new(Kind::Invalid, "map", "a buffer of 0 bytes"))?;
         let protection = match access {
             Access::Read => ProtFlags::PROT_READ,
@@ -39,7 +49,7 @@ impl Mapping {
         };
         // SAFETY: a new mapping at an address that the kernel chooses takes nothing away from anybody; the bytes are
         // only ever copied, so that the device changing them breaks no reference.
-        let start = unsafe { mmap(None, len, protection, MapFlags::MAP_SHARED, fd, 0) };
+        let start = unsafe { mmap(None, len, protection, MapFlags::MAP_SHARED, fd, offset) };
         let start = start.context("map", || format!("{len} bytes of a buffer for the CPU"))?;
         Ok(Mapping { start: start.cast(), len, access })
     }
