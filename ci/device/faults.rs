@@ -96,9 +96,9 @@ fn disconnect_while_capturing_for_no_display() -> anyhow::Result<Outcome> {
 /// The controls that make the next call of one sort fail; the command sets them itself, before it makes the call.
 fn injected_before_the_start() -> anyhow::Result<Outcome> {
     for (name, words) in [
-        ("inject_vidioc_reqbufs_error", ["allocate buffers", "/dev/video0"]),
-        ("inject_vidioc_qbuf_error", ["queue a buffer", "/dev/video0"]),
-        ("inject_vidioc_streamon_error", ["start", "/dev/video0"]),
+        ("inject_vidioc_reqbufs_error", ["allocate buffers", "/dev/video0", "the kernel log"]),
+        ("inject_vidioc_qbuf_error", ["queue a buffer", "/dev/video0", "refused"]),
+        ("inject_vidioc_streamon_error", ["start", "/dev/video0", "--buffers"]),
     ] {
         note(&fails(&mut pipe(&format!("--format XR24 --size 640x360 --frames 5 --control {name}=1")), &words)?);
         works_again()?;

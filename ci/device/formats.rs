@@ -181,7 +181,7 @@ fn dma_contig() -> anyhow::Result<Outcome> {
     for case in too_large {
         let (width, height) = case.size;
         let run = finish(&mut pipe(&format!("--format {} --size {width}x{height} --frames 1", case.format)))?;
-        note(run.one_line(1, &["allocate buffers", "/dev/video0", "Cannot allocate memory"])?);
+        note(run.one_line(1, &["allocate buffers", "/dev/video0", "Cannot allocate memory", "CMA"])?);
     }
     all(&possible)
 }

@@ -15,6 +15,7 @@ mod alloc;
 mod bufs;
 mod camera;
 mod capture;
+mod causes;
 mod commands;
 mod cow;
 mod cycles;
@@ -52,6 +53,7 @@ fn main() -> std::process::ExitCode {
         probe::TESTS,
         verify::TESTS,
         faults::TESTS,
+        causes::TESTS,
         alloc::TESTS,
         syscalls::TESTS,
         formats::TESTS,

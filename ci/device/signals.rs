@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
@@ -24,8 +24,12 @@ pub const TESTS: &[Test] = &[
 
 const MOMENTS: u32 = 50;
 
-/// The latest moment. Most are earlier: in the first half second everything is opened, agreed on and set up.
+/// The latest moment, in seconds. Most are earlier: in the first half second everything is opened, agreed on and set up.
 const LATEST: f64 = 3.0;
+
+/// On a busy host all is slower, from the start of the program on: the latest moment is so many times as late as the signals are caught.
+/// Then 29 of 100 moments are before that.
+const LATER: f64 = 40.0;
 
 fn fifty_moments() -> anyhow::Result<Outcome> {
     let seed = match std::env::var("DMAFLOW_SEED") {
@@ -39,11 +43,14 @@ fn fifty_moments() -> anyhow::Result<Outcome> {
     let (mut early, mut in_order) = (0, 0);
     let witness = Witness::new()?;
     let before = State::read();
+    let begins = until_it_catches()?;
+    let latest = LATEST.max(LATER * begins);
+    note(&format!("signals are caught after {:.0} ms; the latest moment is after {latest:.1} s", begins * 1000.0));
     for moment in 0..MOMENTS {
         let signal = if moment % 2 == 0 { Signal::SIGINT } else { Signal::SIGTERM };
         let present = if moment % 4 < 2 { "fifo" } else { "mailbox" };
         let verify = if moment % 5 == 0 { "--verify" } else { "" };
-        let after = Duration::from_secs_f64(LATEST * random.unit().powi(3));
+        let after = Duration::from_secs_f64(latest * random.unit().powi(3));
         let what = || format!("moment {moment}: {signal} after {after:?}, {present} {verify}");
         match stopped(&format!("--format XR24 --size 640x360 --present {present} {verify}"), signal, after)
             .with_context(what)?
@@ -56,9 +63,23 @@ fn fifty_moments() -> anyhow::Result<Outcome> {
     drop(witness);
     note(&format!("{in_order} ended in order, {early} before the command had begun"));
     // A command that never catches its signals would end every time before it had begun.
-    // On a busy host it takes long to begin.
-    ensure!(in_order >= 5, "{early} of {MOMENTS} died");
+    ensure!(early <= MOMENTS / 2, "{early} of {MOMENTS} died");
     PASSED
+}
+
+/// How many seconds the command takes from its start until it catches signals; the longest of three times.
+fn until_it_catches() -> Result<f64> {
+    let mut longest = 0.0_f64;
+    for _ in 0..3 {
+        let begin = Instant::now();
+        let mut running = start(&mut pipe("--format XR24 --size 640x360"))?;
+        let pid = running.pid();
+        running.wait_until("to catch signals", |_| is_blocked(pid, Signal::SIGINT).unwrap_or(false))?;
+        longest = longest.max(begin.elapsed().as_secs_f64());
+        running.signal(Signal::SIGINT)?;
+        running.end()?.has_status(0)?;
+    }
+    Ok(longest)
 }
 
 enum Stopped {
@@ -118,7 +139,7 @@ fn while_it_waits_for_a_frame() -> anyhow::Result<Outcome> {
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         let mut running = start(&mut pipe("--format XR24 --size 640x360 --fps 1"))?;
         running.wait_until_it_shows()?;
-        let start = std::time::Instant::now();
+        let start = Instant::now();
         running.signal(signal)?;
         let run = running.end()?;
         let result = run.json(0)?;
