@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use dmaflow::endpoint::{Ready, Rung, Sink, Source, SourceCounts};
+use dmaflow::endpoint::{Ready, Refusal, Rung, Sink, Source, SourceCounts};
 use dmaflow::format::Layout;
 use dmaflow::frame::{Buffer, Frame};
 use dmaflow::kms::{Display, DisplayRequest};
@@ -26,6 +26,7 @@ use crate::modules::{Witness, control, debugfs, kernel, vivid};
 use crate::process::{State, finish, number, pipe, sh, start};
 
 const NEEDS: &[&str] = &["vivid", "vkms"];
+const TERMINAL: &[&str] = &["vivid", "vkms", "script"];
 
 pub const TESTS: &[Test] = &[
     Test { name: "ladder::yuyv_is_copied", needs: NEEDS, seconds: 900, run: yuyv_is_copied },
@@ -36,6 +37,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "ladder::a_copy_on_demand", needs: NEEDS, seconds: 120, run: a_copy_on_demand },
     Test { name: "ladder::a_wrong_copy_is_found", needs: NEEDS, seconds: 120, run: a_wrong_copy },
     Test { name: "ladder::the_source_changes", needs: NEEDS, seconds: 240, run: the_source_changes },
+    Test { name: "ladder::a_move_on_a_terminal", needs: TERMINAL, seconds: 60, run: a_move_on_a_terminal },
     Test { name: "ladder::no_signal_for_a_while", needs: NEEDS, seconds: 120, run: no_signal },
     Test { name: "ladder::unplugged_and_back", needs: NEEDS, seconds: 120, run: unplugged },
     Test { name: "ladder::down_and_up_again", needs: &["vkms", "udmabuf"], seconds: 120, run: down_and_up },
@@ -319,6 +321,36 @@ fn unplugged() -> anyhow::Result<Outcome> {
     PASSED
 }
 
+/// What happens is told when it does, above the live line.
+fn a_move_on_a_terminal() -> anyhow::Result<Outcome> {
+    let witness = Witness::new()?;
+    digital_video(7)?;
+    let before = State::read();
+    let program = pipe("").get_program().to_string_lossy().into_owned();
+    let line = format!(
+        "stty cols 200; timeout --foreground --preserve-status -s INT 6 {program} pipe --from vivid --to vkms --format XR24; echo =$?="
+    );
+    let mut running = start(std::process::Command::new("script").args(["-qc", &line, "/dev/null"]))?;
+    running.wait_until_it_shows()?;
+    control("dv_timings=0")?;
+    let run = running.end()?;
+    before.is_back()?;
+    ensure!(run.stdout.contains("=0="), "it did not end in order: {:?}", run.stdout);
+    let (live, table) = run
+        .stdout
+        .split_once("\nfrom ")
+        .with_context(|| format!("no table in {:?}", run.stdout))?;
+    ensure!(live.contains(" fps  exported  "), "no live line: {live:?}");
+    let told: Vec<_> = live
+        .lines()
+        .filter(|line| line.contains("the source changed to XR24"))
+        .collect();
+    ensure!(!told.is_empty() && told.iter().all(|line| line.contains("exported to exported")), "{live:?}");
+    ensure!(table.contains("the source changed to XR24"), "{table}");
+    drop(witness);
+    PASSED
+}
+
 /// Frames of a test card of which some, in the middle, come in memory that no device can import.
 struct Mixed {
     shared: Pattern,
@@ -395,10 +427,24 @@ fn down_and_up() -> anyhow::Result<Outcome> {
         };
         Pattern::new(&request)
     };
-    let mut source =
-        Mixed { shared: card(Allocator::Udmabuf)?, plain: card(Allocator::Plain)?, given: 0, hard: 10..90 };
+    let mixed = || -> dmaflow::Result<Mixed> {
+        Ok(Mixed { shared: card(Allocator::Udmabuf)?, plain: card(Allocator::Plain)?, given: 0, hard: 10..90 })
+    };
     let mut display = Display::find("vkms", DisplayRequest::default())?;
+    // Where copies are not allowed, the first such frame is the end, and the error says that it was refused.
+    let mut source = mixed()?;
     let limits = Limits { frames: Some(300), duration: None };
+    let ended = Pipe::join(&mut source, &mut display, Path::ZeroCopy, limits)?.run(None, &mut |_| {});
+    let error = ended.err().context("went on without copies")?;
+    let refusal = std::error::Error::source(&error).and_then(|cause| cause.downcast_ref::<Refusal>());
+    let refusal = refusal.with_context(|| format!("refused by nobody: {}", error.line()))?;
+    ensure!(refusal.rung == Rung::Exported && refusal.why.contains("plain memory"), "{refusal}");
+    display.restore()?;
+    drop((source, display));
+    before.is_back()?;
+
+    let mut source = mixed()?;
+    let mut display = Display::find("vkms", DisplayRequest::default())?;
     let pipe = Pipe::join(&mut source, &mut display, Path::Auto, limits)?;
     ensure!(pipe.rung() == Rung::Exported, "{:?}", pipe.refusals());
     let account = pipe.run(None, &mut |_| {})?;

@@ -254,7 +254,6 @@ fn lumas<const SIZE: usize, const EACH: usize>(row: &[u8], index: usize) -> [u16
 ///
 /// In two steps, for the compiler to make vectors of both: the halves of words, with the pixels that share chroma apart, in lanes of
 /// 16 bits; and the words, over the whole row.
-#[allow(clippy::needless_range_loop, reason = "lanes of several arrays at once")]
 #[inline(always)]
 fn words<const SIZE: usize, const EACH: usize, const LANES: usize>(
     [y, u, v]: [&[u8]; 3],

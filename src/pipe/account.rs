@@ -79,7 +79,7 @@ impl std::fmt::Debug for Latency {
 
 /// The numbers of a pipe while it runs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Progress {
+pub struct Progress<'pipe> {
     /// Frames that came from the source undamaged.
     pub captured: u64,
     /// Frames that were shown or stored.
@@ -92,6 +92,8 @@ pub struct Progress {
     pub at_us: u64,
     /// From the last frame's capture to its show, in µs, where its clock allows the comparison.
     pub latency_us: Option<u64>,
+    /// The steps to another rung and the changes of the source until now.
+    pub moves: &'pipe [Move],
 }
 
 /// CPU time of this process, user and system together.

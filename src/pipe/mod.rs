@@ -109,7 +109,7 @@ impl<'a> Pipe<'a> {
     ///
     /// # Errors
     /// The first failure of source or sink. The source is stopped either way; a display goes on showing the last frame.
-    pub fn run(mut self, stop: Option<BorrowedFd<'_>>, progress: &mut dyn FnMut(&Progress)) -> Result<Account> {
+    pub fn run(mut self, stop: Option<BorrowedFd<'_>>, progress: &mut dyn FnMut(&Progress<'_>)) -> Result<Account> {
         let cpu = cpu_time();
         let start = now_us();
         let flowed = self.flow(start, stop, progress);
@@ -139,7 +139,12 @@ impl<'a> Pipe<'a> {
         })
     }
 
-    fn flow(&mut self, start: u64, stop: Option<BorrowedFd<'_>>, progress: &mut dyn FnMut(&Progress)) -> Result<()> {
+    fn flow(
+        &mut self,
+        start: u64,
+        stop: Option<BorrowedFd<'_>>,
+        progress: &mut dyn FnMut(&Progress<'_>),
+    ) -> Result<()> {
         let end = self
             .limits
             .duration
@@ -182,7 +187,7 @@ impl<'a> Pipe<'a> {
     }
 
     /// Waits for the frames that are on their way.
-    fn finish(&mut self, progress: &mut dyn FnMut(&Progress)) -> Result<()> {
+    fn finish(&mut self, progress: &mut dyn FnMut(&Progress<'_>)) -> Result<()> {
         while let Some(shown) = self.sink.finish()? {
             self.account(Some(shown), progress);
         }
@@ -190,14 +195,17 @@ impl<'a> Pipe<'a> {
     }
 
     /// One frame, by the rung that holds; if that turns out not to hold, by one below it.
-    fn present(&mut self, frame: Frame, progress: &mut dyn FnMut(&Progress)) -> Result<()> {
+    fn present(&mut self, frame: Frame, progress: &mut dyn FnMut(&Progress<'_>)) -> Result<()> {
         let place = self.captured;
         self.captured += 1;
         if self.above.is_some() && self.joined.copier.is_some() {
             self.step_up(progress)?;
         }
         let shown = match self.send(&frame, place) {
-            Err(error) if self.may_step_down(&error) => {
+            Err(error) if self.was_refused(&error) => {
+                if self.path != Path::Auto {
+                    return Err(self.nowhere_to_go(&error));
+                }
                 self.step_down(&error, progress)?;
                 self.send(&frame, place)?
             }
@@ -236,7 +244,7 @@ impl<'a> Pipe<'a> {
         Err(self.source.stalled())
     }
 
-    fn account(&mut self, shown: Option<Shown>, progress: &mut dyn FnMut(&Progress)) {
+    fn account(&mut self, shown: Option<Shown>, progress: &mut dyn FnMut(&Progress<'_>)) {
         let Some(shown) = shown else { return };
         self.presented += 1;
         if self.presented == 1 {
@@ -258,6 +266,7 @@ impl<'a> Pipe<'a> {
             dropped: self.source.counts().dropped + self.sink.dropped() + self.dropped,
             at_us: shown.at_us,
             latency_us,
+            moves: &self.moves,
         });
     }
 }

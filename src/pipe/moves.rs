@@ -8,7 +8,7 @@ use super::{Pipe, Progress};
 use crate::clock::now_us;
 use crate::endpoint::{JoinError, Refusal, Rung};
 use crate::error::{Context, Error, Kind, Result};
-use crate::ladder::{self, Joined, NoWay};
+use crate::ladder::{self, Joined, NoWay, Path};
 
 /// A step from one rung to another while frames flowed, or a change at the source.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -37,20 +37,25 @@ pub(super) struct Above {
 const FIRST_TRY: u64 = 60;
 
 impl Pipe<'_> {
-    /// Whether a copy might go where this frame did not.
-    pub(super) fn may_step_down(&self, error: &Error) -> bool {
-        use crate::ladder::Path;
+    /// Whether this frame was refused, so that a copy might go where it did not.
+    pub(super) fn was_refused(&self, error: &Error) -> bool {
         let lasting =
             matches!(error.kind(), Kind::Disconnected | Kind::Ended | Kind::Permission | Kind::Timeout | Kind::Invalid);
         // Of an import or a commit: what fails elsewhere (counting, verifying, a view) fails for copies as well.
-        self.path == Path::Auto && self.joined.rung.is_zero_copy() && error.call().is_some() && !lasting
+        self.joined.rung.is_zero_copy() && error.call().is_some() && !lasting
+    }
+
+    /// A refusal of the rung that holds no longer, where no other is allowed: an error with a [`Refusal`] as its cause.
+    pub(super) fn nowhere_to_go(&self, error: &Error) -> Error {
+        let refusal = Refusal::from_error(self.joined.rung, error);
+        Error::new(error.kind(), error.step(), error.subject()).because(refusal)
     }
 
     /// From now on copies. The frame that was refused goes that way as well.
     ///
     /// # Errors
     /// The error that made it step down, if copying does not help.
-    pub(super) fn step_down(&mut self, error: &Error, progress: &mut dyn FnMut(&Progress)) -> Result<()> {
+    pub(super) fn step_down(&mut self, error: &Error, progress: &mut dyn FnMut(&Progress<'_>)) -> Result<()> {
         let again = || {
             let again = Error::new(error.kind(), error.step(), error.subject()).because(error.line());
             again.repair("copying does not help either")
@@ -73,7 +78,7 @@ impl Pipe<'_> {
     ///
     /// # Errors
     /// A failure of the sink.
-    pub(super) fn step_up(&mut self, progress: &mut dyn FnMut(&Progress)) -> Result<()> {
+    pub(super) fn step_up(&mut self, progress: &mut dyn FnMut(&Progress<'_>)) -> Result<()> {
         if self.above.as_ref().is_none_or(|above| self.captured < above.at) {
             return Ok(());
         }
@@ -108,15 +113,17 @@ impl Pipe<'_> {
         &mut self,
         stop: Option<BorrowedFd<'_>>,
         end: Option<u64>,
-        progress: &mut dyn FnMut(&Progress),
+        progress: &mut dyn FnMut(&Progress<'_>),
     ) -> Result<bool> {
         let from = self.joined.rung;
         self.finish(progress)?;
+        let mut not_kept = None;
         if self.joined.copier.is_none() {
             match self.sink.hold() {
                 Err(error) if error.kind() == Kind::Disconnected => return Err(error),
                 // The frame itself stays on screen then: its memory outlives the source's buffers.
-                _ => {}
+                Err(error) => not_kept = Some(error.line()),
+                Ok(()) => {}
             }
         }
         // The account of its frames goes with its buffers.
@@ -131,7 +138,10 @@ impl Pipe<'_> {
             Err(NoWay::Failed(error)) => return Err(error),
             Err(NoWay::Refused(refusals)) => {
                 let error = Error::new(Kind::Unsupported, "show the new format of", self.source.name());
-                return Err(match refusals.into_iter().next_back() {
+                // As for the first frame: of the way that costs nothing where that was demanded, else of the last resort.
+                let mut refusals = refusals.into_iter();
+                let told = if self.path == Path::ZeroCopy { refusals.next() } else { refusals.next_back() };
+                return Err(match told {
                     Some(refusal) => error.because(refusal),
                     None => error,
                 });
@@ -139,7 +149,11 @@ impl Pipe<'_> {
         };
         self.check_copies();
         self.above = None;
-        self.moved(from, format!("the source changed to {layout}"));
+        let mut why = format!("the source changed to {layout}");
+        if let Some(not_kept) = not_kept {
+            why = format!("{why}; meanwhile a frame of before was held: {not_kept}");
+        }
+        self.moved(from, why);
         self.source.start()?;
         Ok(true)
     }

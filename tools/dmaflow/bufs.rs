@@ -15,7 +15,7 @@ use nix::sys::signalfd::SignalFd;
 use crate::args::BufsArgs;
 use crate::bufs_report::{Report, Watched, unseen};
 use crate::output;
-use crate::pipe::catch_signals;
+use crate::stop::catch_signals;
 
 pub fn run(args: &BufsArgs) -> anyhow::Result<ExitCode> {
     output::check()?;

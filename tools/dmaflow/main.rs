@@ -14,6 +14,7 @@ mod probe;
 mod probe_report;
 mod report;
 mod snap;
+mod stop;
 mod table;
 
 use std::process::ExitCode;

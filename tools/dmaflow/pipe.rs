@@ -4,16 +4,13 @@ use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{anyhow, bail};
 use dmaflow::endpoint::{Refusal, Sink, Source};
 use dmaflow::frame::ViewPolicy;
 use dmaflow::ladder::{NoWay, Path};
 use dmaflow::pipe::{Limits, Pipe};
 use dmaflow::sink::write_png;
-use nix::errno::Errno;
-use nix::libc;
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::signalfd::SignalFd;
 
 use crate::args::{PathChoice, PipeArgs, PolicyChoice};
 use crate::ends::{AnySink, open_sink, open_source, takes_stdout};
@@ -22,6 +19,7 @@ use crate::keep::Keeper;
 use crate::live::Live;
 use crate::output;
 use crate::report::{self, Report, SinkSays};
+use crate::stop::catch_signals;
 
 pub fn run(args: &PipeArgs) -> anyhow::Result<ExitCode> {
     let limits = limits(args)?;
@@ -82,7 +80,15 @@ fn flow(
     let mut live = Live::new(limits.frames);
     let account = pipe.run(Some(stop.as_fd()), &mut |progress| live.update(progress));
     live.end();
-    let account = account?;
+    let account = match account {
+        Ok(account) => account,
+        Err(error) => {
+            return match refusal_in(&error) {
+                Some(refusal) if path == Path::ZeroCopy => refused(args, vec![refusal], report),
+                _ => Err(error.into()),
+            };
+        }
+    };
     if let AnySink::Display(display) = &sink {
         report.joined(display.mode());
         if let Some(file) = &args.snap {
@@ -137,6 +143,18 @@ fn refused(args: &PipeArgs, refusals: Vec<Refusal>, report: &mut Report) -> anyh
     }
 }
 
+/// The refusal that ended a flow, if one did.
+fn refusal_in(error: &dmaflow::Error) -> Option<Refusal> {
+    let mut cause = std::error::Error::source(error);
+    while let Some(next) = cause {
+        if let Some(refusal) = next.downcast_ref::<Refusal>() {
+            return Some(refusal.clone());
+        }
+        cause = next.source();
+    }
+    None
+}
+
 fn limits(args: &PipeArgs) -> anyhow::Result<Limits> {
     if args.frames == Some(0) {
         bail!("cannot pipe 0 frames: --frames takes 1 or more");
@@ -146,25 +164,4 @@ fn limits(args: &PipeArgs) -> anyhow::Result<Limits> {
         duration.ok_or_else(|| Usage(format!("--seconds takes a number greater than 0, not {seconds}")))
     });
     Ok(Limits { frames: args.frames, duration: duration.transpose()? })
-}
-
-/// Ctrl-C and `kill` as a descriptor to poll, so that they come between two frames and never inside a step.
-pub fn catch_signals() -> anyhow::Result<SignalFd> {
-    let mut signals = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        // `nohup`, and a shell for a job in its background, have some of them ignored: so they stay.
-        if !ignored(signal).context("cannot ask about signals")? {
-            signals.add(signal);
-        }
-    }
-    signals.thread_block().context("cannot block signals")?;
-    SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("cannot catch signals")
-}
-
-fn ignored(signal: Signal) -> anyhow::Result<bool> {
-    // SAFETY: a C structure of integers, a pointer-sized handler and an optional function pointer: zeroes are a value of it.
-    let mut old: libc::sigaction = unsafe { std::mem::zeroed() };
-    // SAFETY: with no new action the call only writes the old one, to a live variable of its type (sigaction(2)).
-    Errno::result(unsafe { libc::sigaction(signal as libc::c_int, std::ptr::null(), &mut old) })?;
-    Ok(old.sa_sigaction == libc::SIG_IGN)
 }

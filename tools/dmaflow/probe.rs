@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::bail;
-use dmaflow::endpoint::Sink;
 use dmaflow::error::Result;
 use dmaflow::kms::{Card, Display, DisplayRequest};
 use dmaflow::probe::{CameraFormats, Candidate, End, PatternFormats, Probe, probe};
@@ -16,10 +15,11 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nix::sys::signalfd::SignalFd;
 
 use crate::args::ProbeArgs;
+use crate::ends::AnySink;
 use crate::failure::{FAILED, Usage};
 use crate::output;
-use crate::pipe::catch_signals;
 use crate::probe_report::{PairReport, Report};
+use crate::stop::catch_signals;
 
 /// A source, and what a person should read of it.
 enum Source {
@@ -41,11 +41,6 @@ struct Pair {
 enum AnyCandidate {
     Camera(Box<CameraFormats>),
     Pattern(PatternFormats),
-}
-
-enum AnySink {
-    Display(Box<Display>),
-    Null(Null),
 }
 
 pub fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
@@ -212,22 +207,6 @@ impl AnyCandidate {
         match self {
             AnyCandidate::Camera(camera) => camera.restore(),
             AnyCandidate::Pattern(_) => Ok(()),
-        }
-    }
-}
-
-impl AnySink {
-    fn as_dyn(&mut self) -> &mut dyn Sink {
-        match self {
-            AnySink::Display(display) => display.as_mut(),
-            AnySink::Null(null) => null,
-        }
-    }
-
-    fn restore(&mut self) -> Result<()> {
-        match self {
-            AnySink::Display(display) => display.restore(),
-            AnySink::Null(_) => Ok(()),
         }
     }
 }
