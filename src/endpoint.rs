@@ -346,8 +346,7 @@ pub struct Verdict {
 impl Verdict {
     /// Adds a later one.
     pub(crate) fn add(&mut self, later: Verdict) {
-        let place = |(place, sequence)| (place + self.checked, sequence);
-        self.first_wrong = self.first_wrong.or(later.first_wrong.map(place));
+        self.first_wrong = self.first_wrong.or(later.first_wrong);
         self.checked += later.checked;
         self.wrong += later.wrong;
     }
@@ -382,12 +381,12 @@ pub trait Sink {
     }
 
     /// Sees each frame right after its capture, before anyone else touches it. A sink that verifies predicts here what it
-    /// must show.
+    /// must show. `place` is the frame's among all that were captured, counted from 0.
     ///
     /// # Errors
     /// If the frame cannot be read.
-    fn inspect(&mut self, frame: &Frame) -> Result<()> {
-        let _ = frame;
+    fn inspect(&mut self, frame: &Frame, place: u64) -> Result<()> {
+        let _ = (frame, place);
         Ok(())
     }
 

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use crate::harness::{Outcome, PASSED, Test};
 use crate::modules;
-use crate::process::{dmaflow, finish, pipe};
+use crate::process::{dmaflow, finish, number, pipe};
 
 const NEEDS: &[&str] = &["vivid", "vkms"];
 
@@ -192,5 +192,8 @@ fn fields() -> anyhow::Result<Outcome> {
     }
     let result = finish(&mut pipe("--format XR24 --frames 1"))?.json(0)?;
     ensure!(result.get("verify").is_none() && result.get("fps").is_none(), "one frame has no rate: {result}");
+    let result = finish(&mut pipe("--format XR24 --seconds 0.001"))?.json(0)?;
+    ensure!(number(&result, "frames/presented")? == 0, "{result}");
+    ensure!(result.get("cpu_us_per_frame").is_none() && result.get("latency_us").is_none(), "of no frame: {result}");
     PASSED
 }

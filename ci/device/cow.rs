@@ -392,7 +392,7 @@ fn on_screen() -> anyhow::Result<Outcome> {
     let mut before: Option<CowView> = None;
     for number in 0..12_u8 {
         let frame = camera.next()?;
-        display.inspect(&frame)?;
+        display.inspect(&frame, number.into())?;
         let mut view = frame.view("scribbler")?;
         for row in 0..SIZE.1 {
             ensure!(view.write(0, row, 0, &[number; ROW]) == ROW, "row {row} was not written");

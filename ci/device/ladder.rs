@@ -37,6 +37,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "ladder::a_copy_on_demand", needs: NEEDS, seconds: 120, run: a_copy_on_demand },
     Test { name: "ladder::a_wrong_copy_is_found", needs: NEEDS, seconds: 120, run: a_wrong_copy },
     Test { name: "ladder::the_source_changes", needs: NEEDS, seconds: 240, run: the_source_changes },
+    Test { name: "ladder::the_wrong_frame_after_a_change", needs: NEEDS, seconds: 240, run: wrong_after_a_change },
     Test { name: "ladder::a_move_on_a_terminal", needs: TERMINAL, seconds: 60, run: a_move_on_a_terminal },
     Test { name: "ladder::no_signal_for_a_while", needs: NEEDS, seconds: 120, run: no_signal },
     Test { name: "ladder::unplugged_and_back", needs: NEEDS, seconds: 120, run: unplugged },
@@ -323,6 +324,32 @@ fn unplugged() -> anyhow::Result<Outcome> {
     let result = running.end()?.json(0)?;
     let (captured, presented) = (number(&result, "frames/captured")?, number(&result, "frames/presented")?);
     ensure!(captured == presented && captured > 20, "{result}");
+    PASSED
+}
+
+/// Frames are counted as they are captured, also where some of them are never shown, and on after a change.
+fn wrong_after_a_change() -> anyhow::Result<Outcome> {
+    let mut found = 0;
+    for place in 40..46 {
+        digital_video(7)?;
+        let options = format!("--format XR24 --present mailbox --verify --frames 80 --corrupt-frame {place}");
+        let mut running = start(&mut pipe(&options))?;
+        running.wait_until_it_shows()?;
+        control("dv_timings=0")?;
+        let run = running.end()?;
+        // In mailbox the changed frame may be one of those that are never shown.
+        if run.status.code() == Some(0) {
+            continue;
+        }
+        let result = run.json(4)?;
+        ensure!(result["moves"].as_array().is_some_and(|moves| moves.len() == 1), "{result}");
+        ensure!(number(&result, "verify/first_wrong/frame")? == place, "frame {place} was changed: {result}");
+        ensure!(number(&result, "verify/wrong")? == 1, "{result}");
+        found += 1;
+    }
+    as_it_was()?;
+    note(&format!("{found} of 6 changed frames were shown and found"));
+    ensure!(found > 0, "none of the changed frames was shown");
     PASSED
 }
 

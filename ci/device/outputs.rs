@@ -296,7 +296,8 @@ fn named_pipe() -> anyhow::Result<Outcome> {
     let running = crate::process::start(&mut command)?;
     thread::sleep(Duration::from_millis(500));
     running.signal(Signal::SIGTERM)?;
-    running.end()?.one_line(1, &["before anyone read it"])?;
+    let result = running.end()?.json(0)?;
+    ensure!(result.get("frames").is_none(), "frames that nobody read: {result}");
     fs::remove_file(fifo)?;
     PASSED
 }

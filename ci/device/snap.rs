@@ -197,6 +197,12 @@ fn at_the_end() -> anyhow::Result<Outcome> {
         is_the_camera_on_640x480(&read_png(Path::new(FILE))?)?;
         before.is_back()?;
     }
+    // Of no frame there is no picture; least of all that of the console.
+    let _ = fs::remove_file(FILE);
+    let run = finish(&mut pipe(&format!("--format XR24 --size 640x360 --seconds 0.001 --snap {FILE}")))?;
+    run.one_line(1, &[FILE, "no frame was shown"])?;
+    ensure!(fs::metadata(FILE).is_err(), "a picture of no frame");
+    before.is_back()?;
     let run = finish(&mut pipe("--format XR24 --size 640x360 --frames 2 --snap /tmp/no/such/x.png"))?;
     run.one_line(1, &["/tmp/no/such/x.png"])?;
     before.is_back()?;

@@ -288,9 +288,9 @@ impl Sink for Display {
         (0..count).map(|_| self.card.make_buffer(layout, room, align)).collect()
     }
 
-    fn inspect(&mut self, frame: &Frame) -> Result<()> {
+    fn inspect(&mut self, frame: &Frame, place: u64) -> Result<()> {
         match self.way.as_mut().and_then(|way| way.verifier.as_mut()) {
-            Some(verifier) => verifier.expect(frame),
+            Some(verifier) => verifier.expect(frame, place),
             None => Ok(()),
         }
     }

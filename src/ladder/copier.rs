@@ -119,11 +119,11 @@ impl Copier {
         self.slots.views().copies()
     }
 
-    /// The frame in a buffer of the copier's own; `None` if none is free, which is counted.
+    /// The frame, which has this place among all captured, in a buffer of the copier's own; `None` if none is free, which is counted.
     ///
     /// # Errors
     /// If the frame cannot be read or the buffer not written.
-    pub fn copy(&mut self, frame: &Frame) -> Result<Option<Frame>> {
+    pub fn copy(&mut self, frame: &Frame, place: u64) -> Result<Option<Frame>> {
         let Some(index) = self.take() else {
             self.dropped += 1;
             return Ok(None);
@@ -148,7 +148,7 @@ impl Copier {
         let meta = FrameMeta { bytes_used: used(buffer.layout()), ..*frame.meta() };
         let copy = Frame::new(buffer.clone(), meta, lease);
         if let Some(check) = &mut self.check {
-            check.compare(frame, &copy)?;
+            check.compare(frame, &copy, place)?;
         }
         Ok(Some(copy))
     }
@@ -171,7 +171,6 @@ struct Check {
     same: bool,
     from: [Vec<u8>; MAX_PLANES],
     to: [Vec<u8>; MAX_PLANES],
-    captured: u64,
     verdict: Verdict,
 }
 
@@ -185,20 +184,14 @@ impl Check {
             };
             [0, 1, 2, 3].map(row)
         };
-        Check {
-            same: from.format() == to.format(),
-            from: rows(from),
-            to: rows(to),
-            captured: 0,
-            verdict: Verdict::default(),
-        }
+        Check { same: from.format() == to.format(), from: rows(from), to: rows(to), verdict: Verdict::default() }
     }
 
-    fn compare(&mut self, frame: &Frame, copy: &Frame) -> Result<()> {
+    fn compare(&mut self, frame: &Frame, copy: &Frame, place: u64) -> Result<()> {
         let (before, after) = (frame.buffer().read()?, copy.buffer().read()?);
         let (from, to) = (*before.layout(), *after.layout());
         let mut right = true;
-        let (first, step) = if self.same { (0, 1) } else { ((self.captured % ROWS) as u32, ROWS as usize) };
+        let (first, step) = if self.same { (0, 1) } else { ((place % ROWS) as u32, ROWS as usize) };
         for y in (first..from.height()).step_by(step) {
             fill(&mut self.from, from.format(), y, &mut |plane, row, out| before.row(plane, row, out));
             fill(&mut self.to, to.format(), y, &mut |plane, row, out| after.row(plane, row, out));
@@ -210,9 +203,8 @@ impl Check {
         self.verdict.checked += 1;
         if !right {
             self.verdict.wrong += 1;
-            self.verdict.first_wrong.get_or_insert((self.captured, frame.meta().sequence));
+            self.verdict.first_wrong.get_or_insert((place, frame.meta().sequence));
         }
-        self.captured += 1;
         Ok(())
     }
 }
@@ -285,8 +277,8 @@ mod tests {
             let frame = frame(source);
             let mut copier = Copier::new(source.layout(), buffers(to, 2), false).unwrap();
             copier.check();
-            for _ in 0..ROWS {
-                drop(copier.copy(&frame).unwrap().unwrap());
+            for place in 0..ROWS {
+                drop(copier.copy(&frame, place).unwrap().unwrap());
             }
             assert_eq!(
                 (copier.verdict().unwrap().checked, copier.verdict().unwrap().wrong),
@@ -294,7 +286,7 @@ mod tests {
                 "{from} to {to}"
             );
             // Wrong by more than a step in every row, so that it does not matter which rows are looked at.
-            let copy = copier.copy(&frame).unwrap().unwrap();
+            let copy = copier.copy(&frame, 40).unwrap().unwrap();
             let mut mapping = copy.buffer().map(Access::ReadWrite).unwrap();
             for row in 0..16 {
                 let place = copy.buffer().layout().planes()[0];
@@ -303,9 +295,9 @@ mod tests {
                 mapping[0].read(at, &mut byte);
                 mapping[0].write(at, &[byte[0] ^ 0x80]);
             }
-            copier.check.as_mut().unwrap().compare(&frame, &copy).unwrap();
+            copier.check.as_mut().unwrap().compare(&frame, &copy, 41).unwrap();
             let verdict = copier.verdict().unwrap();
-            assert_eq!((verdict.wrong, verdict.first_wrong), (1, Some((ROWS + 1, 7))), "{from} to {to}");
+            assert_eq!((verdict.wrong, verdict.first_wrong), (1, Some((41, 7))), "{from} to {to}");
         }
     }
 
@@ -315,13 +307,13 @@ mod tests {
         let frame = frame(source);
         let mut copier = Copier::new(source.layout(), buffers("XR24", 2), false).unwrap();
         let views: Vec<_> = (0..6)
-            .map(|_| copier.copy(&frame).unwrap().unwrap().view("keeper").unwrap())
+            .map(|place| copier.copy(&frame, place).unwrap().unwrap().view("keeper").unwrap())
             .collect();
         assert_eq!((views.len(), copier.dropped()), (6, 0));
         let detached: u64 = copier.view_copies().iter().map(|copies| copies.count).sum();
         assert_eq!(detached, 4);
-        let frames: Vec<_> = (0..2).map(|_| copier.copy(&frame).unwrap().unwrap()).collect();
-        assert!(copier.copy(&frame).unwrap().is_none(), "both are held as frames");
+        let frames: Vec<_> = (6..8).map(|place| copier.copy(&frame, place).unwrap().unwrap()).collect();
+        assert!(copier.copy(&frame, 8).unwrap().is_none(), "both are held as frames");
         assert_eq!((frames.len(), copier.dropped()), (2, 1));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -128,10 +128,13 @@ impl Camera {
         if !matches!(self.queue, State::Streaming(_)) {
             self.start()?;
         }
+        let begin = Instant::now();
         loop {
             self.recycle()?;
             let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN | PollFlags::POLLPRI)];
-            let timeout = PollTimeout::try_from(self.watchdog).unwrap_or(PollTimeout::MAX);
+            // Damaged buffers wake it as well, and are no frames.
+            let left = self.watchdog.saturating_sub(begin.elapsed());
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
             let ready = match poll(&mut fds, timeout) {
                 Err(nix::errno::Errno::EINTR) => continue,
                 other => other.context("wait for", || self.name.clone())?,
@@ -142,6 +145,9 @@ impl Camera {
             let events = fds[0].revents().unwrap_or(PollFlags::empty());
             if let Some(frame) = self.try_next(Ready::from(events))? {
                 return Ok(frame);
+            }
+            if begin.elapsed() >= self.watchdog {
+                return Err(self.stalled());
             }
         }
     }
@@ -450,6 +456,9 @@ impl Source for Camera {
                     false => "drop frames and views sooner, let the queue detach views, or ask for more buffers",
                 })
             }
+            _ if self.counts.errored > 0 => error
+                .because(format!("{cause} undamaged; {} buffers came damaged in all", self.counts.errored))
+                .repair("the camera's signal is bad: check its input and its cable"),
             _ => error
                 .because(cause)
                 .repair("the camera sends nothing: check its input and its cable"),

@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use anyhow::{anyhow, bail};
 use dmaflow::endpoint::{Refusal, Sink, Source};
+use dmaflow::error::Kind;
 use dmaflow::frame::ViewPolicy;
 use dmaflow::ladder::{NoWay, Path};
 use dmaflow::pipe::{Limits, Pipe};
 use dmaflow::sink::write_png;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 
 use crate::args::{PathChoice, PipeArgs, PolicyChoice};
@@ -71,6 +73,8 @@ fn flow(
     };
     let mut pipe = match Pipe::join(source, target, path, limits) {
         Ok(pipe) => pipe,
+        // While a sink waited for its reader.
+        Err(NoWay::Failed(error)) if error.kind() == Kind::Ended && is_told(stop) => return Ok(ExitCode::SUCCESS),
         Err(NoWay::Failed(error)) => bail!(error),
         Err(NoWay::Refused(refusals)) => return refused(args, refusals, report),
     };
@@ -89,9 +93,15 @@ fn flow(
             };
         }
     };
+    if let Some(place) = args.corrupt_frame.filter(|&place| place >= account.captured) {
+        bail!("frame {place} was not changed: {} came (--corrupt-frame counts from 0)", account.captured);
+    }
     if let AnySink::Display(display) = &sink {
         report.joined(display.mode());
         if let Some(file) = &args.snap {
+            if account.presented == 0 {
+                bail!("cannot make {}: no frame was shown", file.display());
+            }
             let picture = display.snapshot()?;
             write_png(file, picture.width, picture.height, &picture.rgb)?;
         }
@@ -141,6 +151,12 @@ fn refused(args: &PipeArgs, refusals: Vec<Refusal>, report: &mut Report) -> anyh
         (_, Some(refusal)) => Err(anyhow!("cannot join source and sink: {refusal}")),
         (_, None) => Err(anyhow!("cannot join source and sink")),
     }
+}
+
+/// Whether the order to stop has come; it stays there to be read.
+fn is_told(stop: &SignalFd) -> bool {
+    let mut fds = [PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
 /// The refusal that ended a flow, if one did.

@@ -159,7 +159,6 @@ impl Report {
     }
 
     pub fn flowed(&mut self, account: &Account, sink: &SinkSays<'_>, buffers: usize) {
-        let shown = account.presented.max(1) as f64;
         let latency = &account.latency;
         account.refusals.iter().for_each(|refusal| self.refuse(refusal));
         let mut copies = sink.ledger.clone();
@@ -193,7 +192,10 @@ impl Report {
                     why: step.why.clone(),
                 })
                 .collect(),
-            cpu_us_per_frame: account.cpu.map(|cpu| round(cpu.as_secs_f64() * 1e6 / shown, 1e3)),
+            cpu_us_per_frame: account
+                .cpu
+                .filter(|_| account.presented > 0)
+                .map(|cpu| round(cpu.as_secs_f64() * 1e6 / account.presented as f64, 1e3)),
             latency_us: (|| {
                 let at = |quantile| latency.quantile(quantile);
                 Some(LatencyReport { p50: at(0.5)?, p99: at(0.99)?, max: at(1.0)?, measured: latency.count() })
@@ -222,7 +224,7 @@ impl Report {
                 0 => "no byte copied".to_owned(),
                 bytes => format!("{bytes} bytes copied"),
             };
-            rows.push(("path", format!("{path}, {copied}, {} of {} buffers imported", flow.imports, flow.buffers)));
+            rows.push(("path", format!("{path}, {copied}, {} imports for {} buffers", flow.imports, flow.buffers)));
             for copy in &flow.copies {
                 rows.push(("copies", format!("{} of {} bytes: {}", copy.count, copy.bytes, copy.cause)));
             }
@@ -239,8 +241,10 @@ impl Report {
             if let Some(cpu) = flow.cpu_us_per_frame {
                 rows.push(("cpu", format!("{cpu:.0} µs a frame")));
             }
-            if let Some(LatencyReport { p50, p99, max, .. }) = &flow.latency_us {
-                rows.push(("latency", format!("{p50} µs median, {p99} µs for 99 %, {max} µs at most")));
+            if let Some(LatencyReport { p50, p99, max, measured }) = &flow.latency_us {
+                // Not of a frame that is stamped with a time to come, as vivid does: there is none.
+                let of = if *measured < presented { format!(", of {measured} frames") } else { String::new() };
+                rows.push(("latency", format!("{p50} µs median, {p99} µs for 99 %, {max} µs at most{of}")));
             }
             if let Some(verify) = &flow.verify {
                 let wrong = verify.first_wrong.as_ref().map_or(String::new(), |first| {
