@@ -143,6 +143,22 @@ fn wrong_usage() -> anyhow::Result<Outcome> {
             .has_status(2)
             .with_context(|| options.to_owned())?;
     }
+    // stdout is no place for a picture, and a file called "-" is what nobody means.
+    for options in [
+        "snap pattern -",
+        "snap vkms -",
+        "pipe --from pattern --to png:- --frames 1",
+        "pipe --from pattern --to vkms --snap - --frames 1",
+    ] {
+        let run = finish(&mut dmaflow(options))?;
+        run.has_status(2).with_context(|| options.to_owned())?;
+        ensure!(
+            run.stdout.is_empty() && run.stderr.contains("pictures do not go to stdout"),
+            "{options}: {}",
+            run.stderr
+        );
+        ensure!(!std::path::Path::new("-").exists(), "{options} wrote a file called \"-\"");
+    }
     for options in ["--help", "--version", "pipe --help", "list --help", "snap --help"] {
         let run = finish(&mut dmaflow(options))?;
         run.has_status(0)?;

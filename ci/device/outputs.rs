@@ -308,6 +308,9 @@ fn wrong_usage() -> anyhow::Result<Outcome> {
     }
     let rgb = finish(&mut dmaflow("pipe --from vivid --to y4m:/tmp/outputs.y4m --format XR24 --frames 1"))?;
     rgb.one_line(1, &["XR24"])?;
+    // What it recommends is what the stream takes as it is.
+    let repaired = format!("pipe --from vivid --to y4m:{OUT} --format XR24 --frames 1 --path zero-copy");
+    finish(&mut dmaflow(&repaired))?.one_line(3, &["XR24", "--format YU12"])?;
     let folder = finish(&mut dmaflow("pipe --from vivid --to raw:/tmp/no/such/file --frames 1"))?;
     folder.one_line(1, &["raw:/tmp/no/such/file"])?;
     let zero_copy = format!("pipe --from vivid --to raw:{OUT} --frames 1 --path zero-copy");

@@ -91,8 +91,9 @@ impl Copier {
     }
 
     /// From now on compares each copy with the frame that it was made from: all bytes where the formats are equal; else one row of eight,
-    /// others each time, each channel with what [`Pixels::rgb`] makes of the frame, one step aside at most. (The picture as a whole is
-    /// compared by the display's CRC, which is predicted from the copy.)
+    /// others each time, each channel with what [`Pixels::rgb`] makes of the frame, as many steps of 8 bits aside at most as [`steps`]
+    /// says. A conversion that goes wrong in one frame alone, in a row that is not looked at, is not found: the display's CRC tells
+    /// whether the copy is shown right, because it is predicted from the copy.
     pub(crate) fn check(&mut self) {
         self.check
             .get_or_insert_with(|| Check::new(self.converter.from(), self.converter.to()));
@@ -232,7 +233,8 @@ fn alike(from: &[Vec<u8>; MAX_PLANES], a: &Layout, to: &[Vec<u8>; MAX_PLANES], b
     })
 }
 
-/// The most, in 8-bit steps, that a right pixel may differ by: one, or what the destination's fewer bits lose.
+/// The most, in 8-bit steps, that a right pixel may differ by: one, or what the destination's fewer bits lose (8 for the 5 bits of RG16);
+/// two for YUV, which is computed back to RGB to be compared.
 fn steps(format: Format) -> u8 {
     match format.kind() {
         crate::format::Kind::Rgb { channels, .. } => {
@@ -298,6 +300,35 @@ mod tests {
             copier.check.as_mut().unwrap().compare(&frame, &copy, 41).unwrap();
             let verdict = copier.verdict().unwrap();
             assert_eq!((verdict.wrong, verdict.first_wrong), (1, Some((41, 7))), "{from} to {to}");
+        }
+    }
+
+    /// Each byte of a copy is compared; of a conversion one row of eight, others each time: a bad byte that each of eight frames has is
+    /// found in one of them, in whichever row it is, and that frame is named.
+    #[test]
+    fn one_bad_byte_is_found_when_its_row_is_looked_at() {
+        for (from, to, found) in [("XR24", "XR24", ROWS), ("YUYV", "XR24", 1), ("NV12", "RG16", 1), ("GREY", "XR24", 1)]
+        {
+            let source = &buffers(from, 1)[0];
+            paint(source);
+            let frame = frame(source);
+            for row in 0..16 {
+                let mut copier = Copier::new(source.layout(), buffers(to, 2), false).unwrap();
+                let mut check = Check::new(source.layout(), copier.layout());
+                for _ in 0..ROWS {
+                    let copy = copier.copy(&frame).unwrap().unwrap();
+                    let at = copy.buffer().layout().planes()[0].stride as usize * row + 1;
+                    let mut mapping = copy.buffer().map(Access::ReadWrite).unwrap();
+                    let mut byte = [0];
+                    mapping[0].read(at, &mut byte);
+                    mapping[0].write(at, &[byte[0] ^ 0x80]);
+                    check.compare(&frame, &copy).unwrap();
+                }
+                let first = if found == ROWS { 0 } else { row as u64 % ROWS };
+                let verdict = check.verdict;
+                assert_eq!((verdict.checked, verdict.wrong), (ROWS, found), "{from} to {to}, row {row}");
+                assert_eq!(verdict.first_wrong, Some((first, 7)), "{from} to {to}, row {row}");
+            }
         }
     }
 

@@ -10,7 +10,7 @@ use dmaflow::pattern::{Pattern, PatternRequest};
 use dmaflow::sink::{Null, Png, Raw, Y4m};
 use dmaflow::v4l2::{Camera, CameraRequest, Device, RateRequest};
 
-use crate::args::{PathChoice, PipeArgs, PresentChoice, Shape};
+use crate::args::{NO_STDOUT, PathChoice, PipeArgs, PresentChoice, Shape};
 use crate::failure::Usage;
 use crate::output::note;
 
@@ -72,6 +72,7 @@ pub fn open_sink(args: &PipeArgs, stop: BorrowedFd<'_>) -> anyhow::Result<AnySin
     let copy = args.path == PathChoice::Copy;
     let sink = match name.split_once(':') {
         Some(("png", "")) => bail!(Usage("png: needs a file, as in png:picture.png".into())),
+        Some(("png", "-")) => bail!(Usage(format!("png:-: {NO_STDOUT}"))),
         Some(("png", file)) => AnySink::Png(Png::new(file)),
         Some((kind @ ("y4m" | "raw"), "")) => bail!(Usage(format!("{kind}: needs a file, or - for stdout"))),
         Some(("y4m", place)) => {
