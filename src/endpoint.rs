@@ -32,6 +32,9 @@ pub struct SourceCounts {
     pub dropped: u64,
     /// Frames that came marked as damaged and were queued again.
     pub errored: u64,
+    /// Whether more may have been dropped than were counted: the flow ended while the source had had no buffer to fill for a frame's
+    /// time or longer, and a gap is only seen with the frame after it.
+    pub uncounted: bool,
 }
 
 /// Produces frames. Its descriptor becomes readable when a frame may be there; nothing blocks.
@@ -112,6 +115,12 @@ pub trait Source: AsFd {
     /// [`Kind::Timeout`] while there is no signal that can be locked to: another change will follow. Otherwise the device's refusal.
     fn follow(&mut self) -> Result<()> {
         Err(Error::new(Kind::Unsupported, "follow the change of", self.name()).because("it does not change"))
+    }
+
+    /// What was asked of it when it was opened and could not be kept when it last [followed](Source::follow) its source, in words:
+    /// `the stride of 2816 bytes`.
+    fn not_kept(&self) -> &[String] {
+        &[]
     }
 
     /// What to do when views leave no buffer to fill; [`ViewPolicy::Detach`] at first. A source that never runs short of buffers need

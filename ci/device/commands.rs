@@ -159,6 +159,15 @@ fn wrong_usage() -> anyhow::Result<Outcome> {
         );
         ensure!(!std::path::Path::new("-").exists(), "{options} wrote a file called \"-\"");
     }
+    // A name of nothing, as an unset variable of a shell gives it.
+    for options in [["pipe", "--from", ""], ["pipe", "--to", ""], ["probe", "--from", ""], ["snap", "", "/tmp/x.png"]] {
+        finish(dmaflow("").args(options))?
+            .has_status(2)
+            .with_context(|| format!("{options:?}"))?;
+    }
+    // The case of letters is nothing; a part of a word is.
+    finish(&mut dmaflow("pipe --from VIVID --to VKMS --format XR24 --frames 2"))?.has_status(0)?;
+    finish(&mut dmaflow("pipe --from i --to vkms"))?.one_line(1, &["a camera called \"i\"", "(vivid)"])?;
     for options in ["--help", "--version", "pipe --help", "list --help", "snap --help"] {
         let run = finish(&mut dmaflow(options))?;
         run.has_status(0)?;

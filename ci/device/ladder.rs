@@ -211,14 +211,14 @@ fn crcs(data: &mut fs::File) -> Vec<u32> {
 }
 
 /// At the input for digital video, which shows the timings that a control selects: 640x480 (0), 720x576 (4), 1280x720 (7).
-fn digital_video(timings: u32) -> Result<()> {
+pub fn digital_video(timings: u32) -> Result<()> {
     sh("v4l2-ctl -d /dev/video0 -i 3")?;
     control(&format!("dv_timings={timings}"))?;
     control("dv_timings_signal_mode=4")?;
     sh("v4l2-ctl -d /dev/video0 --set-dv-bt-timings query").map(drop)
 }
 
-fn as_it_was() -> Result<()> {
+pub fn as_it_was() -> Result<()> {
     control("dv_timings_signal_mode=0")?;
     sh("v4l2-ctl -d /dev/video0 -i 0").map(drop)
 }

@@ -23,6 +23,7 @@ mod display;
 mod faults;
 mod formats;
 mod harness;
+mod inputs;
 mod ladder;
 mod modules;
 mod outputs;
@@ -40,6 +41,7 @@ fn main() -> std::process::ExitCode {
     // Cheap and telling first; what takes minutes last.
     let tests = [
         camera::TESTS,
+        inputs::TESTS,
         streams::TESTS,
         capture::TESTS,
         cow::TESTS,

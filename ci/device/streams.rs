@@ -25,6 +25,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "streams::frames_outlive_the_camera", needs: NEEDS, seconds: 60, run: frames_outlive },
     Test { name: "streams::stop_and_start", needs: NEEDS, seconds: 60, run: stop_and_start },
     Test { name: "streams::a_failed_allocation", needs: NEEDS, seconds: 60, run: a_failed_allocation },
+    Test { name: "streams::drops_at_the_end", needs: NEEDS, seconds: 60, run: drops_at_the_end },
     Test { name: "streams::a_failed_start", needs: NEEDS, seconds: 60, run: a_failed_start },
     Test { name: "streams::a_failed_queueing", needs: NEEDS, seconds: 60, run: a_failed_queueing },
     Test { name: "streams::disconnected", needs: NEEDS, seconds: 60, run: disconnected },
@@ -188,6 +189,39 @@ fn all_frames_held() -> anyhow::Result<Outcome> {
     // It is no end: one lease less, and frames come again.
     held.pop();
     camera.next()?;
+    PASSED
+}
+
+/// A gap is only seen with the frame after it: at the end, what has come is looked at, and what nobody can know is said.
+fn drops_at_the_end() -> anyhow::Result<Outcome> {
+    let mut camera = small()?;
+    let count = camera.buffers().len();
+    // Nothing to fill for half a second, then one buffer again, whose frame nobody takes.
+    let mut held: Vec<_> = (0..count).map(|_| camera.next()).collect::<Result<_, _>>()?;
+    std::thread::sleep(Duration::from_millis(500));
+    held.pop();
+    held.pop();
+    camera.recycle()?;
+    std::thread::sleep(Duration::from_millis(100));
+    let before = camera.counts();
+    camera.stop()?;
+    let after = camera.counts();
+    ensure!(after.dropped > before.dropped + 10, "{before:?}, then {after:?}");
+    // And nothing to fill until the end.
+    drop(held);
+    camera.start()?;
+    let held: Vec<_> = (0..count).map(|_| camera.next()).collect::<Result<_, _>>()?;
+    std::thread::sleep(Duration::from_millis(200));
+    camera.stop()?;
+    ensure!(camera.counts().uncounted, "{:?}", camera.counts());
+    drop((held, camera));
+    // Where the driver had buffers all the time there is nothing to say.
+    let mut camera = small()?;
+    for _ in 0..10 {
+        camera.next()?;
+    }
+    camera.stop()?;
+    ensure!(!camera.counts().uncounted, "{:?}", camera.counts());
     PASSED
 }
 

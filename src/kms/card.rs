@@ -200,8 +200,8 @@ impl Named for Card {
         Card::open(path)
     }
 
-    fn is_called(&self, name: &str) -> bool {
-        self.info.driver == name
+    fn names(&self) -> Vec<&str> {
+        vec![&self.info.driver]
     }
 
     fn describe(&self) -> String {

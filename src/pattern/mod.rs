@@ -100,6 +100,8 @@ pub struct Pattern {
     next: Option<Tick>,
     /// What the timer is set to.
     armed_ns: u64,
+    /// Since when views have kept every buffer.
+    starved_ns: Option<u64>,
     dropped: u64,
 }
 
@@ -143,6 +145,7 @@ impl Pattern {
             card,
             next: None,
             armed_ns: 0,
+            starved_ns: None,
             dropped: 0,
         })
     }
@@ -164,7 +167,7 @@ impl Pattern {
         }
     }
 
-    /// Views keep every buffer, and may: there is nobody else to wait for, since the pattern's time does not stop.
+    /// Views keep every buffer, and may not.
     fn held(&self) -> Error {
         let views: Vec<_> = self.slots.0.views().infos().iter().map(ToString::to_string).collect();
         Error::new(Kind::Busy, "fill a buffer of", NAME)
@@ -275,6 +278,11 @@ impl Source for Pattern {
             Some(filled) => Some(self.take(filled).inspect_err(|_| self.queue.push_back(filled.slot))?),
             None => None,
         };
+        // The timer goes on, so that whoever polls for frames never waits for as long as the watchdog does.
+        let limit = self.watchdog().map_or(u64::MAX, |limit| limit.as_nanos() as u64);
+        if self.starved_ns.is_some_and(|since| now_ns().saturating_sub(since) >= limit) {
+            return Err(self.stalled());
+        }
         self.arm()?;
         Ok(frame)
     }
@@ -288,14 +296,19 @@ impl Source for Pattern {
         while self.queue.is_empty() && self.filled.is_empty() && !self.slots.0.views().is_empty() {
             match self.view_policy {
                 ViewPolicy::Detach if self.slots.0.detach_oldest_view() => self.queue_free(),
-                ViewPolicy::Detach => break,
-                ViewPolicy::Wait | ViewPolicy::Error => return Err(self.held()),
+                ViewPolicy::Detach | ViewPolicy::Wait => break,
+                ViewPolicy::Error => return Err(self.held()),
             }
         }
+        let starved = self.queue.is_empty() && self.filled.is_empty() && !self.slots.0.views().is_empty();
+        self.starved_ns = starved.then(|| self.starved_ns.unwrap_or_else(now_ns));
         Ok(())
     }
 
     fn stop(&mut self) -> Result<()> {
+        // Ticks up to now that found no buffer are frames that were dropped.
+        self.account(now_ns());
+        self.starved_ns = None;
         self.next = None;
         self.armed_ns = 0;
         self.queue.clear();
@@ -340,9 +353,16 @@ impl Source for Pattern {
     }
 
     fn stalled(&self) -> Error {
-        Error::new(Kind::Timeout, "get a frame from", NAME)
-            .because(format!("of its buffers, {}", self.slots()))
-            .repair("let go of frames sooner, or ask for more buffers")
+        let views: Vec<_> = self.slots.0.views().infos().iter().map(ToString::to_string).collect();
+        let error = Error::new(Kind::Timeout, "get a frame from", NAME);
+        if views.is_empty() {
+            return error
+                .because(format!("of its buffers, {}", self.slots()))
+                .repair("let go of frames sooner, or ask for more buffers");
+        }
+        error
+            .because(format!("of its buffers, {}; views of {}", self.slots(), views.join(", ")))
+            .repair("drop frames and views sooner, let the pattern detach views, or ask for more buffers")
     }
 
     fn copies(&self) -> Vec<Copies> {
@@ -354,7 +374,7 @@ impl Source for Pattern {
     }
 
     fn counts(&self) -> SourceCounts {
-        SourceCounts { dropped: self.dropped, errored: 0 }
+        SourceCounts { dropped: self.dropped, errored: 0, uncounted: false }
     }
 }
 

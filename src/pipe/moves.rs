@@ -150,6 +150,10 @@ impl Pipe<'_> {
         self.check_copies();
         self.above = None;
         let mut why = format!("the source changed to {layout}");
+        let lost = self.source.not_kept().join(", ");
+        if !lost.is_empty() {
+            why = format!("{why}; what was asked for and could not be kept: {lost}");
+        }
         if let Some(not_kept) = not_kept {
             why = format!("{why}; meanwhile a frame of before was held: {not_kept}");
         }

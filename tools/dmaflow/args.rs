@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::builder::styling::Styles;
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
@@ -76,10 +77,10 @@ Exit status: 0 everything was tried, whatever was refused; 1 something failed; 2
 #[command(after_help = PROBE)]
 pub struct ProbeArgs {
     /// Where frames come from [default: every camera]
-    #[arg(long, value_name = "SOURCE")]
+    #[arg(long, value_name = "SOURCE", value_parser = NonEmptyStringValueParser::new())]
     pub from: Option<String>,
     /// Where frames go [default: every display]
-    #[arg(long, value_name = "SINK")]
+    #[arg(long, value_name = "SINK", value_parser = NonEmptyStringValueParser::new())]
     pub to: Option<String>,
     /// Size in pixels [default: what the source has]
     #[arg(long, value_name = "WxH", value_parser = size)]
@@ -93,10 +94,10 @@ pub struct ProbeArgs {
 #[command(after_help = NAMES)]
 pub struct PipeArgs {
     /// Where frames come from [default: the first camera]
-    #[arg(long, value_name = "SOURCE")]
+    #[arg(long, value_name = "SOURCE", value_parser = NonEmptyStringValueParser::new())]
     pub from: Option<String>,
     /// Where frames go [default: the first display]
-    #[arg(long, value_name = "SINK")]
+    #[arg(long, value_name = "SINK", value_parser = NonEmptyStringValueParser::new())]
     pub to: Option<String>,
     #[command(flatten)]
     pub shape: Shape,
@@ -165,7 +166,7 @@ pub struct Shape {
 #[command(after_help = NAMES)]
 pub struct SnapArgs {
     /// A source, or a display
-    #[arg(value_name = "SOURCE|DISPLAY")]
+    #[arg(value_name = "SOURCE|DISPLAY", value_parser = NonEmptyStringValueParser::new())]
     pub of: String,
     /// The file to write
     #[arg(value_name = "FILE.png", value_parser = picture_file())]

@@ -35,6 +35,7 @@ pub fn run(args: &PipeArgs) -> anyhow::Result<ExitCode> {
     let formats = sink.as_dyn().formats();
     let mut source = open_source(args.from.as_deref(), &args.shape, args.buffers, formats.as_deref())?;
     let mut report = Report::new(source.name(), sink.as_dyn().name(), source.layout());
+    report.rated(source.rate());
     let flowed = flow(args, limits, source.as_mut(), &mut sink, &stop, &mut report);
     // Also after a failure, and before anything else is said: the screen first.
     let restored = sink.restore();
@@ -107,6 +108,7 @@ fn flow(
         }
     }
     report.shaped(source.layout());
+    report.rated(source.rate());
     let sink = sink.as_dyn();
     let says = SinkSays { imports: sink.imports(), ledger: sink.ledger(), verdict: sink.verdict() };
     let verdict = report::verdict(&account, &says);

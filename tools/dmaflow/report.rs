@@ -16,6 +16,9 @@ pub struct Report {
     height: u32,
     stride: Vec<u32>,
     memory_planes: usize,
+    /// Frames a second that the source agreed to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rate: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     mode: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -51,6 +54,9 @@ struct Frames {
     dropped_by_camera: u64,
     dropped_by_display: u64,
     errored: u64,
+    /// The camera may have dropped more, at the end, than could be counted.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    more_dropped_by_camera: bool,
 }
 
 #[derive(Serialize)]
@@ -133,6 +139,7 @@ impl Report {
             height: 0,
             stride: Vec::new(),
             memory_planes: 0,
+            rate: None,
             mode: None,
             path: None,
             flow: None,
@@ -148,6 +155,11 @@ impl Report {
         (self.width, self.height) = layout.size();
         self.stride = layout.planes().iter().map(|plane| plane.stride).collect();
         self.memory_planes = layout.memory_planes();
+    }
+
+    /// What the source says of its rate, which its driver may have rounded.
+    pub fn rated(&mut self, rate: Option<f64>) {
+        self.rate = rate.map(|rate| round(rate, 1e3));
     }
 
     pub fn refuse(&mut self, refusal: &Refusal) {
@@ -172,6 +184,7 @@ impl Report {
                 dropped_by_camera: account.lost.dropped,
                 dropped_by_display: account.dropped_by_sink,
                 errored: account.lost.errored,
+                more_dropped_by_camera: account.lost.uncounted,
             },
             seconds: round(account.duration.as_secs_f64(), 1e6),
             fps: account.fps.map(|fps| round(fps, 1e2)),
@@ -228,11 +241,15 @@ impl Report {
             for copy in &flow.copies {
                 rows.push(("copies", format!("{} of {} bytes: {}", copy.count, copy.bytes, copy.cause)));
             }
-            let Frames { captured, presented, dropped_by_camera, dropped_by_display, errored } = flow.frames;
+            let Frames { captured, presented, dropped_by_camera, dropped_by_display, errored, .. } = flow.frames;
+            let more = match flow.frames.more_dropped_by_camera {
+                true => " (and at the end, for want of a buffer, an unknown number)",
+                false => "",
+            };
             rows.push((
                 "frames",
                 format!(
-                    "{captured} captured, {presented} shown, {dropped_by_camera} dropped by the camera, \
+                    "{captured} captured, {presented} shown, {dropped_by_camera} dropped by the camera{more}, \
                      {dropped_by_display} by the display, {errored} damaged"
                 ),
             ));
