@@ -22,9 +22,11 @@ mod cycles;
 mod display;
 mod faults;
 mod formats;
+mod gone;
 mod harness;
 mod ladder;
 mod modules;
+mod nonblocking;
 mod outputs;
 mod probe;
 mod process;
@@ -44,6 +46,7 @@ fn main() -> std::process::ExitCode {
         capture::TESTS,
         cow::TESTS,
         display::TESTS,
+        nonblocking::TESTS,
         screen::TESTS,
         commands::TESTS,
         sinks::TESTS,
@@ -53,6 +56,7 @@ fn main() -> std::process::ExitCode {
         probe::TESTS,
         verify::TESTS,
         faults::TESTS,
+        gone::TESTS,
         causes::TESTS,
         alloc::TESTS,
         syscalls::TESTS,

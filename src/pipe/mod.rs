@@ -211,6 +211,9 @@ impl<'a> Pipe<'a> {
             }
             other => other?,
         };
+        if let Some(news) = self.sink.news() {
+            self.moved(self.joined.rung, news);
+        }
         self.account(shown, progress);
         Ok(())
     }
