@@ -442,6 +442,12 @@ pub trait Sink {
         Ok(())
     }
 
+    /// What has happened to it, beside the frames, since it was asked last: that a person unplugged it, for one, while it takes frames as
+    /// before. A clause, for the account of the flow. Asked after each frame, so it is to cost next to nothing.
+    fn news(&mut self) -> Option<String> {
+        None
+    }
+
     /// Frames taken and never shown, because a newer one came first.
     fn dropped(&self) -> u64 {
         0

@@ -196,7 +196,7 @@ fn black(width: usize, height: usize) -> u32 {
 }
 
 /// The CRCs that vkms has reported and that nobody has read.
-fn crcs(data: &mut fs::File) -> Vec<u32> {
+pub fn crcs(data: &mut fs::File) -> Vec<u32> {
     let mut found = Vec::new();
     let mut line = [0; 128];
     while let Ok(len @ 1..) = data.read(&mut line) {
@@ -309,14 +309,16 @@ fn no_signal() -> anyhow::Result<Outcome> {
     PASSED
 }
 
-/// The kernel leaves an unplugged display's controller on until somebody turns it off: frames go on, and are there when it is back.
+/// The kernel leaves an unplugged display's controller on until somebody turns it off: frames go on, and are there when it is back. That
+/// nobody saw them is said, when it began and when it ended.
 fn unplugged() -> anyhow::Result<Outcome> {
     let status = crate::modules::connector()?;
     let mut running = start(&mut pipe("--format XR24 --size 640x360"))?;
     running.wait_until_it_shows()?;
     for state in ["off", "detect", "off", "on"] {
         fs::write(&status, state)?;
-        std::thread::sleep(Duration::from_millis(600));
+        // A look each second, and a slow machine.
+        std::thread::sleep(Duration::from_millis(2500));
         ensure!(running.runs(), "it ended when the display was set to {state}");
     }
     fs::write(&status, "detect")?;
@@ -324,6 +326,16 @@ fn unplugged() -> anyhow::Result<Outcome> {
     let result = running.end()?.json(0)?;
     let (captured, presented) = (number(&result, "frames/captured")?, number(&result, "frames/presented")?);
     ensure!(captured == presented && captured > 20, "{result}");
+    let moves = result["moves"].as_array().context("moves")?;
+    let told: Vec<_> = moves.iter().map(|step| text(step, "why")).collect::<Result<_>>()?;
+    let (off, on) = ("Virtual-1 was unplugged", "Virtual-1 is plugged in again");
+    ensure!(told.len() == 4, "{moves:?}");
+    for (why, start) in told.iter().zip([off, on, off, on]) {
+        ensure!(why.starts_with(start), "{why:?} instead of {start:?}: {moves:?}");
+    }
+    let frames: Vec<_> = moves.iter().map(|step| number(step, "frame")).collect::<Result<_>>()?;
+    ensure!(frames.is_sorted() && frames[0] > 0 && frames[3] <= captured, "{moves:?}");
+    ensure!(moves.iter().all(|step| step["from"] == "exported" && step["to"] == "exported"), "{moves:?}");
     PASSED
 }
 

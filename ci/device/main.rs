@@ -22,10 +22,12 @@ mod cycles;
 mod display;
 mod faults;
 mod formats;
+mod gone;
 mod harness;
 mod inputs;
 mod ladder;
 mod modules;
+mod nonblocking;
 mod outputs;
 mod probe;
 mod process;
@@ -46,6 +48,7 @@ fn main() -> std::process::ExitCode {
         capture::TESTS,
         cow::TESTS,
         display::TESTS,
+        nonblocking::TESTS,
         screen::TESTS,
         commands::TESTS,
         sinks::TESTS,
@@ -55,6 +58,7 @@ fn main() -> std::process::ExitCode {
         probe::TESTS,
         verify::TESTS,
         faults::TESTS,
+        gone::TESTS,
         causes::TESTS,
         alloc::TESTS,
         syscalls::TESTS,

@@ -226,6 +226,9 @@ impl<'a> Pipe<'a> {
             }
             other => other?,
         };
+        if let Some(news) = self.sink.news() {
+            self.moved(self.joined.rung, news);
+        }
         self.account(shown, progress);
         Ok(())
     }

@@ -72,6 +72,10 @@ impl Sink for Keeper<'_> {
         self.inner.hold()
     }
 
+    fn news(&mut self) -> Option<String> {
+        self.inner.news()
+    }
+
     fn dropped(&self) -> u64 {
         self.inner.dropped()
     }

@@ -16,7 +16,7 @@ use nix::sys::signalfd::SignalFd;
 
 use crate::args::{PathChoice, PipeArgs, PolicyChoice};
 use crate::ends::{AnySink, open_sink, open_source, takes_stdout};
-use crate::failure::{Usage, WRONG_FRAME, ZeroCopyRefused};
+use crate::failure::{NotPutBack, Usage, WRONG_FRAME, ZeroCopyRefused};
 use crate::keep::Keeper;
 use crate::live::Live;
 use crate::output;
@@ -39,9 +39,9 @@ pub fn run(args: &PipeArgs) -> anyhow::Result<ExitCode> {
     let flowed = flow(args, limits, source.as_mut(), &mut sink, &stop, &mut report);
     // Also after a failure, and before anything else is said: the screen first.
     let restored = sink.restore();
-    let status = match (flowed, &restored) {
-        (Ok(status), _) => status,
-        (Err(error), Err(also)) => return Err(error.context(also.line())),
+    let (status, restored) = match (flowed, restored) {
+        (Ok(status), restored) => (status, restored),
+        (Err(error), Err(also)) => return Err(NotPutBack::after(error, also)),
         (Err(error), Ok(())) => return Err(error),
     };
     tell(args, &if args.json { report.json()? } else { report.table() })?;
