@@ -102,7 +102,7 @@ fn kept() -> anyhow::Result<Outcome> {
     }
     drop(camera);
     // And the reason of the move says it.
-    let mut running = start(&mut dmaflow("pipe --from vivid --to null --format XR24 --stride 2816 --json"))?;
+    let running = start(&mut dmaflow("pipe --from vivid --to null --format XR24 --stride 2816 --json"))?;
     std::thread::sleep(Duration::from_millis(1500));
     control("dv_timings=4")?;
     std::thread::sleep(Duration::from_millis(1500));

@@ -75,7 +75,7 @@ impl Sink for Watched {
         self.display.join(layout, rate, buffers)
     }
 
-    fn inspect(&mut self, frame: &Frame) -> dmaflow::Result<()> {
+    fn inspect(&mut self, frame: &Frame, _: u64) -> dmaflow::Result<()> {
         let (width, height) = frame.buffer().layout().size();
         let row = width as usize * 4;
         let mut pixels = vec![0; row * height as usize];

@@ -315,14 +315,14 @@ mod tests {
             for row in 0..16 {
                 let mut copier = Copier::new(source.layout(), buffers(to, 2), false).unwrap();
                 let mut check = Check::new(source.layout(), copier.layout());
-                for _ in 0..ROWS {
-                    let copy = copier.copy(&frame).unwrap().unwrap();
+                for place in 0..ROWS {
+                    let copy = copier.copy(&frame, place).unwrap().unwrap();
                     let at = copy.buffer().layout().planes()[0].stride as usize * row + 1;
                     let mut mapping = copy.buffer().map(Access::ReadWrite).unwrap();
                     let mut byte = [0];
                     mapping[0].read(at, &mut byte);
                     mapping[0].write(at, &[byte[0] ^ 0x80]);
-                    check.compare(&frame, &copy).unwrap();
+                    check.compare(&frame, &copy, place).unwrap();
                 }
                 let first = if found == ROWS { 0 } else { row as u64 % ROWS };
                 let verdict = check.verdict;
