@@ -104,7 +104,7 @@ impl Camera {
         }
         // A receiver captures by the timings that it is set to, whatever comes: `VIDIOC_QUERY_DV_TIMINGS` only looks (its documentation).
         // A size that is asked for is agreed on below, by scaling where the driver has that.
-        device.lock_to_signal()?;
+        follow::lock(&device)?;
         let layout = agree_format(&device, request)?;
         let rate = agree_rate(&device, request.rate, &layout)?;
         let queue = State::Idle(Queue::new(Arc::clone(&device), layout));
@@ -403,7 +403,7 @@ impl Source for Camera {
     fn follow(&mut self) -> Result<()> {
         self.stop()?;
         self.free()?;
-        self.lock_again()?;
+        follow::lock(&self.device)?;
         let (layout, rate) = self.agree_again()?;
         (self.layout, self.rate) = (layout, rate);
         if let State::Idle(queue) = &mut self.queue {

@@ -5,20 +5,21 @@ use super::*;
 /// A signal that has changed again each time that it was locked to is left to the events that tell so.
 const MAX_LOCKS: u32 = 4;
 
-impl Camera {
-    /// Locks to the signal that is there now.
-    pub(super) fn lock_again(&self) -> Result<()> {
-        // Several events may tell of one change, and setting the timings makes another. What is read away here is told by the question
-        // after it; a change that comes later has an event of its own.
-        for _ in 0..MAX_LOCKS {
-            while self.device.event()?.is_some() {}
-            if !self.device.lock_to_signal()? {
-                break;
-            }
+/// Locks to the signal that is there now, and has later changes told.
+pub(super) fn lock(device: &Device) -> Result<()> {
+    device.subscribe();
+    // Several events may tell of one change, and setting the timings makes another. What is read away here is told by the question
+    // after it; a change that comes later has an event of its own.
+    for _ in 0..MAX_LOCKS {
+        while device.event()?.is_some() {}
+        if !device.lock_to_signal()? {
+            break;
         }
-        Ok(())
     }
+    Ok(())
+}
 
+impl Camera {
     /// Agrees on what was asked for as far as the new picture allows it: the code, then the format alone, then what the driver has;
     /// with that, the stride and the rate. The size is the source's own.
     pub(super) fn agree_again(&mut self) -> Result<(Layout, Option<Rate>)> {
@@ -28,7 +29,9 @@ impl Camera {
         let before = self.layout.format();
         let mut keep = CameraRequest { format: Some(before), code, ..CameraRequest::default() };
         let mut layout = self.agree_if_offered(&keep)?;
-        if let (None, Some(code)) = (layout, keep.code.take()) {
+        if layout.is_none()
+            && let Some(code) = keep.code.take()
+        {
             self.not_kept.push(format!("the code {code}"));
             layout = self.agree_if_offered(&keep)?;
         }
