@@ -47,6 +47,7 @@ fn numbers_and_times() -> anyhow::Result<Outcome> {
     let mut camera = small()?;
     let start = now_us();
     let mut last: Option<Frame> = None;
+    let mut repeated = 0;
     for _ in 0..20 {
         let frame = camera.next()?;
         let meta = *frame.meta();
@@ -61,14 +62,17 @@ fn numbers_and_times() -> anyhow::Result<Outcome> {
         ensure!(meta.bytes_used[0] == 320 * 180 * 4 && meta.bytes_used[1] == 0, "{meta:?}");
         if let Some(last) = last {
             let last = last.meta();
-            ensure!(meta.sequence > last.sequence && meta.timestamp.us > last.timestamp.us, "{meta:?} after {last:?}");
-            let frames = u64::from(meta.sequence - last.sequence);
+            // The same number twice, where drawing took vivid longer than a jiffy and it then woke too early (vivid_thread_vid_cap).
+            ensure!(meta.sequence >= last.sequence && meta.timestamp.us > last.timestamp.us, "{meta:?} after {last:?}");
+            repeated += u32::from(meta.sequence == last.sequence);
+            let frames = u64::from((meta.sequence - last.sequence).max(1));
             let period = (meta.timestamp.us - last.timestamp.us) / frames;
             // vivid stamps by its own schedule: 16.7 ms, and the scheduling of a busy machine.
             ensure!(frames > 3 || (4_000..80_000).contains(&period), "{period} µs a frame");
         }
         last = Some(frame);
     }
+    ensure!(repeated <= 4, "{repeated} of 20 numbers came twice");
     PASSED
 }
 
