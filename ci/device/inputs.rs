@@ -10,8 +10,8 @@ use dmaflow::v4l2::{Camera, CameraRequest, Device};
 
 use crate::camera::request;
 use crate::harness::{Outcome, PASSED, Test};
-use crate::ladder::{as_it_was, digital_video};
 use crate::modules::{control, vivid};
+use crate::moves::{as_it_was, digital_video};
 use crate::process::{dmaflow, finish, sh, start};
 
 const NEEDS: &[&str] = &["vivid"];

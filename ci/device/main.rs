@@ -27,6 +27,7 @@ mod harness;
 mod inputs;
 mod ladder;
 mod modules;
+mod moves;
 mod nonblocking;
 mod outputs;
 mod probe;
@@ -64,6 +65,7 @@ fn main() -> std::process::ExitCode {
         syscalls::TESTS,
         formats::TESTS,
         ladder::TESTS,
+        moves::TESTS,
         signals::TESTS,
         cycles::TESTS,
     ];

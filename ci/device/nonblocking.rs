@@ -20,8 +20,8 @@ use nix::libc;
 
 use crate::camera::{format, open};
 use crate::harness::{Outcome, PASSED, Test, note};
-use crate::ladder::crcs;
 use crate::modules::{Witness, debugfs};
+use crate::moves::crcs;
 use crate::process::State;
 
 pub const TESTS: &[Test] = &[

@@ -290,6 +290,11 @@ impl Lease {
         self.mark(Stage::OnScreen);
     }
 
+    /// A display shows another frame, and holds this one for a moment longer.
+    pub(crate) fn mark_left(&self) {
+        self.mark(Stage::Dequeued);
+    }
+
     fn mark(&self, stage: Stage) {
         let Some(slot) = self.slot() else { return };
         // Up before down, so that nobody sees it as neither.

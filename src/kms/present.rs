@@ -176,6 +176,9 @@ impl Display {
         frame.lease().mark_on_screen();
         let before = self.on_screen.replace(frame);
         self.leaving = before.filter(|_| self.way.as_ref().is_some_and(|way| way.holds));
+        if let Some(leaving) = &self.leaving {
+            leaving.lease().mark_left();
+        }
     }
 
     /// The framebuffer of a frame's buffer, imported now if `join` has not seen it.

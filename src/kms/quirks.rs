@@ -28,7 +28,7 @@ pub(super) fn reads_late(card: &Card) -> bool {
 ///
 /// vkms, at least up to Linux 7.2, takes the address of every colour plane from the first memory plane and adds the offset of the
 /// first colour plane twice (`packed_pixels_addr` in `vkms_formats.c`, over a mapping that `drm_gem_fb_vmap` has put the offset
-/// into). One in which that is corrected says so by its patch level (`tools/vm/guest/vkms-planes.patch`).
+/// into). One in which that is corrected says so by its patch level (`tools/vm/guest/patches/vkms-planes.patch`).
 pub(super) fn shown_wrong(card: &Card, layout: &Layout, stride_align: u32) -> Option<Refusal> {
     let uneven = layout.planes().iter().find(|plane| plane.stride % stride_align != 0);
     if let Some(plane) = uneven {

@@ -100,8 +100,6 @@ pub struct Pattern {
     next: Option<Tick>,
     /// What the timer is set to.
     armed_ns: u64,
-    /// Since when views have kept every buffer.
-    starved_ns: Option<u64>,
     dropped: u64,
 }
 
@@ -145,7 +143,6 @@ impl Pattern {
             card,
             next: None,
             armed_ns: 0,
-            starved_ns: None,
             dropped: 0,
         })
     }
@@ -278,11 +275,6 @@ impl Source for Pattern {
             Some(filled) => Some(self.take(filled).inspect_err(|_| self.queue.push_back(filled.slot))?),
             None => None,
         };
-        // The timer goes on, so that whoever polls for frames never waits for as long as the watchdog does.
-        let limit = self.watchdog().map_or(u64::MAX, |limit| limit.as_nanos() as u64);
-        if self.starved_ns.is_some_and(|since| now_ns().saturating_sub(since) >= limit) {
-            return Err(self.stalled());
-        }
         self.arm()?;
         Ok(frame)
     }
@@ -300,15 +292,12 @@ impl Source for Pattern {
                 ViewPolicy::Error => return Err(self.held()),
             }
         }
-        let starved = self.queue.is_empty() && self.filled.is_empty() && !self.slots.0.views().is_empty();
-        self.starved_ns = starved.then(|| self.starved_ns.unwrap_or_else(now_ns));
         Ok(())
     }
 
     fn stop(&mut self) -> Result<()> {
         // Ticks up to now that found no buffer are frames that were dropped.
         self.account(now_ns());
-        self.starved_ns = None;
         self.next = None;
         self.armed_ns = 0;
         self.queue.clear();
