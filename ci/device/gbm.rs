@@ -247,6 +247,17 @@ fn what_it_makes() -> anyhow::Result<Outcome> {
         buffer.read()?.row(0, 3, &mut row);
         ensure!(row == [0xa5; 256], "{driver}: what was written is not what is read");
     }
+    // A driver's name means one node of its device, and a card's device the same: here the card, which alone has dumb buffers.
+    for (driver, has_render) in [("vkms", false), ("vgem", true)] {
+        let card = Device::find(driver)?.info().path.clone();
+        ensure!(card.display().to_string().starts_with("/dev/dri/card"), "{driver} is {}", card.display());
+        ensure!(Device::of_card(&card)?.info().path == card, "{driver} is another device");
+        let listed = Device::list()
+            .into_iter()
+            .flatten()
+            .filter(|device| device.info().driver == driver);
+        ensure!(listed.count() == 1 + usize::from(has_render), "the nodes of {driver}");
+    }
     // The kernel's dumb buffers are a card's; the render node says so.
     let device = Device::find(&render_node()?)?;
     let layout = Layout::packed(format("XR24"), (64, 16), 1)?;

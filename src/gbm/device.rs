@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 
 use drm::Device as _;
 use nix::fcntl::{OFlag, open};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, fstat, major, minor, stat};
 
 use super::library::Functions;
 use super::raw::RawDevice;
@@ -34,6 +34,8 @@ pub struct Device(Arc<Inner>);
 struct Inner {
     raw: Arc<RawDevice>,
     info: DeviceInfo,
+    /// The device in sysfs, which all its nodes have in common.
+    sysfs: Option<PathBuf>,
     formats: OnceLock<Option<Vec<Format>>>,
 }
 
@@ -57,22 +59,37 @@ impl Device {
         }
     }
 
-    /// The device that a person calls `name`: a path, a node's name (`renderD128`), or a driver's. Of a driver's nodes, the first through which
-    /// buffers can be made: Mesa's software renderer makes none through a render node (the kernel's dumb buffers are a card's).
+    /// The device that a person calls `name`: a path, a node's name (`renderD128`), or a driver's. Of a driver's device, the first node
+    /// through which buffers can be made, its render node before its card: Mesa's software renderer makes none through a render node (the
+    /// kernel's dumb buffers are a card's).
     ///
     /// # Errors
-    /// [`Kind::NotFound`], naming the devices that are there, or what [`Device::open`] says.
+    /// [`Kind::NotFound`], naming the devices that are there; [`Kind::Invalid`] if the driver has several; or what [`Device::open`] says.
     pub fn find(name: &str) -> Result<Device> {
+        // Said of itself, and not as the reason of a node's.
         Functions::load()?;
         let found: Device = node::find(name, &nodes())?;
         if name.contains('/') || found.info().path.ends_with(name) || found.makes_buffers() {
             return Ok(found);
         }
-        let others = node::all::<Device>(&nodes()).into_iter().filter_map(Result::ok);
-        let better = others
-            .filter(|other| other.info().driver == found.info().driver)
-            .find(Device::makes_buffers);
-        Ok(better.unwrap_or(found))
+        let others = nodes().into_iter().filter(|node| *node != found.info().path);
+        let others = others.filter(|node| found.0.sysfs.is_some() && sysfs_of_node(node) == found.0.sysfs);
+        let maker = others.filter_map(|node| Device::open(&node).ok()).find(Device::makes_buffers);
+        Ok(maker.unwrap_or(found))
+    }
+
+    /// The GBM of the device that this card's node belongs to, to make buffers: through its render node where it has one and that makes
+    /// some, else through the card's own. A card that somebody drives refuses drivers' own calls to all others but root (DRM_AUTH in
+    /// `drm_ioctl_permit`, drm_ioctl.c), and a render node does not.
+    ///
+    /// # Errors
+    /// As [`Device::open`] of the card's node.
+    pub fn of_card(card: &Path) -> Result<Device> {
+        let device = sysfs_of_node(card);
+        let renders = node::numbered(FOLDER, RENDER).into_iter();
+        let renders = renders.filter(|node| device.is_some() && sysfs_of_node(node) == device);
+        let maker = renders.filter_map(|node| Device::open(&node).ok()).find(Device::makes_buffers);
+        maker.map_or_else(|| Device::open(card), Ok)
     }
 
     /// The first device through which buffers can be made; where there is none, the first that imports.
@@ -128,7 +145,8 @@ impl Device {
         })?;
         let raw = Arc::new(raw);
         let info = DeviceInfo { path, driver, backend: raw.backend() };
-        Ok(Device(Arc::new(Inner { raw, info, formats: OnceLock::new() })))
+        let sysfs = fstat(raw.as_fd()).ok().and_then(|stat| sysfs(stat.st_rdev));
+        Ok(Device(Arc::new(Inner { raw, info, sysfs, formats: OnceLock::new() })))
     }
 
     /// What the device says of itself.
@@ -191,20 +209,36 @@ impl Named for Device {
         Device::open(path)
     }
 
-    fn is_called(&self, name: &str) -> bool {
-        self.info().driver == name
+    fn names(&self) -> Vec<&str> {
+        vec![&self.info().driver]
     }
 
     fn describe(&self) -> String {
         format!("{} ({})", self.name(), self.info().driver)
     }
+
+    fn is_same(&self, other: &Device) -> bool {
+        self.0.sysfs.is_some() && self.0.sysfs == other.0.sysfs
+    }
 }
+
+const FOLDER: &str = "/dev/dri";
+const RENDER: &str = "renderD";
 
 /// Render nodes first: who may not drive displays may open them.
 fn nodes() -> Vec<PathBuf> {
-    let mut nodes = node::numbered("/dev/dri", "renderD");
-    nodes.extend(node::numbered("/dev/dri", "card"));
+    let mut nodes = node::numbered(FOLDER, RENDER);
+    nodes.extend(node::numbered(FOLDER, "card"));
     nodes
+}
+
+/// The device of a node in sysfs; its card and its render node have the same (`drm_sysfs_minor_alloc` makes it the parent of both).
+fn sysfs(node: nix::libc::dev_t) -> Option<PathBuf> {
+    std::fs::canonicalize(format!("/sys/dev/char/{}:{}/device", major(node), minor(node))).ok()
+}
+
+fn sysfs_of_node(path: &Path) -> Option<PathBuf> {
+    sysfs(stat(path).ok()?.st_rdev)
 }
 
 #[cfg(test)]

@@ -240,7 +240,7 @@ fn by_gbm(sink: &dyn Sink, layout: &Layout, room: &Room, count: u32) -> Result<V
         let error = Error::new(Kind::Unsupported, "make buffers by GBM for", sink.name()).because("it is no display");
         return Err(error.repair("use the sink's own buffers"));
     };
-    let device = Device::open(card)?;
+    let device = Device::of_card(card)?;
     let make = |_| device.make_buffer(layout, room, Usage::SCANOUT, &[Modifier::LINEAR]);
     (0..count).map(make).collect()
 }
