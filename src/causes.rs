@@ -232,9 +232,10 @@ const fn gbm_create(errno: i32) -> Cause {
             cause("this process may not make buffers through this node", "use the card's node")
         }
         libc::ENOMEM | libc::ENOSPC => cause("no memory of the GPU's is left", FEWER),
-        libc::EINVAL | libc::ENOSYS => {
-            cause("the GPU's driver makes no buffer of this size or tiling", "choose a smaller size, or LINEAR")
-        }
+        libc::EINVAL | libc::ENOSYS => cause(
+            "the GPU's driver makes no buffer of this size or tiling",
+            "choose a smaller size, or another maker's memory",
+        ),
         _ => cause("the GPU's driver made no buffer", LOG),
     }
 }

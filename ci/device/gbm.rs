@@ -125,7 +125,7 @@ fn every_format() -> anyhow::Result<Outcome> {
     for driver in ["vkms", "vgem"] {
         let device = Device::find(driver)?;
         let formats = device.formats().context("no memory to try formats with")?.to_vec();
-        for name in ["XR24", "AR24", "RG16", "YUYV"] {
+        for name in ["XR24", "AR24", "XB24", "AB24", "RG16", "YUYV", "UYVY"] {
             ensure!(formats.contains(&format(name)), "no {name} in {formats:?}");
         }
         let mut refused = 0;
@@ -242,6 +242,10 @@ fn what_it_makes() -> anyhow::Result<Outcome> {
         let room = Room::for_lens(&[100_000]);
         let buffer = device.make_buffer(&layout, &room, Usage::RENDERING, &[Modifier::LINEAR])?;
         ensure!(buffer.memory_lens()[0] >= 100_000 && buffer.layout().size() == (64, 16), "{:?}", buffer.memory_lens());
+        let too_much = Room::for_lens(&[1 << 33]);
+        let refused = device.make_buffer(&layout, &too_much, Usage::RENDERING, &[Modifier::LINEAR]);
+        let error = refused.err().context("8 GiB of rows")?;
+        ensure!(error.kind() == Kind::Invalid && error.known_repair().is_some(), "{}", error.line());
         buffer.write()?.row(0, 3, &[0xa5; 256]);
         let mut row = [0; 256];
         buffer.read()?.row(0, 3, &mut row);

@@ -5,7 +5,7 @@ use std::ops::BitOr;
 
 use super::Device;
 use super::raw::RawBo;
-use crate::causes::Call;
+use crate::causes::{Call, Cause};
 use crate::dmabuf::DmaBuf;
 use crate::error::{Context, Error, Kind, Result};
 use crate::format::{Format, Layout, MAX_PLANES, Modifier, PlaneLayout};
@@ -40,7 +40,7 @@ impl BitOr for Usage {
 }
 
 /// No more rows than these are asked of a driver to make room.
-const MOST_ROWS: u64 = 1 << 24;
+const MOST_ROWS: u32 = 1 << 24;
 
 impl Device {
     /// Makes a buffer for a picture of this format, size and colour, laid out as the driver wants it. `room` is what others want of the
@@ -65,26 +65,28 @@ impl Device {
         let (width, height) = layout.size();
         let made = self.create((width, height), code, usage, modifiers, format)?;
         let Described { layout: found, memory } = self.describe(&made, layout)?;
-        let lens = (0u32..)
-            .zip(&memory)
-            .map(|(plane, memory)| Ok((room.len(&found, plane)?, memory.len())));
-        let lens = lens.collect::<Result<Vec<_>>>()?;
-        let Some(&(needed, have)) = lens.iter().find(|(needed, have)| have < needed) else {
+        let Some((needed, have)) = lacks(&found, &memory, room)? else {
             return buffer(found, memory);
         };
         // One colour plane: more rows behind the picture's make room. With several they would lie between the planes.
         let stride = u64::from(found.planes().first().map_or(1, |plane| plane.stride).max(1));
         let rows = (needed as u64).div_ceil(stride);
-        let short = || Error::new(Kind::Invalid, "make a buffer of", format!("{} for {layout}", self.name()));
-        if found.planes().len() > 1 || rows > MOST_ROWS {
-            let error = short().because(format!("{needed} bytes are asked for, and the driver makes {have}"));
-            return Err(error.repair("use buffers of the display, of a dma-heap or of udmabuf"));
-        }
+        let short = |needed, have| {
+            let error = Error::new(Kind::Invalid, "make a buffer of", format!("{} for {layout}", self.name()));
+            let error = error.because(format!("{needed} bytes are asked for, and the driver makes {have}"));
+            error.repair("use buffers of the display, of a dma-heap or of udmabuf")
+        };
+        let rows = match u32::try_from(rows) {
+            Ok(rows) if found.planes().len() == 1 && rows <= MOST_ROWS => rows,
+            _ => return Err(short(needed, have)),
+        };
         drop((made, memory));
-        let rows = u32::try_from(rows).map_err(|cause| short().because(cause))?;
         let made = self.create((width, rows), code, usage, modifiers, format)?;
-        let Described { layout, memory } = self.describe(&made, layout)?;
-        buffer(layout, memory)
+        let Described { layout: found, memory } = self.describe(&made, layout)?;
+        match lacks(&found, &memory, room)? {
+            None => buffer(found, memory),
+            Some((needed, have)) => Err(short(needed, have)),
+        }
     }
 
     /// Makes the object itself.
@@ -114,10 +116,12 @@ impl Device {
         match stated {
             Some(stated) if !modifiers.is_empty() && !modifiers.contains(&stated) => Err(self
                 .makes_none(format)
-                .because(format!("it made one of tiling {stated}, which nobody asked for"))),
+                .because(format!("it made one of tiling {stated}, which nobody asked for"))
+                .repair("ask for that tiling too, or for none")),
             None if !modifiers.is_empty() && !modifiers.contains(&Modifier::LINEAR) => Err(self
                 .makes_none(format)
-                .because("it states no tiling, and only stated ones were asked for")),
+                .because("it states no tiling, and only stated ones were asked for")
+                .repair("ask for LINEAR, or for none")),
             _ => Ok(made),
         }
     }
@@ -130,7 +134,8 @@ impl Device {
             return error.repair("choose another format, or buffers of a dma-heap or udmabuf");
         }
         if !self.raw().makes(code, usage.bits()) {
-            return error.because(format!("it makes none for this usage ({:#x})", usage.bits()));
+            let error = error.because(format!("GBM makes none for this usage (GBM_BO_USE_* of {:#x})", usage.bits()));
+            return error.repair("ask for fewer uses, or use buffers of a dma-heap or udmabuf");
         }
         let is_render = self
             .info()
@@ -143,17 +148,20 @@ impl Device {
             None => error.because("the driver gave no reason"),
         };
         // The kernel's dumb buffers, which Mesa's software renderer makes, are for cards (no DRM_RENDER_ALLOW in drm_ioctl.c).
-        if is_render {
+        let refused = errno.is_none_or(|errno| matches!(errno, nix::libc::EACCES | nix::libc::EPERM));
+        if is_render && refused {
             return error
                 .said_by(Call::GbmCreate.name())
                 .repair("try the card of the same device: gbm:/dev/dri/cardN");
         }
-        if !modifiers.is_empty() && errno.is_none_or(|errno| matches!(errno, nix::libc::ENOSYS | nix::libc::EINVAL)) {
+        let unlike = errno.is_none_or(|errno| matches!(errno, nix::libc::ENOSYS | nix::libc::EINVAL));
+        if unlike && !modifiers.is_empty() && !modifiers.contains(&Modifier::LINEAR) {
             let names: Vec<_> = modifiers.iter().map(ToString::to_string).collect();
             let repair = format!("it may have none of these tilings: {}; ask for LINEAR, or for none", names.join(" "));
             return error.said_by(Call::GbmCreate.name()).repair(repair);
         }
-        Call::GbmCreate.explain(error)
+        let Cause { why, repair } = Call::GbmCreate.cause(errno.unwrap_or(nix::libc::EINVAL));
+        error.said_by(Call::GbmCreate.name()).meaning(why).repair(repair)
     }
 
     fn subject(&self, format: Format) -> String {
@@ -171,7 +179,8 @@ impl Device {
         if count != format.planes() {
             // A tiling with planes of its own (compression) is for those who ask GBM, not for those who read pixels.
             let error = self.makes_none(format);
-            return Err(error.because(format!("it made {count} planes, and the format has {}", format.planes())));
+            let error = error.because(format!("it made {count} planes, and the format has {}", format.planes()));
+            return Err(error.repair("ask for LINEAR"));
         }
         let mut places = [PlaneLayout::default(); MAX_PLANES];
         let mut memory: Vec<DmaBuf> = Vec::with_capacity(1);
@@ -198,6 +207,17 @@ impl Device {
 struct Described {
     layout: Layout,
     memory: Vec<DmaBuf>,
+}
+
+/// The bytes that are asked for, and those that there are, of the first memory plane that is too short.
+fn lacks(layout: &Layout, memory: &[DmaBuf], room: &Room) -> Result<Option<(usize, usize)>> {
+    for (plane, memory) in (0u32..).zip(memory) {
+        let needed = room.len(layout, plane)?;
+        if memory.len() < needed {
+            return Ok(Some((needed, memory.len())));
+        }
+    }
+    Ok(None)
 }
 
 fn buffer(layout: Layout, memory: Vec<DmaBuf>) -> Result<Buffer> {
