@@ -389,7 +389,7 @@ fn memory_on_demand() -> anyhow::Result<Outcome> {
 }
 
 fn refusals() -> anyhow::Result<Outcome> {
-    // No DRM device, by name and by descriptor. gbm_create_device takes them all.
+    // No DRM device, by name and by descriptor. gbm_create_device takes the first two.
     for file in ["/dev/null", "/dev/udmabuf", "/proc/self/exe"] {
         let error = match fs::File::options().read(true).write(file.starts_with("/dev")).open(file) {
             Ok(opened) => Device::from_fd(OwnedFd::from(opened)).err().context(file)?,
@@ -486,7 +486,13 @@ fn listed() -> anyhow::Result<Outcome> {
         let has = |what: &str| of.clone().any(|device| device[what].to_string().contains("\"XR24\""));
         ensure!(has("imports") && has("makes"), "{driver}: {devices:?}");
     }
+    // What Mesa has to say of these devices stands in the result, each line once, and not before it.
+    let said = result["gbm"]["said"].as_array().context("said")?;
+    ensure!(run.stderr.is_empty(), "{}", run.stderr);
+    ensure!(said.iter().filter(|line| **line == "kmsro: driver missing").count() == 1, "{said:?}");
     let table = finish(&mut dmaflow("list"))?;
+    ensure!(table.stderr.is_empty(), "{}", table.stderr);
+    ensure!(table.stdout.contains("said by libgbm: kmsro"), "{}", table.stdout);
     ensure!(table.stdout.contains("\nGBM\n") && table.stdout.contains("imports  XR24"), "{}", table.stdout);
     PASSED
 }

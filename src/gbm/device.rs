@@ -159,15 +159,15 @@ impl Device {
         self.info().path.display().to_string()
     }
 
-    /// The formats that it imports, best first, each tried: a small buffer is imported in every format that is known. `None` where there was
-    /// no memory to try with that it takes. Cost: some hundred system calls the first time, none later.
+    /// The formats that it imports, best first, each tried: a small buffer is imported in every format that is known. `None` where there
+    /// was no memory to try with that it takes. Cost: some hundred system calls the first time, none later.
     pub fn formats(&self) -> Option<&[Format]> {
         self.0.formats.get_or_init(|| self.try_formats()).as_deref()
     }
 
     /// The device as GBM's C interface has it (`struct gbm_device *`), for `eglGetPlatformDisplay` and the like. It lives as long as this
-    /// handle, its clones, and what they made. libgbm promises nothing about threads: what others do with it must not run beside calls of this
-    /// device.
+    /// handle, its clones, and what they made. libgbm promises nothing about threads: what others do with it must not run beside calls of
+    /// this device.
     pub fn as_ptr(&self) -> *mut c_void {
         self.0.raw.as_ptr()
     }
@@ -195,8 +195,8 @@ fn open_node(path: &Path) -> Result<OwnedFd> {
         }
         _ => error,
     })?;
-    // The first to open a card is its master without asking (drm_master_open), and in the way of one who wants to drive it. Not being master is
-    // the aim, so a refusal for that reason is no failure.
+    // The first to open a card is its master without asking (drm_master_open), and in the way of one who wants to drive it. Not being
+    // master is the aim, so a refusal for that reason is no failure.
     let _ = Node(fd.as_fd()).release_master_lock();
     Ok(fd)
 }

@@ -22,6 +22,9 @@ impl Device {
     /// The formats in which it makes buffers for the CPU or a camera to fill, best first: a small one is made in each. Cost: some
     /// hundred system calls.
     pub fn formats_made(&self) -> Vec<Format> {
+        if !self.makes_buffers() {
+            return Vec::new();
+        }
         let made = |format: &Format| {
             let layout = Layout::packed(*format, SIZE, 1);
             layout.is_ok_and(|layout| {

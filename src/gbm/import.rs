@@ -13,8 +13,8 @@ use crate::endpoint::{Importer, Refusal, Rung};
 use crate::format::{Layout, MAX_PLANES};
 use crate::frame::Buffer;
 
-/// A device's image of a buffer: a `gbm_bo`. It keeps the device and the memory, whatever becomes of the handles that they came from; dropping
-/// it gives both back.
+/// A device's image of a buffer: a `gbm_bo`. It keeps the device and the memory, whatever becomes of the handles that they came from;
+/// dropping it gives both back.
 #[derive(Debug)]
 pub struct BufferObject(RawBo);
 
@@ -141,7 +141,8 @@ impl Device {
         refuse(Call::GbmImport.name(), errno, format!("{why} ({layout}, {driver})"), repair)
     }
 
-    /// The refusal of memory that the device cannot use. It is asked through a file of its own: a handle that GBM has must not be closed here.
+    /// The refusal of memory that the device cannot use. It is asked through a file of its own: a handle that GBM has must not be closed
+    /// here.
     fn unreachable_memory(&self, buffer: &Buffer) -> Option<Refusal> {
         let node = self.reopen().ok()?;
         for plane in 0..buffer.memory().len() {

@@ -47,15 +47,15 @@ impl Device {
     /// memory. `modifiers` are the tilings that those who use it can take: of these the driver chooses one. With none given it chooses as
     /// it likes, for those alone who ask it; the layout's modifier is then what it states, often nothing.
     ///
-    /// Where [`Modifier::LINEAR`] is among them and the driver knows no modifiers, the buffer is linear all the same (`GBM_BO_USE_LINEAR`), and
-    /// its modifier is what the driver states: `None`, which is not LINEAR.
+    /// Where [`Modifier::LINEAR`] is among them and the driver knows no modifiers, the buffer is linear all the same
+    /// (`GBM_BO_USE_LINEAR`), and its modifier is what the driver states: `None`, which is not LINEAR.
     ///
     /// The memory lives as long as the buffer and what has imported it: GBM's object, and its handle, are closed. Cost: some six system
     /// calls.
     ///
     /// # Errors
-    /// [`Kind::Unsupported`] for a format that the driver makes no buffers of, or none of these tilings; otherwise what `gbm_bo_create` or the
-    /// export says. [`Kind::Invalid`] where a format of several colour planes is to have more room than the driver gives it.
+    /// [`Kind::Unsupported`] for a format that the driver makes no buffers of, or none of these tilings; otherwise what `gbm_bo_create` or
+    /// the export says. [`Kind::Invalid`] where there is to be more room than the driver gives, as with formats of several colour planes.
     pub fn make_buffer(&self, layout: &Layout, room: &Room, usage: Usage, modifiers: &[Modifier]) -> Result<Buffer> {
         let format = layout.format();
         let code = format

@@ -200,15 +200,16 @@ impl RawBo {
     /// A new dma-buf descriptor of the memory that holds a plane, for reading and writing where the driver exports so.
     ///
     /// GBM's own export is the second choice: Mesa's software renderer asks for reading alone, and a GEM object's dma-buf stays as it was
-    /// first asked for (drm_gem_prime_handle_to_dmabuf). An older libgbm gives that of the first plane for all, which is right where all are in
-    /// one.
+    /// first asked for (drm_gem_prime_handle_to_dmabuf). A libgbm without `gbm_bo_get_fd_for_plane` gives that of the first plane for all,
+    /// which is right where all are in one.
     ///
     /// # Errors
     /// What was left in errno.
     pub(super) fn export(&self, plane: c_int) -> io::Result<OwnedFd> {
         let (functions, bo) = (self.device.functions, self.bo.as_ptr());
         let _calls = self.device.lock();
-        // SAFETY: the object is alive; the plane is one of those counted. GEM's handles are in these bits of the union, whatever else GBM set.
+        // SAFETY: the object is alive; the plane is one of those counted. GEM's handles are in these bits of the union, whatever else GBM
+        // set.
         let handle = unsafe { (functions.bo_get_handle_for_plane)(bo, plane).u32 };
         // -1 where there is none (gbm_dri_bo_get_handle_for_plane); 0 is none of GEM's (drm_gem_handle_create).
         if handle != 0

@@ -72,7 +72,8 @@ reverse   buffers of the sink, of GBM, a dma-heap or udmabuf, that the source ca
 converted the GPU makes of each frame one that the sink takes
 copied    the CPU copies each frame
 
-A rung is ok when two frames that came that way have been shown, or with gbm imported. Pictures appear on the display meanwhile; it is put back.
+A rung is ok when two frames that came that way have been shown, or with gbm imported. Pictures appear on the display meanwhile; it is
+put back.
 Exit status: 0 everything was tried, whatever was refused; 1 something failed; 2 wrong usage";
 
 #[derive(ClapArgs)]

@@ -72,6 +72,9 @@ struct GbmListing {
     devices: Vec<GbmDeviceListing>,
     /// Why there is none, or not all.
     why_not: Vec<String>,
+    /// What the drivers' libraries printed meanwhile.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    said: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -191,24 +194,27 @@ fn camera(device: &Device, offers: &[FormatOffer]) -> anyhow::Result<CameraListi
 #[cfg(feature = "gbm")]
 fn gbm() -> GbmListing {
     let names = |formats: &[Format]| formats.iter().map(Format::to_string).collect::<Vec<_>>();
-    let mut listing = GbmListing { devices: vec![], why_not: vec![] };
-    for device in dmaflow::gbm::Device::list() {
-        match device {
-            Ok(device) => listing.devices.push(GbmDeviceListing {
-                path: device.name(),
-                driver: device.info().driver.clone(),
-                imports: device.formats().map(names),
-                makes: names(&device.formats_made()),
-            }),
-            Err(error) => listing.why_not.push(error.line()),
+    let mut listing = GbmListing { devices: vec![], why_not: vec![], said: vec![] };
+    // Mesa tells of what it tries in vain, also where it goes on with success.
+    let ((), said) = crate::hear::hear(|| {
+        for device in dmaflow::gbm::Device::list() {
+            match device {
+                Ok(device) => listing.devices.push(GbmDeviceListing {
+                    path: device.name(),
+                    driver: device.info().driver.clone(),
+                    imports: device.formats().map(names),
+                    makes: names(&device.formats_made()),
+                }),
+                Err(error) => listing.why_not.push(error.line()),
+            }
         }
-    }
-    listing
+    });
+    GbmListing { said, ..listing }
 }
 
 #[cfg(not(feature = "gbm"))]
 fn gbm() -> GbmListing {
-    GbmListing { devices: vec![], why_not: vec![crate::ends::NO_GBM.to_owned()] }
+    GbmListing { devices: vec![], why_not: vec![crate::ends::NO_GBM.to_owned()], said: vec![] }
 }
 
 fn connector(offer: &ConnectorOffer) -> ConnectorListing {
@@ -284,6 +290,7 @@ fn table(listing: &Listing) -> String {
         lines.push(format!("    makes    {}", list(&device.makes)));
     }
     lines.extend(listing.gbm.why_not.iter().map(|line| format!("  {line}")));
+    lines.extend(listing.gbm.said.iter().map(|line| format!("  said by libgbm: {line}")));
     if listing.gbm.devices.is_empty() && listing.gbm.why_not.is_empty() {
         none(&mut lines);
     }
