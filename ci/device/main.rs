@@ -22,6 +22,7 @@ mod cycles;
 mod display;
 mod faults;
 mod formats;
+mod gpu;
 mod harness;
 mod ladder;
 mod modules;
@@ -35,6 +36,7 @@ mod snap;
 mod streams;
 mod syscalls;
 mod verify;
+mod vulkan;
 
 fn main() -> std::process::ExitCode {
     // Cheap and telling first; what takes minutes last.
@@ -59,6 +61,8 @@ fn main() -> std::process::ExitCode {
         formats::TESTS,
         ladder::TESTS,
         signals::TESTS,
+        vulkan::TESTS,
+        gpu::TESTS,
         cycles::TESTS,
     ];
     harness::main(&tests.concat())

@@ -9,7 +9,8 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 /// Below every help text.
 const NAMES: &str = "\
 SOURCE  /dev/videoN | a driver or card name (vivid) | pattern (a test card, no device needed)
-SINK    /dev/dri/cardN | a driver name (vkms) | png:FILE | y4m:FILE | raw:FILE | null
+SINK    /dev/dri/cardN | a driver name (vkms) | vulkan | vulkan:GPU (a DRM node, or a part of its name)
+        png:FILE | y4m:FILE | raw:FILE | null
         (y4m:- and raw:- write the frames to stdout, and the result to stderr)
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 3 zero copy demanded and refused, 4 a frame was shown wrong";
@@ -105,7 +106,7 @@ pub struct PipeArgs {
     /// Show every frame in order, or always the newest
     #[arg(long, value_enum, default_value_t = PresentChoice::Fifo, value_name = "HOW")]
     pub present: PresentChoice,
-    /// Compare each picture that the display reports (its CRC) with the captured bytes
+    /// Compare each picture that the display reports (its CRC), or a GPU reads (its checksum), with the captured bytes
     #[arg(long)]
     pub verify: bool,
     /// The display wants rows of a multiple of BYTES, whatever its driver says (256 for many GPUs)

@@ -33,6 +33,8 @@ pub fn run(args: &PipeArgs) -> anyhow::Result<ExitCode> {
     let formats = sink.as_dyn().formats();
     let mut source = open_source(args.from.as_deref(), &args.shape, args.buffers, formats.as_deref())?;
     let mut report = Report::new(source.name(), sink.as_dyn().name(), source.layout());
+    #[cfg(feature = "vulkan")]
+    let messages = sink.messages();
     let flowed = flow(args, limits, source.as_mut(), &mut sink, &stop, &mut report);
     // Also after a failure, and before anything else is said: the screen first.
     let restored = sink.restore();
@@ -43,6 +45,14 @@ pub fn run(args: &PipeArgs) -> anyhow::Result<ExitCode> {
     };
     tell(args, &if args.json { report.json()? } else { report.table() })?;
     restored?;
+    #[cfg(feature = "vulkan")]
+    if let Some(messages) = messages {
+        // What is said at the GPU's end counts too.
+        drop(sink);
+        if let Some(first) = messages.all().first() {
+            bail!("the Vulkan validation layer said: {first}");
+        }
+    }
     Ok(status)
 }
 
@@ -95,6 +105,10 @@ fn flow(
             let picture = display.snapshot()?;
             write_png(file, picture.width, picture.height, &picture.rgb)?;
         }
+    }
+    #[cfg(feature = "vulkan")]
+    if let AnySink::Vulkan(vulkan) = &sink {
+        report.read_by(vulkan);
     }
     report.shaped(source.layout());
     let sink = sink.as_dyn();

@@ -19,10 +19,28 @@ pub struct Report {
     #[serde(skip_serializing_if = "Option::is_none")]
     mode: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    gpu: Option<GpuReport>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     path: Option<String>,
     #[serde(flatten)]
     flow: Option<Flow>,
     refusals: Vec<RefusalReport>,
+}
+
+/// The GPU that took part, and what it read.
+#[derive(Serialize)]
+struct GpuReport {
+    name: String,
+    /// Whether the CPU does its work.
+    software: bool,
+    /// Of the newest frames, oldest first.
+    checksums: Vec<ChecksumReport>,
+}
+
+#[derive(Serialize)]
+struct ChecksumReport {
+    sequence: u32,
+    checksum: String,
 }
 
 #[derive(Serialize)]
@@ -134,6 +152,7 @@ impl Report {
             stride: Vec::new(),
             memory_planes: 0,
             mode: None,
+            gpu: None,
             path: None,
             flow: None,
             refusals: Vec::new(),
@@ -156,6 +175,18 @@ impl Report {
 
     pub fn joined(&mut self, mode: Option<String>) {
         self.mode = mode;
+    }
+
+    /// The GPU that reads the frames, and the checksums of the newest.
+    #[cfg(feature = "vulkan")]
+    pub fn read_by(&mut self, vulkan: &dmaflow::vulkan::Vulkan) {
+        let info = vulkan.gpu().info();
+        let checksum = |found: &dmaflow::vulkan::Checksum| ChecksumReport {
+            sequence: found.meta.sequence,
+            checksum: format!("{:#010x}", found.checksum),
+        };
+        let checksums = vulkan.checksums().map(checksum).collect();
+        self.gpu = Some(GpuReport { name: info.name.clone(), software: info.is_software(), checksums });
     }
 
     pub fn flowed(&mut self, account: &Account, sink: &SinkSays<'_>, buffers: usize) {
@@ -247,6 +278,16 @@ impl Report {
                     format!(", the first is frame {} (sequence {})", first.frame, first.sequence)
                 });
                 rows.push(("verify", format!("{} checked, {} wrong{wrong}", verify.checked, verify.wrong)));
+            }
+        }
+        if let Some(GpuReport { name, software, checksums }) = &self.gpu {
+            let software = if *software { ", in software" } else { "" };
+            rows.push(("gpu", format!("{name}{software}")));
+            if let Some(newest) = checksums.last() {
+                rows.push((
+                    "checksum",
+                    format!("{} of the newest frame (sequence {})", newest.checksum, newest.sequence),
+                ));
             }
         }
         for step in self.flow.iter().flat_map(|flow| &flow.moves) {
