@@ -32,6 +32,9 @@ pub struct SourceCounts {
     pub dropped: u64,
     /// Frames that came marked as damaged and were queued again.
     pub errored: u64,
+    /// Whether more may have been dropped than were counted: the flow ended while the source had had no buffer to fill for a frame's
+    /// time or longer, and a gap is only seen with the frame after it.
+    pub uncounted: bool,
 }
 
 /// Produces frames. Its descriptor becomes readable when a frame may be there; nothing blocks.
@@ -112,6 +115,12 @@ pub trait Source: AsFd {
     /// [`Kind::Timeout`] while there is no signal that can be locked to: another change will follow. Otherwise the device's refusal.
     fn follow(&mut self) -> Result<()> {
         Err(Error::new(Kind::Unsupported, "follow the change of", self.name()).because("it does not change"))
+    }
+
+    /// What was asked of it when it was opened and could not be kept when it last [followed](Source::follow) its source, in words:
+    /// `the stride of 2816 bytes`.
+    fn not_kept(&self) -> &[String] {
+        &[]
     }
 
     /// What to do when views leave no buffer to fill; [`ViewPolicy::Detach`] at first. A source that never runs short of buffers need
@@ -346,8 +355,7 @@ pub struct Verdict {
 impl Verdict {
     /// Adds a later one.
     pub(crate) fn add(&mut self, later: Verdict) {
-        let place = |(place, sequence)| (place + self.checked, sequence);
-        self.first_wrong = self.first_wrong.or(later.first_wrong.map(place));
+        self.first_wrong = self.first_wrong.or(later.first_wrong);
         self.checked += later.checked;
         self.wrong += later.wrong;
     }
@@ -382,12 +390,12 @@ pub trait Sink {
     }
 
     /// Sees each frame right after its capture, before anyone else touches it. A sink that verifies predicts here what it
-    /// must show.
+    /// must show. `place` is the frame's among all that were captured, counted from 0.
     ///
     /// # Errors
     /// If the frame cannot be read.
-    fn inspect(&mut self, frame: &Frame) -> Result<()> {
-        let _ = frame;
+    fn inspect(&mut self, frame: &Frame, place: u64) -> Result<()> {
+        let _ = (frame, place);
         Ok(())
     }
 
@@ -432,6 +440,12 @@ pub trait Sink {
     /// The device's failure; the frames are held on then.
     fn hold(&mut self) -> Result<()> {
         Ok(())
+    }
+
+    /// What has happened to it, beside the frames, since it was asked last: that a person unplugged it, for one, while it takes frames as
+    /// before. A clause, for the account of the flow. Asked after each frame, so it is to cost next to nothing.
+    fn news(&mut self) -> Option<String> {
+        None
     }
 
     /// Frames taken and never shown, because a newer one came first.

@@ -22,10 +22,14 @@ mod cycles;
 mod display;
 mod faults;
 mod formats;
+mod gone;
 mod gpu;
 mod harness;
+mod inputs;
 mod ladder;
 mod modules;
+mod moves;
+mod nonblocking;
 mod outputs;
 mod probe;
 mod process;
@@ -42,10 +46,12 @@ fn main() -> std::process::ExitCode {
     // Cheap and telling first; what takes minutes last.
     let tests = [
         camera::TESTS,
+        inputs::TESTS,
         streams::TESTS,
         capture::TESTS,
         cow::TESTS,
         display::TESTS,
+        nonblocking::TESTS,
         screen::TESTS,
         commands::TESTS,
         sinks::TESTS,
@@ -55,11 +61,13 @@ fn main() -> std::process::ExitCode {
         probe::TESTS,
         verify::TESTS,
         faults::TESTS,
+        gone::TESTS,
         causes::TESTS,
         alloc::TESTS,
         syscalls::TESTS,
         formats::TESTS,
         ladder::TESTS,
+        moves::TESTS,
         signals::TESTS,
         vulkan::TESTS,
         gpu::TESTS,

@@ -10,6 +10,9 @@
 //!                                                       the last Lease is dropped
 //! ```
 //!
+//! Pending and on screen are said of the one [`Lease`] that a display holds. When that is dropped and others are left (a view, a clone
+//! that the program keeps), the slot is no longer the display's: it is `Dequeued` again.
+//!
 //! Only a [`FreeSlot`] can be queued, a `FreeSlot` only comes from the free list, and a slot enters the free list only when
 //! its last [`Lease`] is dropped or the driver gives it back unfilled. A display holds the lease of the frame that it shows
 //! or is about to show, so a buffer that is pending or on screen cannot be queued: there is no value to do it with.
@@ -79,7 +82,43 @@ pub(crate) type SlotsArc = Arc<Slots>;
 
 struct Slot {
     leases: AtomicU32,
+    /// `Free`, `Queued` or `Dequeued`: what displays do with it is in the two counts.
     stage: AtomicU8,
+    /// Leases that a display holds for its next picture. A frame may be shown several times in a row, so there may be more than one.
+    pending: AtomicU32,
+    /// Leases that a display holds for the picture that it shows.
+    on_screen: AtomicU32,
+}
+
+impl Slot {
+    fn new() -> Slot {
+        Slot {
+            leases: AtomicU32::new(0),
+            stage: AtomicU8::new(Stage::Free as u8),
+            pending: AtomicU32::new(0),
+            on_screen: AtomicU32::new(0),
+        }
+    }
+
+    /// Where it is, as its holders have said; for reports.
+    fn stage(&self) -> Stage {
+        match self.stage.load(Ordering::Relaxed) {
+            stage if stage == Stage::Free as u8 => Stage::Free,
+            stage if stage == Stage::Queued as u8 => Stage::Queued,
+            _ if self.on_screen.load(Ordering::Relaxed) > 0 => Stage::OnScreen,
+            _ if self.pending.load(Ordering::Relaxed) > 0 => Stage::Pending,
+            _ => Stage::Dequeued,
+        }
+    }
+
+    /// The count of the leases with this mark.
+    fn marked(&self, mark: u8) -> Option<&AtomicU32> {
+        match mark {
+            mark if mark == Stage::Pending as u8 => Some(&self.pending),
+            mark if mark == Stage::OnScreen as u8 => Some(&self.on_screen),
+            _ => None,
+        }
+    }
 }
 
 impl Slots {
@@ -87,8 +126,8 @@ impl Slots {
     pub(crate) fn new(count: u32) -> Arc<Slots> {
         let count = count.min(MAX_SLOTS);
         let free = if count == MAX_SLOTS { u64::MAX } else { (1 << count) - 1 };
-        let slot = |_| Slot { leases: AtomicU32::new(0), stage: AtomicU8::new(Stage::Free as u8) };
-        Arc::new(Slots { slots: (0..count).map(slot).collect(), free: AtomicU64::new(free), views: Views::new() })
+        let slots = (0..count).map(|_| Slot::new()).collect();
+        Arc::new(Slots { slots, free: AtomicU64::new(free), views: Views::new() })
     }
 
     /// Takes every free slot. Those not taken out of the iterator stay free.
@@ -106,7 +145,7 @@ impl Slots {
             .compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed)
             .ok()?;
         slot.leases.store(1, Ordering::Relaxed);
-        Some(Lease { slots: Arc::clone(this), index })
+        Some(Lease::new(Arc::clone(this), index))
     }
 
     /// The driver gave all slots back unfilled (`VIDIOC_STREAMOFF`).
@@ -122,12 +161,12 @@ impl Slots {
     pub(crate) fn counts(&self) -> SlotCounts {
         let mut counts = SlotCounts::default();
         for slot in &self.slots {
-            *match slot.stage.load(Ordering::Relaxed) {
-                stage if stage == Stage::Queued as u8 => &mut counts.queued,
-                stage if stage == Stage::Dequeued as u8 => &mut counts.dequeued,
-                stage if stage == Stage::Pending as u8 => &mut counts.pending,
-                stage if stage == Stage::OnScreen as u8 => &mut counts.on_screen,
-                _ => &mut counts.free,
+            *match slot.stage() {
+                Stage::Free => &mut counts.free,
+                Stage::Queued => &mut counts.queued,
+                Stage::Dequeued => &mut counts.dequeued,
+                Stage::Pending => &mut counts.pending,
+                Stage::OnScreen => &mut counts.on_screen,
             } += 1;
         }
         counts
@@ -222,9 +261,15 @@ impl Drop for FreeSlot<'_> {
 pub struct Lease {
     slots: Arc<Slots>,
     index: u32,
+    /// What a display does with it: `Pending`, `OnScreen`, else `Dequeued`. Of this lease alone: clones begin as `Dequeued`.
+    mark: AtomicU8,
 }
 
 impl Lease {
+    fn new(slots: Arc<Slots>, index: u32) -> Lease {
+        Lease { slots, index, mark: AtomicU8::new(Stage::Dequeued as u8) }
+    }
+
     /// The slot's index in its queue.
     pub fn index(&self) -> u32 {
         self.index
@@ -232,13 +277,7 @@ impl Lease {
 
     /// Where the slot is in its life, as its holders have said; for reports.
     pub fn stage(&self) -> Stage {
-        match self.slot().map(|slot| slot.stage.load(Ordering::Relaxed)) {
-            Some(stage) if stage == Stage::Queued as u8 => Stage::Queued,
-            Some(stage) if stage == Stage::Pending as u8 => Stage::Pending,
-            Some(stage) if stage == Stage::OnScreen as u8 => Stage::OnScreen,
-            Some(stage) if stage == Stage::Free as u8 => Stage::Free,
-            _ => Stage::Dequeued,
-        }
+        self.slot().map_or(Stage::Dequeued, Slot::stage)
     }
 
     /// A display was told to show the frame.
@@ -251,9 +290,19 @@ impl Lease {
         self.mark(Stage::OnScreen);
     }
 
+    /// A display shows another frame, and holds this one for a moment longer.
+    pub(crate) fn mark_left(&self) {
+        self.mark(Stage::Dequeued);
+    }
+
     fn mark(&self, stage: Stage) {
-        if let Some(slot) = self.slot() {
-            slot.stage.store(stage as u8, Ordering::Relaxed);
+        let Some(slot) = self.slot() else { return };
+        // Up before down, so that nobody sees it as neither.
+        if let Some(count) = slot.marked(stage as u8) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+        if let Some(count) = slot.marked(self.mark.swap(stage as u8, Ordering::Relaxed)) {
+            count.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
@@ -272,13 +321,17 @@ impl Clone for Lease {
             // As for `Arc`: a clone is made from a live lease, so nothing needs ordering.
             slot.leases.fetch_add(1, Ordering::Relaxed);
         }
-        Lease { slots: Arc::clone(&self.slots), index: self.index }
+        Lease::new(Arc::clone(&self.slots), self.index)
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
         let Some(slot) = self.slot() else { return };
+        // Before the slot can be leased anew, whose counts these are then.
+        if let Some(count) = slot.marked(self.mark.load(Ordering::Relaxed)) {
+            count.fetch_sub(1, Ordering::Relaxed);
+        }
         // As for `Arc`: what every holder did with the memory happens before it is queued again.
         if slot.leases.fetch_sub(1, Ordering::Release) == 1 {
             fence(Ordering::Acquire);
@@ -323,6 +376,33 @@ mod tests {
         drop(second);
         assert_eq!(free(&slots), [1]);
         assert_eq!(slots.counts(), SlotCounts { free: 1, queued: 2, ..SlotCounts::default() });
+    }
+
+    /// A view, or a clone that the program keeps, outlives the picture.
+    #[test]
+    fn a_slot_is_the_displays_no_longer_than_its_lease() {
+        let slots = Slots::new(1);
+        queue_all(&slots);
+        let kept = Slots::dequeued(&slots, 0).unwrap();
+        let shown = kept.clone();
+        shown.mark_pending();
+        assert_eq!(kept.stage(), Stage::Pending);
+        shown.mark_on_screen();
+        assert_eq!(slots.counts(), SlotCounts { on_screen: 1, ..SlotCounts::default() });
+        // The same frame is the next picture as well.
+        let again = kept.clone();
+        again.mark_pending();
+        assert_eq!(kept.stage(), Stage::OnScreen);
+        again.mark_on_screen();
+        drop(shown);
+        assert_eq!(kept.stage(), Stage::OnScreen);
+        let view = again.clone();
+        drop((again, kept));
+        assert_eq!(slots.counts(), SlotCounts { dequeued: 1, ..SlotCounts::default() });
+        drop(view);
+        assert_eq!(slots.counts(), SlotCounts { free: 1, ..SlotCounts::default() });
+        queue_all(&slots);
+        assert_eq!(Slots::dequeued(&slots, 0).unwrap().stage(), Stage::Dequeued);
     }
 
     #[test]

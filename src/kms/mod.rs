@@ -17,6 +17,7 @@ mod import;
 mod keep;
 mod master;
 mod offers;
+mod plug;
 mod predict;
 mod present;
 mod quirks;

@@ -33,6 +33,7 @@ impl Display {
         drop(blob);
         way.lit = true;
         let shown = self.replaced(frame, now_us());
+        self.leaving = None;
         if let (Some(Way { route, verifier: Some(verifier), .. }), Some(frame)) = (&mut self.way, &self.on_screen) {
             verifier.first(&self.card, route, frame)?;
         }
@@ -55,7 +56,8 @@ impl Display {
     /// Sends a frame to the screen as soon as the one before is there: one system call, and one lease given up.
     pub(super) fn show_in_turn(&mut self, frame: Frame) -> Result<Option<Shown>> {
         let flags = CommitFlags { event: true, ..CommitFlags::default() };
-        let mut on_its_way = !self.fifo.waits();
+        let waits = self.way.as_ref().is_some_and(|way| way.waits);
+        let mut on_its_way = !waits && !self.fifo.waits();
         if on_its_way && !self.flip(&frame, CommitFlags { nonblock: true, ..flags })? {
             self.fifo.refused();
             on_its_way = false;
@@ -70,7 +72,11 @@ impl Display {
         }
         match on_its_way {
             true => self.pending = Some(frame),
-            false => self.put_on_screen(frame),
+            false => {
+                self.put_on_screen(frame);
+                // Such a commit is cleaned up when it returns: nobody reads what it replaced.
+                self.leaving = None;
+            }
         }
         self.fifo.next_shown(&self.card, usize::from(on_its_way))
     }
@@ -161,12 +167,18 @@ impl Display {
     pub(super) fn replace_picture(&mut self, frame: Frame) -> Result<()> {
         self.flip(&frame, CommitFlags::default())?;
         self.put_on_screen(frame);
+        self.leaving = None;
         Ok(())
     }
 
+    /// What is on screen until now is given up, or, where the driver may still read it, held until the frame after this one comes here.
     pub(super) fn put_on_screen(&mut self, frame: Frame) {
         frame.lease().mark_on_screen();
-        self.on_screen = Some(frame);
+        let before = self.on_screen.replace(frame);
+        self.leaving = before.filter(|_| self.way.as_ref().is_some_and(|way| way.holds));
+        if let Some(leaving) = &self.leaving {
+            leaving.lease().mark_left();
+        }
     }
 
     /// The framebuffer of a frame's buffer, imported now if `join` has not seen it.
