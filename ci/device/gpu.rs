@@ -31,12 +31,12 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// A GPU under the eyes of the validation layer.
-fn watched() -> Result<Gpu> {
+pub fn watched() -> Result<Gpu> {
     Ok(Gpu::open(&GpuRequest { name: Some("llvmpipe".into()), validation: true })?)
 }
 
 /// The layer has said nothing, also at the end of the GPU, which must be the last of its clones.
-fn silent(gpu: Gpu) -> Result<()> {
+pub fn silent(gpu: Gpu) -> Result<()> {
     let messages = gpu.messages().context("nobody watches")?;
     drop(gpu);
     let all = messages.all();

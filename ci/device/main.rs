@@ -17,6 +17,7 @@ mod camera;
 mod capture;
 mod causes;
 mod commands;
+mod convert;
 mod cow;
 mod cycles;
 mod display;
@@ -71,6 +72,7 @@ fn main() -> std::process::ExitCode {
         signals::TESTS,
         vulkan::TESTS,
         gpu::TESTS,
+        convert::TESTS,
         cycles::TESTS,
     ];
     harness::main(&tests.concat())

@@ -198,6 +198,11 @@ impl Gpu {
         &self.0.queue
     }
 
+    /// What the device takes at most.
+    pub(super) fn limits(&self) -> vk::PhysicalDeviceLimits {
+        self.0.physical.limits()
+    }
+
     pub(super) fn physical(&self) -> &Physical {
         &self.0.physical
     }

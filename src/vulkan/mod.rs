@@ -11,6 +11,7 @@
 
 mod buffer;
 mod checksum;
+mod convert;
 mod failure;
 mod formats;
 mod gpu;
@@ -24,9 +25,11 @@ mod pass;
 mod physical;
 mod sampled;
 mod sink;
+mod submission;
 
 pub use ash;
 pub use buffer::GpuBuffer;
+pub use convert::{Crop, GpuConverter, NotByGpu};
 pub use gpu::{Gpu, GpuListing, GpuRequest, RawGpu};
 pub use image::{GpuImporter, Image, RawImage};
 pub use messages::Messages;

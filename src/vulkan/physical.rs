@@ -79,6 +79,12 @@ pub(super) struct Physical {
 }
 
 impl Physical {
+    /// What it takes at most.
+    pub(super) fn limits(&self) -> vk::PhysicalDeviceLimits {
+        // SAFETY: the device is of this instance, which lives (`Physical::new`).
+        unsafe { self.instance.get_physical_device_properties(self.raw) }.limits
+    }
+
     /// Asks a physical device what it is.
     ///
     /// # Safety

@@ -54,7 +54,6 @@ struct Verifier {
     scratch: Vec<u8>,
     /// For each slot the frame captured into it last: sequence number, place among all captured, checksum.
     expected: Vec<Option<(u32, u64, u32)>>,
-    captured: u64,
     verdict: Verdict,
 }
 
@@ -123,8 +122,8 @@ impl Sink for Vulkan {
         Ok(Rung::Exported)
     }
 
-    fn inspect(&mut self, frame: &Frame) -> Result<()> {
-        self.verifier.as_mut().map_or(Ok(()), |verifier| verifier.expect(frame))
+    fn inspect(&mut self, frame: &Frame, place: u64) -> Result<()> {
+        self.verifier.as_mut().map_or(Ok(()), |verifier| verifier.expect(frame, place))
     }
 
     fn present(&mut self, frame: Frame) -> Result<Option<Shown>> {
@@ -170,7 +169,7 @@ fn gone(gpu: &Gpu) -> Error {
 }
 
 impl Verifier {
-    fn expect(&mut self, frame: &Frame) -> Result<()> {
+    fn expect(&mut self, frame: &Frame, place: u64) -> Result<()> {
         let layout = frame.buffer().layout();
         let no =
             |why: String| Error::new(Kind::Invalid, "verify", format!("frame {}", frame.meta().sequence)).because(why);
@@ -178,9 +177,7 @@ impl Verifier {
         let reader = frame.buffer().read()?;
         let sum = predict(&format, layout, &mut self.scratch, &mut |plane, row, out| reader.row(plane, row, out));
         let slot = self.expected.get_mut(frame.slot() as usize);
-        *slot.ok_or_else(|| no(format!("it is of slot {}", frame.slot())))? =
-            Some((frame.meta().sequence, self.captured, sum));
-        self.captured += 1;
+        *slot.ok_or_else(|| no(format!("it is of slot {}", frame.slot())))? = Some((frame.meta().sequence, place, sum));
         Ok(())
     }
 
