@@ -21,19 +21,22 @@ fn main() -> anyhow::Result<()> {
     let mut names = std::env::args().skip(1);
     let camera = names.next().unwrap_or("vivid".into());
     let file = names.next().unwrap_or("texture.png".into());
+    render(&Gpu::open(&GpuRequest::default())?, &camera, Path::new(&file))
+}
 
-    let gpu = Gpu::open(&GpuRequest::default())?;
+/// One frame of the camera, drawn into the file.
+pub fn render(gpu: &Gpu, camera: &str, file: &Path) -> anyhow::Result<()> {
     let format = Format::parse("XR24").map(|(format, _)| format);
-    let mut camera = Camera::open(Device::find(&camera)?, &CameraRequest { format, ..CameraRequest::default() })?;
+    let mut camera = Camera::open(Device::find(camera)?, &CameraRequest { format, ..CameraRequest::default() })?;
     let frame = camera.next()?;
     // The image is over the camera's own memory; the frame keeps the camera from filling it meanwhile.
     let image = GpuImporter::new(gpu.clone(), vk::ImageUsageFlags::SAMPLED).import(frame.buffer())?;
 
     // SAFETY: everything is made of the GPU's own device, used as the specification has it (the validation layer agrees), and
     // destroyed after the work has ended, in the reverse order.
-    let rgba = unsafe { draw(&gpu, &image) }?;
+    let rgba = unsafe { draw(gpu, &image) }?;
     let rgb: Vec<u8> = rgba.chunks_exact(4).flat_map(|pixel| pixel.iter().take(3).copied()).collect();
-    write_png(Path::new(&file), CANVAS[0], CANVAS[1], &rgb)?;
+    write_png(file, CANVAS[0], CANVAS[1], &rgb)?;
     Ok(())
 }
 
@@ -145,8 +148,11 @@ unsafe fn draw(gpu: &Gpu, image: &Image) -> anyhow::Result<Vec<u8>> {
         let drawn = [vk::MemoryBarrier::default()
             .src_access_mask(vk::AccessFlags::SHADER_WRITE)
             .dst_access_mask(vk::AccessFlags::HOST_READ)];
+        device.cmd_pipeline_barrier(commands, shader, host, none, &drawn, &[], &[]);
+        // By itself: a transfer between owners must not be with the host's stage.
         let release = [image.release(read_only, vk::AccessFlags::empty())];
-        device.cmd_pipeline_barrier(commands, shader, host, none, &drawn, &[], &release);
+        let end = vk::PipelineStageFlags::BOTTOM_OF_PIPE;
+        device.cmd_pipeline_barrier(commands, shader, end, none, &[], &[], &release);
         device.end_command_buffer(commands)?;
         {
             let queue = gpu.queue().lock().map_err(|_| anyhow::anyhow!("another thread failed"))?;

@@ -4,9 +4,11 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Result, ensure};
+use dmaflow::endpoint::{Sink, Source};
 use dmaflow::kms::{Display, DisplayRequest, Present};
 use dmaflow::pipe::{Limits, Pipe};
 use dmaflow::v4l2::{Camera, CameraRequest, Device, RateRequest};
+use dmaflow::vulkan::{Gpu, GpuRequest, Vulkan};
 
 use crate::camera::request;
 use crate::harness::{Outcome, PASSED, Test, note};
@@ -17,6 +19,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "alloc::fifo", needs: NEEDS, seconds: 60, run: || nothing(Present::Fifo) },
     Test { name: "alloc::mailbox", needs: NEEDS, seconds: 60, run: || nothing(Present::Mailbox) },
     Test { name: "alloc::frames_by_hand", needs: NEEDS, seconds: 60, run: by_hand },
+    Test { name: "alloc::vulkan", needs: &["vivid", "udmabuf", "vulkaninfo"], seconds: 120, run: vulkan },
 ];
 
 /// Counts every call; each test is a process of its own, with one thread that allocates.
@@ -79,15 +82,19 @@ const FRAMES: u64 = 200;
 const WARM: u64 = 20;
 
 fn nothing(present: Present) -> anyhow::Result<Outcome> {
+    flow(&mut Display::find("vkms", DisplayRequest { present, ..DisplayRequest::default() })?)
+}
+
+/// Neither does the sink that has a GPU read each frame: what a driver allocates in C is its own.
+fn vulkan() -> anyhow::Result<Outcome> {
+    flow(&mut Vulkan::new(Gpu::open(&GpuRequest::default())?, true)?)
+}
+
+fn flow(sink: &mut dyn Sink) -> anyhow::Result<Outcome> {
     the_counter_counts()?;
     let mut camera = camera()?;
-    let mut display = Display::find("vkms", DisplayRequest { present, ..DisplayRequest::default() })?;
-    let pipe = Pipe::join(
-        &mut camera,
-        &mut display,
-        dmaflow::ladder::Path::Auto,
-        Limits { frames: Some(FRAMES), duration: None },
-    )?;
+    let limits = Limits { frames: Some(FRAMES), duration: None };
+    let pipe = Pipe::join(&mut camera, sink, dmaflow::ladder::Path::ZeroCopy, limits)?;
     let (mut first, mut last, mut frames) = (0, 0, 0);
     let account = pipe.run(None, &mut |progress| {
         if progress.captured <= WARM {
@@ -105,7 +112,6 @@ fn nothing(present: Present) -> anyhow::Result<Outcome> {
 
 /// The same for a program with its own loop.
 fn by_hand() -> anyhow::Result<Outcome> {
-    use dmaflow::endpoint::{Sink, Source};
     let mut camera = camera()?;
     let mut display = Display::find("vkms", DisplayRequest::default())?;
     display.join(camera.layout(), camera.rate(), camera.buffers())?;

@@ -55,7 +55,10 @@ fn noise(layout: &Layout, seed: u32) -> Result<Buffer> {
         for y in 0..form.rows(plane, layout.height()) {
             noise.fill(&mut row);
             if let Some(bits) = deep {
-                row.as_chunks_mut::<2>().0.iter_mut().for_each(|sample| sample[1] &= 0xff >> (16 - bits));
+                row.as_chunks_mut::<2>()
+                    .0
+                    .iter_mut()
+                    .for_each(|sample| sample[1] &= 0xff >> (16 - bits));
             }
             writer.row(plane, y, &row);
         }
@@ -118,11 +121,22 @@ impl Picture {
         let (width, height) = (i64::from(self.size.0), i64::from(self.size.1));
         let place = layout.planes()[0];
         let top = f64::from((1u32 << bits) - 1);
-        let fold = |at: i64, size: i64| if at < 0 { -at } else if at >= size { 2 * size - 2 - at } else { at };
+        let fold = |at: i64, size: i64| {
+            if at < 0 {
+                -at
+            } else if at >= size {
+                2 * size - 2 - at
+            } else {
+                at
+            }
+        };
         let sample = |x: i64, y: i64| {
             let size = if bits > 8 { 2 } else { 1 };
-            let at = place.offset as usize + fold(y, height) as usize * place.stride as usize + fold(x, width) as usize * size;
-            let value = if size == 1 { memory[0][at].into() } else { u16::from_le_bytes([memory[0][at], memory[0][at + 1]]) };
+            let at = place.offset as usize
+                + fold(y, height) as usize * place.stride as usize
+                + fold(x, width) as usize * size;
+            let value =
+                if size == 1 { memory[0][at].into() } else { u16::from_le_bytes([memory[0][at], memory[0][at + 1]]) };
             f64::from(value) / top
         };
         let weighed = |table: &[i32; 25], turned: bool, x: i64, y: i64| {
@@ -211,9 +225,9 @@ fn every_format() -> anyhow::Result<Outcome> {
     for from in Format::all() {
         let targets: Vec<_> = GpuConverter::targets(from).collect();
         let yuv = from.is_yuv() && !matches!(from.kind(), Kind::Grey | Kind::DeepGrey { .. });
-        let colours = [Encoding::Bt601, Encoding::Bt709, Encoding::Bt2020].into_iter().flat_map(|encoding| {
-            [Range::Limited, Range::Full].map(|range| Colour { encoding, range })
-        });
+        let colours = [Encoding::Bt601, Encoding::Bt709, Encoding::Bt2020]
+            .into_iter()
+            .flat_map(|encoding| [Range::Limited, Range::Full].map(|range| Colour { encoding, range }));
         for colour in colours.take(if yuv { 6 } else { 1 }) {
             // Rows with some bytes more than they need.
             let layout = Layout::packed(from, SIZE, 64)?.with_colour(colour);

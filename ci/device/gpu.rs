@@ -19,6 +19,7 @@ use dmaflow::vulkan::{Gpu, GpuBuffer, GpuImporter, GpuRequest, RawGpu, Vulkan};
 use crate::camera::{format, open};
 use crate::harness::{Outcome, PASSED, Test, note};
 use crate::process::{State, dma_bufs};
+use crate::sinks::read_png;
 
 const NEEDS: &[&str] = &["vivid", "vkms", "udmabuf", "vulkaninfo"];
 
@@ -27,6 +28,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "gpu::read_only_exports", needs: NEEDS, seconds: 180, run: read_only_exports },
     Test { name: "gpu::bytes_of_a_buffer", needs: NEEDS, seconds: 120, run: bytes_of_a_buffer },
     Test { name: "gpu::a_device_of_the_program", needs: NEEDS, seconds: 120, run: a_device_of_the_program },
+    Test { name: "gpu::a_texture", needs: NEEDS, seconds: 120, run: a_texture },
     Test { name: "gpu::a_thousand_imports", needs: NEEDS, seconds: 600, run: a_thousand_imports },
 ];
 
@@ -332,6 +334,34 @@ fn a_device_of_the_program() -> anyhow::Result<Outcome> {
         instance.destroy_instance(None);
     }
     ensure!(fs::read_dir("/proc/self/fd")?.count() == fds, "descriptors are left");
+    PASSED
+}
+
+/// The example, as it stands.
+#[path = "../../examples/vulkan_texture.rs"]
+#[allow(dead_code)] // its main
+mod texture;
+
+/// The camera's picture on a grey ground: vivid's bars, so many colours in the middle, and none at the corners.
+fn a_texture() -> anyhow::Result<Outcome> {
+    let gpu = watched()?;
+    let file = std::env::temp_dir().join(format!("texture.{}.png", std::process::id()));
+    texture::render(&gpu, "vivid", &file)?;
+    let ((width, height), rgb) = read_png(&file)?;
+    fs::remove_file(&file)?;
+    ensure!((width, height) == (640, 480), "{width}x{height}");
+    let at = |x: u32, y: u32| {
+        let start = (y * width + x) as usize * 3;
+        [rgb[start], rgb[start + 1], rgb[start + 2]]
+    };
+    for (x, y) in [(0, 0), (639, 0), (0, 479), (639, 479)] {
+        ensure!(at(x, y) == [51, 51, 51], "the ground is {:?} at {x}, {y}", at(x, y));
+    }
+    let coloured = |[red, green, blue]: [u8; 3]| red.max(green).max(blue) - red.min(green).min(blue) > 100;
+    let middle: std::collections::BTreeSet<_> =
+        (200..440).map(|x| at(x, 240)).filter(|&pixel| coloured(pixel)).collect();
+    ensure!(middle.len() >= 4, "no bars in the middle: {middle:?}");
+    silent(gpu)?;
     PASSED
 }
 

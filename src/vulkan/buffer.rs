@@ -4,7 +4,7 @@ use ash::vk;
 
 use super::failure::{OTHER_MEMORY, code, refuse};
 use super::gpu::Gpu;
-use super::memory::{self, Dedicated};
+use super::memory::{self, Dedicated, Needs};
 use crate::endpoint::Refusal;
 use crate::frame::Buffer;
 
@@ -57,7 +57,8 @@ impl GpuBuffer {
             || wants.requires_dedicated_allocation == vk::TRUE
             || features.contains(vk::ExternalMemoryFeatureFlags::DEDICATED_ONLY);
         let dedicated = if dedicated { Dedicated::Buffer(raw) } else { Dedicated::No };
-        made.memory = memory::import(gpu, dma_buf, size, memory_type_bits, dedicated)?;
+        let told_by = "vkGetBufferMemoryRequirements2";
+        made.memory = memory::import(gpu, dma_buf, Needs { told_by, size, bits: memory_type_bits, dedicated })?;
         // SAFETY: both are ours and not bound, the memory is as large as the buffer asks for.
         unsafe { gpu.device().bind_buffer_memory(raw, made.memory, 0) }.map_err(|result| {
             refuse(

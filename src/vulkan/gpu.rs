@@ -82,6 +82,11 @@ impl Gpu {
         let instance = Instance::new(request.validation)?;
         let physical = choose(&instance, request.name.as_deref())?;
         physical.can_import()?;
+        if let Some(messages) = &instance.messages
+            && physical.lacks_second_list()
+        {
+            messages.pass_over_no_features();
+        }
         let name = physical.info.name.clone();
         // SAFETY: the physical device is of this instance.
         let families = unsafe { instance.raw.get_physical_device_queue_family_properties(physical.raw) };

@@ -6,7 +6,7 @@ use super::failure::{OTHER_MEMORY, code, refuse};
 use super::formats::GpuFormat;
 use super::gpu::Gpu;
 use super::linear::{Nature, nature};
-use super::memory::{self, Dedicated};
+use super::memory::{self, Dedicated, Needs};
 use super::offers::{ModifierOffer, Use};
 use crate::dmabuf::DmaBuf;
 use crate::endpoint::{Importer, Refusal};
@@ -20,6 +20,9 @@ const MEMORY_PLANES: [vk::ImageAspectFlags; MAX_PLANES] = [
     vk::ImageAspectFlags::MEMORY_PLANE_2_EXT,
     vk::ImageAspectFlags::MEMORY_PLANE_3_EXT,
 ];
+
+/// Who tells what memory an image needs.
+const TOLD_BY: &str = "vkGetImageMemoryRequirements2";
 
 /// Imports buffers as images of one GPU.
 #[derive(Clone, Debug)]
@@ -353,9 +356,9 @@ impl Image {
         let vk::MemoryRequirements { size, memory_type_bits, .. } = requirements.memory_requirements;
         let wanted = wants.prefers_dedicated_allocation == vk::TRUE || wants.requires_dedicated_allocation == vk::TRUE;
         let dedicated = if wanted || dedicated_only { Dedicated::Image(self.raw) } else { Dedicated::No };
+        let needs = Needs { told_by: TOLD_BY, size, bits: memory_type_bits, dedicated };
         for dma_buf in &memory.dma_bufs {
-            self.memory
-                .push(memory::import(&self.gpu, dma_buf, size, memory_type_bits, dedicated)?);
+            self.memory.push(memory::import(&self.gpu, dma_buf, needs)?);
         }
         let binds: Vec<_> = self
             .memory
@@ -383,7 +386,8 @@ impl Image {
             let here = needs.iter().filter(|(of, _)| *of == place).map(|(_, need)| need);
             let size = here.clone().map(|need| need.size).max().unwrap_or(0);
             let bits = here.fold(u32::MAX, |bits, need| bits & need.memory_type_bits);
-            self.memory.push(memory::import(&self.gpu, dma_buf, size, bits, Dedicated::No)?);
+            let needs = Needs { told_by: TOLD_BY, size, bits, dedicated: Dedicated::No };
+            self.memory.push(memory::import(&self.gpu, dma_buf, needs)?);
         }
         let mut planes: Vec<_> = MEMORY_PLANES
             .iter()

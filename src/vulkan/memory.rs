@@ -11,6 +11,7 @@ use crate::dmabuf::DmaBuf;
 use crate::endpoint::Refusal;
 
 const ALLOCATE: &str = "vkAllocateMemory";
+const PROPERTIES: &str = "vkGetMemoryFdPropertiesKHR";
 
 /// What the memory is for, where it is to be of that alone (`VkMemoryDedicatedAllocateInfo`).
 #[derive(Clone, Copy)]
@@ -20,24 +21,31 @@ pub(super) enum Dedicated {
     Buffer(vk::Buffer),
 }
 
-/// Imports a dma-buf as memory of `size` bytes of a type that both the buffer and the resource (`bits`) can have. The memory is the
-/// caller's to free; it keeps the kernel's reference.
+/// What is put into the memory, and wants it so.
+#[derive(Clone, Copy)]
+pub(super) struct Needs {
+    /// The call that told.
+    pub(super) told_by: &'static str,
+    /// In bytes.
+    pub(super) size: vk::DeviceSize,
+    /// The types of memory that it can be in.
+    pub(super) bits: u32,
+    pub(super) dedicated: Dedicated,
+}
+
+/// Imports a dma-buf as memory of a type that both the buffer and what is put into it can have. The memory is the caller's to free; it
+/// keeps the kernel's reference.
 ///
 /// # Errors
 /// The refusal; the descriptor stays the caller's either way.
-pub(super) fn import(
-    gpu: &Gpu,
-    dma_buf: &DmaBuf,
-    size: vk::DeviceSize,
-    bits: u32,
-    dedicated: Dedicated,
-) -> Result<vk::DeviceMemory, Refusal> {
+pub(super) fn import(gpu: &Gpu, dma_buf: &DmaBuf, needs: Needs) -> Result<vk::DeviceMemory, Refusal> {
+    let Needs { told_by, size, bits, dedicated } = needs;
     let there = u64::try_from(dma_buf.len()).unwrap_or(u64::MAX);
     if size > there {
         let why = format!(
-            "the GPU needs {size} bytes for it, and the buffer has {there}: its driver wants longer rows, or more of them"
+            "the GPU needs {size} bytes for it, and the buffer has {there}: its driver wants longer or more rows"
         );
-        return Err(refuse("vkGetImageMemoryRequirements2", why, OTHER_MEMORY));
+        return Err(refuse(told_by, why, OTHER_MEMORY));
     }
     let kind = vk::ExternalMemoryHandleTypeFlags::DMA_BUF_EXT;
     let mut properties = vk::MemoryFdPropertiesKHR::default();
@@ -46,14 +54,14 @@ pub(super) fn import(
         gpu.memory_fd()
             .get_memory_fd_properties(kind, dma_buf.as_fd().as_raw_fd(), &mut properties)
     };
-    asked.map_err(|result| refused("vkGetMemoryFdPropertiesKHR", dma_buf, result))?;
+    asked.map_err(|result| refused(PROPERTIES, dma_buf, result))?;
     let both = properties.memory_type_bits & bits;
     let Some(memory_type) = gpu.memory_type(both, vk::MemoryPropertyFlags::empty()) else {
         let why = format!(
-            "no memory type of the GPU suits both this memory ({:#x}) and the image ({bits:#x})",
+            "no memory type of the GPU suits both this memory ({:#x}) and what is put into it ({bits:#x})",
             properties.memory_type_bits
         );
-        return Err(refuse("vkGetMemoryFdPropertiesKHR", why, OTHER_MEMORY));
+        return Err(refuse(PROPERTIES, why, OTHER_MEMORY));
     };
     let fd = dma_buf.as_fd().try_clone_to_owned().map_err(|cause| Refusal {
         errno: cause.raw_os_error(),
@@ -83,6 +91,11 @@ pub(super) fn import(
     // The driver owns it now, and only now (VkImportMemoryFdInfoKHR: "a successful import transfers ownership").
     let _ = fd.into_raw_fd();
     Ok(memory)
+}
+
+/// Whether a refusal is of the memory, and not of what was to be put into it.
+pub(super) fn is_of_memory(refusal: &Refusal) -> bool {
+    [ALLOCATE, PROPERTIES].contains(&refusal.step)
 }
 
 /// What a failed import means. Most drivers take a buffer that is exported for reading alone; those that map it themselves do not

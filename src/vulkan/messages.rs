@@ -1,18 +1,29 @@
 //! What the validation layer says.
 
 use std::ffi::{CStr, c_char, c_void};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ash::vk;
 
 /// The messages of the validation layer so far. A clone outlives the GPU, so that those of its end are seen too.
 #[derive(Clone, Debug, Default)]
-pub struct Messages(Arc<Mutex<Vec<String>>>);
+pub struct Messages(Arc<Heard>);
 
-/// Says that a view of a tiled image has no format features. The layer asks `VkDrmFormatModifierPropertiesList2EXT` for them, which drivers
-/// of Mesa 25.0 (lavapipe) leave empty, so that it says so of every view. The features are checked before each import by the list that all
-/// drivers fill (`Physical::offer`), so nothing is lost by passing it over.
-const NOT_FILLED: &[u8] = b"VUID-VkImageViewCreateInfo-None-02273";
+#[derive(Debug, Default)]
+struct Heard {
+    all: Mutex<Vec<String>>,
+    /// [`NO_FEATURES`] is false with this driver.
+    lacks_second_list: AtomicBool,
+}
+
+/// Says that a view has no format features. Of a view of an image with a modifier the layer looks them up in
+/// `VkDrmFormatModifierPropertiesList2EXT` wherever the driver has `VK_KHR_format_feature_flags2` (`GetImageFormatFeatures`,
+/// layers/state_tracker/state_tracker.cpp). lavapipe has it and fills the first list alone, `VkDrmFormatModifierPropertiesListEXT`
+/// (`lvp_GetPhysicalDeviceFormatProperties2`, lvp_formats.c of Mesa 25.0), so the layer finds nothing and says so of every view there is.
+/// Passed over with drivers that were seen to leave the second list empty (`Physical::lacks_second_list`), and with no other. What the
+/// rule is about is checked before each import by the list that is filled (`Physical::offer`).
+const NO_FEATURES: &[u8] = b"VUID-VkImageViewCreateInfo-None-02273";
 
 /// More are counted as one: a wrong call in a loop must not eat the memory.
 const MOST: usize = 100;
@@ -20,7 +31,12 @@ const MOST: usize = 100;
 impl Messages {
     /// All of them, oldest first.
     pub fn all(&self) -> Vec<String> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.all.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The driver has been seen to leave empty the list of modifiers that the layer looks into.
+    pub(super) fn pass_over_no_features(&self) {
+        self.0.lacks_second_list.store(true, Ordering::Relaxed);
     }
 
     /// A messenger that writes here: warnings and errors of validation and of performance. Not the loader's, which tells of drivers
@@ -44,15 +60,16 @@ unsafe extern "system" fn on_message(
 ) -> vk::Bool32 {
     // SAFETY: `user` is the pointer that `create_info` gave: of an `Arc` that the owner of the messenger holds longer than it
     // (`Instance` drops its fields after the instance is destroyed). `data` is null or valid for the call (specification).
-    let (messages, data) = unsafe { (user.cast::<Mutex<Vec<String>>>().as_ref(), data.as_ref()) };
-    if let (Some(messages), Some(data)) = (messages, data) {
+    let (heard, data) = unsafe { (user.cast::<Heard>().as_ref(), data.as_ref()) };
+    if let (Some(heard), Some(data)) = (heard, data) {
         // SAFETY: both are null or null-terminated strings that live for the call (specification).
         let (id, text) = unsafe { (string(data.p_message_id_name), string(data.p_message)) };
-        if id.is_some_and(|id| id.to_bytes() == NOT_FILLED) {
+        let no_features = id.is_some_and(|id| id.to_bytes() == NO_FEATURES);
+        if no_features && heard.lacks_second_list.load(Ordering::Relaxed) {
             return vk::FALSE;
         }
         let text = text.map_or_else(|| "a message without text".to_owned(), |text| text.to_string_lossy().into_owned());
-        let mut all = messages.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = heard.all.lock().unwrap_or_else(PoisonError::into_inner);
         match all.len() {
             0..MOST => all.push(text),
             MOST => all.push("and more".to_owned()),

@@ -1,6 +1,6 @@
 //! What a GPU can import: formats, modifiers, kinds of memory.
 
-use ash::vk;
+use ash::{ext, khr, vk};
 
 use super::failure::code;
 use super::formats::GpuFormat;
@@ -21,7 +21,7 @@ pub struct GpuOffer {
 pub struct ModifierOffer {
     /// The tiling.
     pub modifier: Modifier,
-    /// How many planes with an offset and a stride it has: one for each colour plane, and with compression more.
+    /// How many planes with an offset and a stride it has: one for each colour plane.
     pub planes: u32,
     /// What images of it can be used for (`drmFormatModifierTilingFeatures`).
     pub features: vk::FormatFeatureFlags,
@@ -82,6 +82,8 @@ impl Physical {
                     let as_one = self.offer(&gpu, known, usage).ok();
                     as_one.or_else(|| self.offer_apart(&gpu, known, usage))
                 })
+                // A compressed tiling has planes for that too, which no `Layout` has a place for.
+                .filter(|offer| offer.planes as usize == format.planes())
                 .collect();
             (!modifiers.is_empty()).then_some(GpuOffer { format, modifiers })
         };
@@ -176,6 +178,24 @@ impl Physical {
         };
     }
 
+    /// Whether the driver leaves `VkDrmFormatModifierPropertiesList2EXT` empty where the first list has modifiers, though it has the
+    /// extension that brings it: see [`Messages`](super::Messages).
+    pub(super) fn lacks_second_list(&self) -> bool {
+        let format = vk::Format::B8G8R8A8_UNORM;
+        let has_it = self.at_least(1, 3) || self.has(khr::format_feature_flags2::NAME);
+        if !has_it || self.modifiers(format).is_empty() {
+            return false;
+        }
+        let mut list = vk::DrmFormatModifierPropertiesList2EXT::default();
+        let mut properties = vk::FormatProperties2::default().push_next(&mut list);
+        // SAFETY: `Physical::new`'s contract; the list is of extensions that are there, and asks for the count alone.
+        unsafe {
+            self.instance()
+                .get_physical_device_format_properties2(self.raw, format, &mut properties)
+        };
+        list.drm_format_modifier_count == 0
+    }
+
     /// Whether a dma-buf can be imported as an image of this sort, and what the driver says of it.
     ///
     /// # Errors
@@ -223,18 +243,18 @@ impl Physical {
     /// The kinds of memory handles that are file descriptors, or the process's own memory.
     pub(super) fn handles(&self) -> Vec<HandleOffer> {
         use vk::ExternalMemoryHandleTypeFlags as Type;
-        let kinds = [
-            ("OPAQUE_FD", Type::OPAQUE_FD),
-            ("DMA_BUF", Type::DMA_BUF_EXT),
-            ("HOST_ALLOCATION", Type::HOST_ALLOCATION_EXT),
-        ];
+        // The first two are of extensions that are there (`can_import`).
+        let host = self
+            .has(ext::external_memory_host::NAME)
+            .then_some(("HOST_ALLOCATION", Type::HOST_ALLOCATION_EXT));
+        let kinds = [("OPAQUE_FD", Type::OPAQUE_FD), ("DMA_BUF", Type::DMA_BUF_EXT)];
         let offer = |(name, handle)| {
             let features = self.buffer_features(handle, vk::BufferUsageFlags::STORAGE_BUFFER);
             let importable = features.contains(vk::ExternalMemoryFeatureFlags::IMPORTABLE);
             let exportable = features.contains(vk::ExternalMemoryFeatureFlags::EXPORTABLE);
             HandleOffer { name, importable, exportable }
         };
-        kinds.map(offer).to_vec()
+        kinds.into_iter().chain(host).map(offer).collect()
     }
 
     /// Which way memory handles of this kind go with buffers of this use.

@@ -8,6 +8,7 @@ use super::checksum::salt;
 use super::failure::{code, refuse};
 use super::formats::{GpuFormat, Texel};
 use super::image::{GpuImporter, Image};
+use super::memory::is_of_memory;
 use super::pass::{APART, CONSTANTS_BYTES, Pass};
 use crate::endpoint::{Importer, Refusal};
 use crate::error::Result;
@@ -51,9 +52,10 @@ impl Importer for Sampler {
         // As one image where the driver has such; else, and in odd sizes, plane by plane.
         let images = match self.importer.import(buffer) {
             Ok(image) => vec![image],
-            Err(refusal) if buffer.layout().planes().len() > 1 => {
-                self.importer.import_planes(buffer).map_err(|_| refusal)?
-            }
+            Err(refusal) if buffer.layout().planes().len() > 1 => self
+                .importer
+                .import_planes(buffer)
+                .map_err(|apart| if is_of_memory(&apart) { apart } else { refusal })?,
             Err(refusal) => return Err(refusal),
         };
         // Filled step by step; dropping it destroys what there is so far.
@@ -218,8 +220,11 @@ impl Sampled {
                 .iter()
                 .map(|image| image.release(read_only, vk::AccessFlags::empty()));
             let release: Vec<_> = release.collect();
+            let end = vk::PipelineStageFlags::BOTTOM_OF_PIPE;
+            device.cmd_pipeline_barrier(commands, shader, end, none, &[], &[], &release);
+            // By itself: a transfer between owners must not be with the host's stage (VUID-vkCmdPipelineBarrier-srcStageMask-09633).
             let summed = sums(vk::AccessFlags::SHADER_WRITE, vk::AccessFlags::HOST_READ);
-            device.cmd_pipeline_barrier(commands, shader, host, none, &[], &summed, &release);
+            device.cmd_pipeline_barrier(commands, shader, host, none, &[], &summed, &[]);
             device
                 .end_command_buffer(commands)
                 .map_err(|result| no("vkEndCommandBuffer", result))

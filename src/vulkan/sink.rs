@@ -14,7 +14,7 @@ use super::sampled::{Sampled, Sampler};
 use crate::clock::now_us;
 use crate::endpoint::{ImportCache, JoinError, Rung, Shown, Sink, Verdict};
 use crate::error::{Error, Kind, Result};
-use crate::format::{Format, Layout};
+use crate::format::{Format, Layout, Modifier};
 use crate::frame::{Buffer, Frame, FrameMeta};
 
 /// So many checksums are kept.
@@ -39,6 +39,8 @@ pub struct Vulkan {
     gpu: Gpu,
     sampler: Sampler,
     cache: ImportCache<Sampled>,
+    /// Imports of before the last join.
+    imports_before: u64,
     formats: Vec<Format>,
     newest: VecDeque<Checksum>,
     verifier: Option<Verifier>,
@@ -66,12 +68,22 @@ impl Vulkan {
         let formats = gpu
             .offers(vk::ImageUsageFlags::SAMPLED)
             .iter()
+            .filter(|offer| offer.modifiers.iter().any(|known| known.modifier == Modifier::LINEAR))
             .map(|offer| offer.format)
             .collect();
         let sampler = Sampler::new(Pass::new(&gpu)?);
         let (messages, verifier) = (gpu.messages(), verify.then(Verifier::default));
-        let newest = VecDeque::with_capacity(KEPT);
-        Ok(Vulkan { gpu, sampler, cache: ImportCache::new(), formats, newest, verifier, failed: false, messages })
+        Ok(Vulkan {
+            gpu,
+            sampler,
+            cache: ImportCache::new(),
+            imports_before: 0,
+            formats,
+            newest: VecDeque::with_capacity(KEPT),
+            verifier,
+            failed: false,
+            messages,
+        })
     }
 
     /// The GPU.
@@ -118,6 +130,8 @@ impl Sink for Vulkan {
             let longest = (0..format.planes()).map(|plane| format.row_bytes(plane, layout.width())).max();
             verifier.scratch.resize(longest.unwrap_or(0) as usize, 0);
         }
+        // Some of these buffers may have been imported by a join before.
+        self.imports_before = self.cache.imports().saturating_sub(buffers.len() as u64);
         self.check_messages()?;
         Ok(Rung::Exported)
     }
@@ -155,7 +169,7 @@ impl Sink for Vulkan {
     }
 
     fn imports(&self) -> u64 {
-        self.cache.imports()
+        self.cache.imports() - self.imports_before
     }
 
     fn verdict(&self) -> Option<Verdict> {
