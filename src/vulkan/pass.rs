@@ -1,18 +1,15 @@
 //! The compute pass that reads every texel of a picture and sums up a checksum.
 
 use std::io::Cursor;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use ash::vk;
 
 use super::failure::failed;
 use super::gpu::Gpu;
+use super::submission::Submission;
 use crate::error::{Error, Kind, Result};
 use crate::format::MAX_PLANES;
-
-/// Longest wait for the GPU, in ns. Under emulation a software GPU takes seconds for a large picture.
-const TIMEOUT_NS: u64 = 30_000_000_000;
 
 /// The sum of each plane lies by itself, as far apart as a device may want (minStorageBufferOffsetAlignment is 256 at most).
 pub(super) const APART: vk::DeviceSize = 256;
@@ -31,19 +28,16 @@ pub(super) struct Pass {
     /// The sums, by plane, in memory that the CPU sees.
     pub(super) result: vk::Buffer,
     memory: vk::DeviceMemory,
-    mapped: Option<Mapped>,
-    fence: vk::Fence,
-    /// Something was submitted whose end nobody has seen.
-    busy: AtomicBool,
+    /// Locked from a submission until its result was read.
+    mapped: Mutex<Option<Mapped>>,
+    submission: Submission,
 }
 
 /// The address of the result.
 struct Mapped(*const u32);
 
-// SAFETY: only `Pass::run` reads there, with the queue locked; the mapping lives as long as the pass, whatever thread holds it.
+// SAFETY: only `Pass::run` reads there; the mapping lives as long as the pass, whatever thread holds it.
 unsafe impl Send for Mapped {}
-// SAFETY: as above.
-unsafe impl Sync for Mapped {}
 
 impl std::fmt::Debug for Pass {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -65,17 +59,11 @@ impl Pass {
             pipeline: vk::Pipeline::null(),
             result: vk::Buffer::null(),
             memory: vk::DeviceMemory::null(),
-            mapped: None,
-            fence: vk::Fence::null(),
-            busy: AtomicBool::new(false),
+            mapped: Mutex::new(None),
+            submission: Submission::new(gpu)?,
         };
         pass.make_pipeline()?;
         pass.make_result()?;
-        let made = unsafe {
-            // SAFETY: the device lives.
-            gpu.device().create_fence(&vk::FenceCreateInfo::default(), None)
-        };
-        pass.fence = made.map_err(|result| pass.failed("vkCreateFence", result))?;
         Ok(Arc::new(pass))
     }
 
@@ -161,7 +149,7 @@ impl Pass {
         // SAFETY: the memory can be mapped, and is mapped once; freeing it unmaps it.
         let address = unsafe { device.map_memory(self.memory, 0, vk::WHOLE_SIZE, vk::MemoryMapFlags::empty()) };
         let address = address.map_err(|result| self.failed("vkMapMemory", result))?;
-        self.mapped = Some(Mapped(address.cast_const().cast()));
+        self.mapped = Mutex::new(Some(Mapped(address.cast_const().cast())));
         Ok(())
     }
 
@@ -171,29 +159,13 @@ impl Pass {
     /// `commands` was recorded for this pass's queue family, can be submitted again, and all that it uses lives.
     ///
     /// # Errors
-    /// [`Kind::Disconnected`] if the GPU is lost, [`Kind::Timeout`] if it does not end within 30 s, and what else the driver says.
+    /// As [`Submission::run`].
     pub(super) unsafe fn run(&self, commands: vk::CommandBuffer, planes: usize) -> Result<u32> {
-        let device = self.gpu.device();
-        let (buffers, fences) = ([commands], [self.fence]);
-        let submits = [vk::SubmitInfo::default().command_buffers(&buffers)];
-        // Nobody else waits for the fence or reads the result meanwhile.
-        let queue = self.gpu.queue().lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: by this function's contract; the queue is locked, the fence is ours and not in use: every submission was waited
-        // for here. After a failed wait the pass is not used any more: the sink says so from then on.
-        unsafe {
-            device
-                .reset_fences(&fences)
-                .map_err(|result| self.failed("vkResetFences", result))?;
-            device
-                .queue_submit(*queue, &submits, self.fence)
-                .map_err(|result| self.failed("vkQueueSubmit", result))?;
-            self.busy.store(true, Ordering::Relaxed);
-            device
-                .wait_for_fences(&fences, true, TIMEOUT_NS)
-                .map_err(|result| self.failed("vkWaitForFences", result))?;
-            self.busy.store(false, Ordering::Relaxed);
-        }
-        let Some(Mapped(address)) = &self.mapped else { return Ok(0) };
+        // Nobody else writes or reads the result meanwhile.
+        let mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: by this function's contract.
+        unsafe { self.submission.run(commands) }?;
+        let Some(Mapped(address)) = &*mapped else { return Ok(0) };
         let sum = (0..planes.min(MAX_PLANES)).map(|plane| {
             // SAFETY: inside the mapping (`RESULT_BYTES`), aligned; the memory is coherent, the commands end with a barrier for the
             // host, and the fence has signalled.
@@ -201,17 +173,10 @@ impl Pass {
         });
         Ok(sum.fold(0, u32::wrapping_add))
     }
-}
 
-impl Pass {
-    /// Waits for the end of what a failure has left with the GPU, before anything that it uses is destroyed. A GPU that hangs is reset
-    /// by its driver, which ends the wait.
+    /// Waits for the end of what a failure has left with the GPU.
     pub(super) fn settle(&self) {
-        if self.busy.load(Ordering::Relaxed) {
-            let queue = self.gpu.queue().lock().unwrap_or_else(PoisonError::into_inner);
-            // SAFETY: the device lives, and the queue is locked. A lost device has ended everything as well.
-            let _ = unsafe { self.gpu.device().queue_wait_idle(*queue) };
-        }
+        self.submission.settle();
     }
 }
 
@@ -221,7 +186,6 @@ impl Drop for Pass {
         let device = self.gpu.device();
         // SAFETY: all are ours or null, which is allowed, and no submission that uses them is left.
         unsafe {
-            device.destroy_fence(self.fence, None);
             device.destroy_buffer(self.result, None);
             device.free_memory(self.memory, None);
             device.destroy_pipeline(self.pipeline, None);

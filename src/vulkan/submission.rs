@@ -1,7 +1,6 @@
 //! Commands that were recorded once, given to the GPU and waited for.
 
-use std::sync::PoisonError;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ash::vk;
 
@@ -12,11 +11,12 @@ use crate::error::{Error, Result};
 /// Longest wait for the GPU, in ns. Under emulation a software GPU takes seconds for a large picture.
 const TIMEOUT_NS: u64 = 30_000_000_000;
 
-/// A fence, and whether the GPU may still have something that was submitted with it.
+/// A fence, and what was submitted with it: one thing at a time.
 pub(super) struct Submission {
     gpu: Gpu,
     fence: vk::Fence,
-    busy: AtomicBool,
+    /// Whether the GPU may still have something. Locked while the fence is in use.
+    busy: Mutex<bool>,
 }
 
 impl std::fmt::Debug for Submission {
@@ -32,7 +32,7 @@ impl Submission {
         // SAFETY: the device lives.
         let fence = unsafe { gpu.device().create_fence(&vk::FenceCreateInfo::default(), None) };
         let fence = fence.map_err(|result| failed("vkCreateFence", "compute on", &gpu.info().name, result))?;
-        Ok(Submission { gpu: gpu.clone(), fence, busy: AtomicBool::new(false) })
+        Ok(Submission { gpu: gpu.clone(), fence, busy: Mutex::new(false) })
     }
 
     fn failed(&self, call: &'static str, result: vk::Result) -> Error {
@@ -52,9 +52,10 @@ impl Submission {
         let device = self.gpu.device();
         let (buffers, fences) = ([commands], [self.fence]);
         let submits = [vk::SubmitInfo::default().command_buffers(&buffers)];
-        self.settle();
-        // SAFETY: by this function's contract; the queue is locked for the submission, the fence is ours and not in use: the end of
-        // every submission was waited for, here or just now.
+        let mut busy = self.busy();
+        self.end(&mut busy);
+        // SAFETY: by this function's contract; the queue is locked for the submission, the fence is ours and not in use: `busy` is
+        // locked, and the end of every submission was waited for, here or just now.
         unsafe {
             device
                 .reset_fences(&fences)
@@ -64,23 +65,31 @@ impl Submission {
                 .queue_submit(*queue, &submits, self.fence)
                 .map_err(|result| self.failed("vkQueueSubmit", result))?;
             drop(queue);
-            self.busy.store(true, Ordering::Relaxed);
+            *busy = true;
             device
                 .wait_for_fences(&fences, true, TIMEOUT_NS)
                 .map_err(|result| self.failed("vkWaitForFences", result))?;
         }
-        self.busy.store(false, Ordering::Relaxed);
+        *busy = false;
         Ok(())
     }
 
     /// Waits for the end of what a failure has left with the GPU, before anything that it uses is destroyed. A GPU that hangs is reset
     /// by its driver, which ends the wait.
     pub(super) fn settle(&self) {
-        if self.busy.load(Ordering::Relaxed) {
+        self.end(&mut self.busy());
+    }
+
+    fn busy(&self) -> MutexGuard<'_, bool> {
+        self.busy.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn end(&self, busy: &mut bool) {
+        if *busy {
             let queue = self.gpu.queue().lock().unwrap_or_else(PoisonError::into_inner);
             // SAFETY: the device lives, and the queue is locked. A lost device has ended everything as well.
             let _ = unsafe { self.gpu.device().queue_wait_idle(*queue) };
-            self.busy.store(false, Ordering::Relaxed);
+            *busy = false;
         }
     }
 }

@@ -111,7 +111,7 @@ pub struct PipeArgs {
     /// Stop after S seconds
     #[arg(long, value_name = "S")]
     pub seconds: Option<f64>,
-    /// Without a copy where that works, or fail rather than copy, or copy always
+    /// Without a copy where that works; or fail rather than copy; have a GPU convert always; copy always
     #[arg(long, value_enum, default_value_t = PathChoice::Auto, value_name = "PATH")]
     pub path: PathChoice,
     /// Show every frame in order, or always the newest
@@ -212,6 +212,8 @@ pub enum PathChoice {
     Auto,
     // Fail rather than copy.
     ZeroCopy,
+    // Have a GPU convert.
+    Convert,
     // Always copy.
     Copy,
 }

@@ -70,6 +70,7 @@ fn flow(
     let path = match args.path {
         PathChoice::Auto => Path::Auto,
         PathChoice::ZeroCopy => Path::ZeroCopy,
+        PathChoice::Convert => Path::Convert,
         PathChoice::Copy => Path::Copy,
     };
     source.set_view_policy(match args.view_policy {
@@ -160,7 +161,7 @@ fn refused(args: &PipeArgs, refusals: Vec<Refusal>, report: &mut Report) -> anyh
     // The first says why the way that costs nothing is closed; the last, why the last resort is.
     let told = match args.path {
         PathChoice::ZeroCopy => refusals.into_iter().next(),
-        PathChoice::Auto | PathChoice::Copy => refusals.into_iter().next_back(),
+        PathChoice::Auto | PathChoice::Convert | PathChoice::Copy => refusals.into_iter().next_back(),
     };
     match (args.path, told) {
         (PathChoice::ZeroCopy, Some(refusal)) => Err(ZeroCopyRefused(refusal).into()),

@@ -2,6 +2,7 @@
 
 use dmaflow::endpoint::{Refusal, Verdict, errno_name};
 use dmaflow::format::Layout;
+use dmaflow::ladder::ByGpu;
 use dmaflow::ledger::Ledger;
 use dmaflow::pipe::Account;
 use serde::Serialize;
@@ -37,6 +38,7 @@ struct GpuReport {
     /// Whether the CPU does its work.
     software: bool,
     /// Of the newest frames, oldest first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     checksums: Vec<ChecksumReport>,
 }
 
@@ -206,6 +208,9 @@ impl Report {
         account.refusals.iter().for_each(|refusal| self.refuse(refusal));
         let mut copies = sink.ledger.clone();
         account.copies.entries().iter().for_each(|copied| copies.add(copied));
+        if let Some(ByGpu { name, software }) = account.gpu.clone() {
+            self.gpu = Some(GpuReport { name, software, checksums: Vec::new() });
+        }
         self.path = Some(account.rung.to_string());
         self.flow = Some(Flow {
             buffers,
