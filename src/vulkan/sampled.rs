@@ -52,11 +52,10 @@ impl Importer for Sampler {
         // As one image where the driver has such; else, and in odd sizes, plane by plane.
         let images = match self.importer.import(buffer) {
             Ok(image) => vec![image],
-            Err(refusal) if buffer.layout().planes().len() > 1 => {
-                self.importer
-                    .import_planes(buffer)
-                    .map_err(|apart| if is_of_memory(&apart) { apart } else { refusal })?
-            }
+            Err(refusal) if buffer.layout().planes().len() > 1 => self
+                .importer
+                .import_planes(buffer)
+                .map_err(|apart| if is_of_memory(&apart) { apart } else { refusal })?,
             Err(refusal) => return Err(refusal),
         };
         // Filled step by step; dropping it destroys what there is so far.

@@ -137,9 +137,7 @@ impl Sink for Vulkan {
     }
 
     fn inspect(&mut self, frame: &Frame, place: u64) -> Result<()> {
-        self.verifier
-            .as_mut()
-            .map_or(Ok(()), |verifier| verifier.expect(frame, place))
+        self.verifier.as_mut().map_or(Ok(()), |verifier| verifier.expect(frame, place))
     }
 
     fn present(&mut self, frame: Frame) -> Result<Option<Shown>> {
@@ -193,8 +191,7 @@ impl Verifier {
         let reader = frame.buffer().read()?;
         let sum = predict(&format, layout, &mut self.scratch, &mut |plane, row, out| reader.row(plane, row, out));
         let slot = self.expected.get_mut(frame.slot() as usize);
-        *slot.ok_or_else(|| no(format!("it is of slot {}", frame.slot())))? =
-            Some((frame.meta().sequence, place, sum));
+        *slot.ok_or_else(|| no(format!("it is of slot {}", frame.slot())))? = Some((frame.meta().sequence, place, sum));
         Ok(())
     }
 
