@@ -28,6 +28,9 @@ pub const TESTS: &[Test] = &[
     },
 ];
 
+/// The smallest of vivid's: a GPU that the emulated processor emulates takes a quarter of a second for a frame of it.
+const SIZE: &str = "320x180";
+
 /// `pipe` from vivid to the GPU, checked by the validation layer: a message of its makes it fail.
 pub fn pipe(arguments: &str) -> Command {
     let mut command = dmaflow(&format!("pipe --from vivid --to vulkan --json {arguments}"));
@@ -92,20 +95,19 @@ fn every_frame_as_captured() -> anyhow::Result<Outcome> {
     let before = State::read();
     let mut done = Vec::new();
     for name in ["XR24", "AR24", "NV12", "RG16", "YU12"] {
-        let size = if name == "XR24" { "640x360" } else { "320x180" };
         if offer(&formats, name).is_none() {
-            refused_with_a_reason(name, size)?;
+            refused_with_a_reason(name, SIZE)?;
             continue;
         }
-        let result = finish(&mut pipe(&format!("--format {name} --size {size} --frames 120 --verify")))?.json(0);
+        let result = finish(&mut pipe(&format!("--format {name} --size {SIZE} --frames 120 --verify")))?.json(0);
         let result = result.with_context(|| name.to_owned())?;
         is_right(&result, 120).with_context(|| name.to_owned())?;
         done.push(name);
         before.is_back()?;
     }
-    for name in ["GREY", "RGGB", "BGR3", "RGB3", "AB24", "YV12", "NV16", "Y16 ", "XR15"] {
+    for name in ["RGGB", "YV12", "NV16", "Y16 ", "XR15"] {
         let Some(listed) = offer(&formats, name.trim()).and(Some(name)) else { continue };
-        let options = format!("--format {listed} --size 320x180 --frames 5 --verify");
+        let options = format!("--format {listed} --size {SIZE} --frames 5 --verify");
         let result = finish(&mut pipe(&options))?.json(0).with_context(|| name.to_owned())?;
         is_right(&result, 5).with_context(|| name.to_owned())?;
         done.push(name);
@@ -136,10 +138,12 @@ fn two_memory_planes() -> anyhow::Result<Outcome> {
         let several = offer(&formats, name)
             .and_then(|offer| offer["modifiers"].as_array()?.first())
             .is_some_and(|modifier| modifier["several_dma_bufs"] == true);
-        let options = format!("--format {format} --size 320x180 --frames 120 --verify");
+        // Of one memory plane there are as many above.
+        let frames = if planes == 1 { 5 } else { 120 };
+        let options = format!("--format {format} --size {SIZE} --frames {frames} --verify");
         let result = finish(&mut pipe(&options))?.json(0).with_context(|| format.to_owned())?;
         if planes == 1 || several {
-            is_right(&result, 120).with_context(|| format.to_owned())?;
+            is_right(&result, frames).with_context(|| format.to_owned())?;
             ensure!(number(&result, "memory_planes")? == planes, "{format}: {result}");
         } else {
             // Another way, and nothing wrong with it.
@@ -183,7 +187,7 @@ fn strange_rows() -> anyhow::Result<Outcome> {
 
 fn what_it_does_not_take() -> anyhow::Result<Outcome> {
     for name in ["YUYV", "HSV3"] {
-        refused_with_a_reason(name, "320x180").with_context(|| name.to_owned())?;
+        refused_with_a_reason(name, SIZE).with_context(|| name.to_owned())?;
     }
     // The copy that was demanded is read by the GPU as well.
     let result = finish(&mut pipe("--format XR24 --size 320x180 --frames 5 --path copy --verify"))?.json(0)?;

@@ -1,6 +1,6 @@
 //! A dma-buf as Vulkan memory.
 
-use std::os::fd::{AsFd, AsRawFd, IntoRawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use ash::vk;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -67,7 +67,8 @@ pub(super) fn import(gpu: &Gpu, dma_buf: &DmaBuf, needs: Needs) -> Result<vk::De
         errno: cause.raw_os_error(),
         ..refuse(ALLOCATE, format!("no descriptor for the driver: {cause}"), "raise the limit (`ulimit -n`)")
     })?;
-    let mut import = vk::ImportMemoryFdInfoKHR::default().handle_type(kind).fd(fd.as_raw_fd());
+    let fd = fd.into_raw_fd();
+    let mut import = vk::ImportMemoryFdInfoKHR::default().handle_type(kind).fd(fd);
     let mut only = vk::MemoryDedicatedAllocateInfo::default();
     let mut info = vk::MemoryAllocateInfo::default()
         .allocation_size(size)
@@ -87,10 +88,21 @@ pub(super) fn import(gpu: &Gpu, dma_buf: &DmaBuf, needs: Needs) -> Result<vk::De
     // SAFETY: the device lives (`gpu`); the type is of those that the buffer can be imported as; what `info` points to lives until
     // the call returns; the descriptor is open.
     let memory = unsafe { gpu.device().allocate_memory(&info, None) };
-    let memory = memory.map_err(|result| refused(ALLOCATE, dma_buf, result))?;
-    // The driver owns it now, and only now (VkImportMemoryFdInfoKHR: "a successful import transfers ownership").
-    let _ = fd.into_raw_fd();
-    Ok(memory)
+    // Where this succeeds the driver owns the descriptor, and only there (VkImportMemoryFdInfoKHR).
+    memory.map_err(|result| {
+        take_back(fd, dma_buf);
+        refused(ALLOCATE, dma_buf, result)
+    })
+}
+
+/// Closes the descriptor of an import that failed. It is still ours, by the specification; lavapipe closes it all the same
+/// (`lvp_AllocateMemory`, lvp_device.c of Mesa 25.0), after which its number may already be a descriptor of another thread's. So it is
+/// closed only if it still is of this dma-buf.
+fn take_back(fd: RawFd, dma_buf: &DmaBuf) {
+    if dma_buf.is_behind(fd) {
+        // SAFETY: made by `import`, which has given it to nobody but a driver that did not take it; open, as was just seen.
+        drop(unsafe { OwnedFd::from_raw_fd(fd) });
+    }
 }
 
 /// Whether a refusal is of the memory, and not of what was to be put into it.
