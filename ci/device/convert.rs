@@ -395,9 +395,17 @@ fn on_the_ladder() -> anyhow::Result<Outcome> {
     let result = finish(&mut pipe("--format YUYV --size 320x180 --frames 2"))?.json(0)?;
     ensure!(result["path"] == "copied" && result.get("gpu").is_none(), "{result}");
     let refusals = result["refusals"].as_array().context("refusals")?;
-    let refusal = refusals.iter().find(|refusal| refusal["rung"] == "converted").context("the GPU was not asked")?;
+    let refusal = refusals
+        .iter()
+        .find(|refusal| refusal["rung"] == "converted")
+        .context("the GPU was not asked")?;
     ensure!(refusal["why"].as_str().is_some_and(|why| why.contains("software")), "{refusal}");
-    ensure!(refusal["repair"].as_str().is_some_and(|repair| repair.contains("--path convert")), "{refusal}");
+    ensure!(
+        refusal["repair"]
+            .as_str()
+            .is_some_and(|repair| repair.contains("--path convert")),
+        "{refusal}"
+    );
 
     // What it does not make: said, and nothing is copied instead.
     for (options, word) in [("--format XR24 --size 320x180", "XR24"), ("--format RGB3 --size 320x180", "BG24")] {
