@@ -65,6 +65,14 @@ impl DmaBuf {
         self.0.identity
     }
 
+    /// Whether this number is an open descriptor of this dma-buf: a number, because it may be closed, or of something else.
+    #[cfg(feature = "vulkan")]
+    pub(crate) fn is_behind(&self, number: std::os::fd::RawFd) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        let there = std::fs::metadata(format!("/proc/self/fd/{number}"));
+        there.is_ok_and(|there| Identity { device: there.dev(), inode: there.ino() } == self.0.identity)
+    }
+
     /// Length in bytes, a multiple of the page size.
     pub fn len(&self) -> usize {
         self.0.len

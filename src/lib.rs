@@ -24,6 +24,7 @@
 //! - [`convert`]: a picture in another format, made by the CPU.
 //! - `gbm` (cargo feature `gbm`): a GPU driver's importer and allocator, and a sink that imports each frame.
 //! - [`v4l2`], [`pattern`]: sources. [`kms`], [`sink`]: sinks. [`pipe`]: the loop between them. [`ledger`]: what was copied.
+//! - `vulkan` (cargo feature of that name): GPUs, as importers and as a sink.
 //! - [`probe`]: the [`ladder`]'s rungs, each tried for real in every format of a source.
 //! - [`bufs`]: every dma-buf of the machine, who holds it, and what only grows.
 //! - Everything pollable is `AsFd`; the library has no threads and no event loop of its own.
@@ -52,5 +53,7 @@ pub mod probe;
 pub mod sink;
 mod uapi;
 pub mod v4l2;
+#[cfg(feature = "vulkan")]
+pub mod vulkan;
 
 pub use error::{Error, Result};

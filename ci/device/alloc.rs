@@ -4,9 +4,11 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Result, ensure};
+use dmaflow::endpoint::{Sink, Source};
 use dmaflow::kms::{Display, DisplayRequest, Present};
 use dmaflow::pipe::{Limits, Pipe};
 use dmaflow::v4l2::{Camera, CameraRequest, Device, RateRequest};
+use dmaflow::vulkan::{Gpu, GpuRequest, Vulkan};
 
 use crate::camera::request;
 use crate::harness::{Outcome, PASSED, Test, note};
@@ -17,39 +19,49 @@ pub const TESTS: &[Test] = &[
     Test { name: "alloc::fifo", needs: NEEDS, seconds: 60, run: || nothing(Present::Fifo) },
     Test { name: "alloc::mailbox", needs: NEEDS, seconds: 60, run: || nothing(Present::Mailbox) },
     Test { name: "alloc::frames_by_hand", needs: NEEDS, seconds: 60, run: by_hand },
+    Test { name: "alloc::vulkan", needs: &["vivid", "udmabuf", "vulkaninfo"], seconds: 300, run: vulkan },
 ];
 
 /// Counts every call; each test is a process of its own, with one thread that allocates.
 struct Counting;
 
 static CALLS: AtomicU64 = AtomicU64::new(0);
+/// Bytes allocated and not freed.
+static HELD: AtomicU64 = AtomicU64::new(0);
 
-fn count() {
+fn count(more: usize, less: usize) {
     CALLS.fetch_add(1, Ordering::Relaxed);
+    HELD.fetch_add(more as u64, Ordering::Relaxed);
+    HELD.fetch_sub(less as u64, Ordering::Relaxed);
+}
+
+/// What this process holds of Rust's heap now, in bytes.
+pub fn held() -> u64 {
+    HELD.load(Ordering::Relaxed)
 }
 
 // SAFETY: every call goes to the system's allocator as it came.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count();
+        count(layout.size(), 0);
         // SAFETY: the caller's promise is the one that `System` asks for.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        count();
+        count(layout.size(), 0);
         // SAFETY: as above.
         unsafe { System.alloc_zeroed(layout) }
     }
 
     unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        count();
+        count(size, layout.size());
         // SAFETY: as above.
         unsafe { System.realloc(at, layout, size) }
     }
 
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        count();
+        count(0, layout.size());
         // SAFETY: as above.
         unsafe { System.dealloc(at, layout) }
     }
@@ -70,24 +82,29 @@ fn the_counter_counts() -> Result<()> {
     Ok(())
 }
 
-fn camera() -> Result<Camera> {
-    let request = CameraRequest { rate: RateRequest::Exactly(60.0), ..request("XR24", (640, 360)) };
+fn camera(size: (u32, u32)) -> Result<Camera> {
+    let request = CameraRequest { rate: RateRequest::Exactly(60.0), ..request("XR24", size) };
     Ok(Camera::open(Device::find("vivid")?, &request)?)
 }
 
+const SIZE: (u32, u32) = (640, 360);
 const FRAMES: u64 = 200;
 const WARM: u64 = 20;
 
 fn nothing(present: Present) -> anyhow::Result<Outcome> {
+    flow(&mut Display::find("vkms", DisplayRequest { present, ..DisplayRequest::default() })?, SIZE)
+}
+
+/// Neither does the sink that has a GPU read each frame: what a driver allocates in C is its own.
+fn vulkan() -> anyhow::Result<Outcome> {
+    flow(&mut Vulkan::new(Gpu::open(&GpuRequest::default())?, true)?, (320, 180))
+}
+
+fn flow(sink: &mut dyn Sink, size: (u32, u32)) -> anyhow::Result<Outcome> {
     the_counter_counts()?;
-    let mut camera = camera()?;
-    let mut display = Display::find("vkms", DisplayRequest { present, ..DisplayRequest::default() })?;
-    let pipe = Pipe::join(
-        &mut camera,
-        &mut display,
-        dmaflow::ladder::Path::Auto,
-        Limits { frames: Some(FRAMES), duration: None },
-    )?;
+    let mut camera = camera(size)?;
+    let limits = Limits { frames: Some(FRAMES), duration: None };
+    let pipe = Pipe::join(&mut camera, sink, dmaflow::ladder::Path::ZeroCopy, limits)?;
     let (mut first, mut last, mut frames) = (0, 0, 0);
     let account = pipe.run(None, &mut |progress| {
         if progress.captured <= WARM {
@@ -105,8 +122,7 @@ fn nothing(present: Present) -> anyhow::Result<Outcome> {
 
 /// The same for a program with its own loop.
 fn by_hand() -> anyhow::Result<Outcome> {
-    use dmaflow::endpoint::{Sink, Source};
-    let mut camera = camera()?;
+    let mut camera = camera(SIZE)?;
     let mut display = Display::find("vkms", DisplayRequest::default())?;
     display.join(camera.layout(), camera.rate(), camera.buffers())?;
     for _ in 0..WARM {

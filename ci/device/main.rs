@@ -17,6 +17,7 @@ mod camera;
 mod capture;
 mod causes;
 mod commands;
+mod convert;
 mod cow;
 mod cycles;
 mod display;
@@ -25,6 +26,7 @@ mod formats;
 #[cfg(feature = "gbm")]
 mod gbm;
 mod gone;
+mod gpu;
 mod harness;
 mod inputs;
 mod ladder;
@@ -41,6 +43,7 @@ mod snap;
 mod streams;
 mod syscalls;
 mod verify;
+mod vulkan;
 
 fn main() -> std::process::ExitCode {
     // Cheap and telling first; what takes minutes last.
@@ -71,6 +74,9 @@ fn main() -> std::process::ExitCode {
         ladder::TESTS,
         moves::TESTS,
         signals::TESTS,
+        vulkan::TESTS,
+        gpu::TESTS,
+        convert::TESTS,
         cycles::TESTS,
     ];
     harness::main(&tests.concat())

@@ -1,6 +1,6 @@
 //! YUV samples: out of the rows that they lie in, into other rows, and into colours.
 
-use crate::format::{Colour, Encoding, Format, Kind, Range};
+use crate::format::{Colour, Format, Kind};
 
 use super::Rows;
 
@@ -176,17 +176,9 @@ const FRACTION: u32 = 5;
 impl Matrix {
     /// For samples of 8 bits, or of 10 if `wide`.
     pub(super) fn new(colour: Colour, wide: bool, red_first: bool) -> Matrix {
-        // ITU-R BT.601-7 2.5.1, BT.709-6 3.2, BT.2020-2 table 4.
-        let (kr, kb) = match colour.encoding {
-            Encoding::Bt601 => (0.299, 0.114),
-            Encoding::Bt709 => (0.2126, 0.0722),
-            Encoding::Bt2020 => (0.2627, 0.0593),
-        };
+        let (kr, kb) = colour.encoding.weights();
         let unit = if wide { 4.0 } else { 1.0 };
-        let (black, luma, chroma) = match colour.range {
-            Range::Limited => (16.0 * unit, 219.0 * unit, 224.0 * unit),
-            Range::Full => (0.0, 256.0 * unit - 1.0, 256.0 * unit - 1.0),
-        };
+        let [black, luma, _, chroma] = colour.range.levels(if wide { 10 } else { 8 });
         // Channel steps for a step of the sample, times 2^13 and scaled for samples that lie in the upper bits.
         let factor = |share: f64, span: f64| (share * 255.0 / span * unit * 8192.0).round();
         let luma_factor = factor(1.0, luma);

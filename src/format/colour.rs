@@ -34,6 +34,28 @@ pub struct Colour {
     pub range: Range,
 }
 
+impl Encoding {
+    /// The weights of red and blue in luma: ITU-R BT.601-7 2.5.1, BT.709-6 3.2, BT.2020-2 table 4.
+    pub(crate) fn weights(self) -> (f64, f64) {
+        match self {
+            Encoding::Bt601 => (0.299, 0.114),
+            Encoding::Bt709 => (0.2126, 0.0722),
+            Encoding::Bt2020 => (0.2627, 0.0593),
+        }
+    }
+}
+
+impl Range {
+    /// Black, the step from black to white, the middle of chroma and the step across chroma, in samples of `bits` bits, 8 at least.
+    pub(crate) fn levels(self, bits: u8) -> [f64; 4] {
+        let unit = f64::from(1u32 << (bits - 8));
+        match self {
+            Range::Limited => [16.0 * unit, 219.0 * unit, 128.0 * unit, 224.0 * unit],
+            Range::Full => [0.0, 256.0 * unit - 1.0, 128.0 * unit, 256.0 * unit - 1.0],
+        }
+    }
+}
+
 impl Colour {
     /// Resolves the four numbers of a `v4l2_pix_format` (`colorspace`, `ycbcr_enc`, `quantization`), whose zero
     /// means "the default of that colour space", as `V4L2_MAP_YCBCR_ENC_DEFAULT` and

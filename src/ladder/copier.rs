@@ -1,12 +1,19 @@
-//! The rung `copied`: each frame is read through a copy-on-write view, and written once into a buffer that the sink takes.
+//! The rungs `converted` and `copied`: each frame becomes another in a buffer that the sink takes, made by a GPU, or read by the CPU through
+//! a copy-on-write view and written once.
 
 use crate::convert::Converter;
+#[cfg(feature = "vulkan")]
+use crate::endpoint::JoinError;
 use crate::endpoint::Verdict;
 use crate::error::{Error, Kind, Result};
 use crate::format::{Format, Layout, MAX_PLANES, Pixels};
 use crate::frame::{Buffer, Frame, FrameMeta, SlotCounts, Slots, SlotsArc};
 use crate::ledger::{Copies, Ledger};
 use crate::memory::Span;
+#[cfg(feature = "vulkan")]
+use crate::vulkan::GpuConverter;
+
+use super::converted::ByGpu;
 
 /// Who the views of this module say that they are.
 const HOLDER: &str = "dmaflow: copy for the sink";
@@ -17,23 +24,50 @@ const SPANS: [u32; MAX_PLANES] = [0, 1, 2, 3];
 /// On screen, about to be, waiting, and one to write into.
 pub(super) const BUFFERS: u32 = 4;
 
+/// Who makes the copies.
+enum Engine {
+    Cpu(Box<Converter>),
+    #[cfg(feature = "vulkan")]
+    Gpu(Box<GpuConverter>),
+}
+
+impl Engine {
+    fn from(&self) -> &Layout {
+        match self {
+            Engine::Cpu(converter) => converter.from(),
+            #[cfg(feature = "vulkan")]
+            Engine::Gpu(converter) => converter.from(),
+        }
+    }
+
+    fn to(&self) -> &Layout {
+        match self {
+            Engine::Cpu(converter) => converter.to(),
+            #[cfg(feature = "vulkan")]
+            Engine::Gpu(converter) => converter.to(),
+        }
+    }
+}
+
 /// Copies frames into buffers of its own, converting them where the sink takes another format.
 ///
-/// A frame's lease is held for the copy and no longer, so the source gets its buffer back at once. A frame costs the few small
-/// allocations of its view.
+/// A frame's lease is held for the copy and no longer, so the source gets its buffer back at once. By the CPU a frame costs the few small
+/// allocations of its view; by a GPU none.
 pub struct Copier {
-    converter: Converter,
+    engine: Engine,
     buffers: Vec<Buffer>,
     slots: SlotsArc,
     cause: &'static str,
     ledger: Ledger,
     dropped: u64,
+    /// A GPU failed: it is not asked again.
+    broken: bool,
     check: Option<Check>,
 }
 
 impl std::fmt::Debug for Copier {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Copier({} to {}, {})", self.converter.from(), self.converter.to(), self.slots())
+        write!(f, "Copier({} to {}, {})", self.engine.from(), self.engine.to(), self.slots())
     }
 }
 
@@ -45,11 +79,11 @@ impl Copier {
     /// Frames that could have gone without a copy.
     pub const DEMANDED: &'static str = "copied because a copy was demanded";
 
-    /// A copier of frames laid out as `from` into these buffers, which are all laid out alike.
+    /// A copier, by the CPU, of frames laid out as `from` into these buffers, which are all laid out alike.
     ///
     /// # Errors
     /// [`Kind::Unsupported`] if there is no conversion; [`Kind::Invalid`] without a buffer.
-    pub(super) fn new(from: &Layout, buffers: Vec<Buffer>, demanded: bool) -> Result<Copier> {
+    pub(super) fn by_cpu(from: &Layout, buffers: Vec<Buffer>, demanded: bool) -> Result<Copier> {
         let about = |kind| Error::new(kind, "copy", from.to_string());
         let first = buffers
             .first()
@@ -61,8 +95,32 @@ impl Copier {
             (true, true) => Copier::DEMANDED,
             (true, false) => Copier::MOVED,
         };
+        Ok(Copier::new(Engine::Cpu(Box::new(converter)), buffers, cause))
+    }
+
+    /// One by a GPU, prepared for these buffers.
+    #[cfg(feature = "vulkan")]
+    pub(super) fn by_gpu(converter: GpuConverter, buffers: Vec<Buffer>) -> Copier {
+        Copier::new(Engine::Gpu(Box::new(converter)), buffers, Copier::CONVERTED)
+    }
+
+    fn new(engine: Engine, buffers: Vec<Buffer>, cause: &'static str) -> Copier {
         let slots = Slots::new(u32::try_from(buffers.len()).unwrap_or(u32::MAX));
-        Ok(Copier { converter, buffers, slots, cause, ledger: Ledger::new(), dropped: 0, check: None })
+        Copier { engine, buffers, slots, cause, ledger: Ledger::new(), dropped: 0, broken: false, check: None }
+    }
+
+    /// The GPU that converts, if one does.
+    pub fn gpu(&self) -> Option<ByGpu> {
+        match &self.engine {
+            Engine::Cpu(_) => None,
+            #[cfg(feature = "vulkan")]
+            Engine::Gpu(converter) => Some(ByGpu::of(converter.gpu().info())),
+        }
+    }
+
+    /// Whether the GPU that converted has failed.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.broken
     }
 
     /// The buffers that frames are copied into.
@@ -72,7 +130,7 @@ impl Copier {
 
     /// What frames become.
     pub(crate) fn layout(&self) -> &Layout {
-        self.converter.to()
+        self.engine.to()
     }
 
     /// The copies made.
@@ -93,10 +151,13 @@ impl Copier {
     /// From now on compares each copy with the frame that it was made from: all bytes where the formats are equal; else one row of eight,
     /// others each time, each channel with what [`Pixels::rgb`] makes of the frame, as many steps of 8 bits aside at most as [`steps`]
     /// says. A conversion that goes wrong in one frame alone, in a row that is not looked at, is not found: the display's CRC tells
-    /// whether the copy is shown right, because it is predicted from the copy.
+    /// whether the copy is shown right, because it is predicted from the copy. What a GPU made of Bayer samples is not compared: there is
+    /// more than one right picture.
     pub(crate) fn check(&mut self) {
-        self.check
-            .get_or_insert_with(|| Check::new(self.converter.from(), self.converter.to()));
+        let (from, to) = (self.engine.from(), self.engine.to());
+        if !matches!(from.format().kind(), crate::format::Kind::Bayer { .. }) {
+            self.check.get_or_insert_with(|| Check::new(from, to));
+        }
     }
 
     /// The copies that were wrong, if they were compared with their frames.
@@ -133,19 +194,19 @@ impl Copier {
         // Taken and given back by the same hands: a failure below drops the lease, and with it the slot is free again.
         let lease = Slots::dequeued(&self.slots, index).ok_or_else(lost)?;
         let buffer = self.buffers.get(index as usize).ok_or_else(lost)?;
-        let mut writer = buffer.write()?;
-        let bytes = if frame.buffer().maps_privately() {
-            let view = frame.view(HOLDER)?;
-            self.converter
-                .copy(&SPANS.map(|memory| view.memory(memory).unwrap_or(Span::EMPTY)), &mut writer)
-        } else {
-            // A view would be a snapshot, and so a second copy. The lease that the caller holds does for as long as this takes.
-            let reader = frame.buffer().read()?;
-            self.converter
-                .copy(&SPANS.map(|memory| reader.memory(memory).unwrap_or(Span::EMPTY)), &mut writer)
-        };
-        writer.end()?;
-        self.ledger.enter(self.cause, bytes);
+        match &mut self.engine {
+            Engine::Cpu(converter) => self.ledger.enter(self.cause, by_cpu(converter, frame, buffer)?),
+            #[cfg(feature = "vulkan")]
+            Engine::Gpu(converter) => converter.convert(frame.buffer(), buffer).map_err(|error| {
+                self.broken = true;
+                match error {
+                    JoinError::Failed(error) => error,
+                    JoinError::Refused(refusal) => {
+                        Error::new(Kind::System, "convert", frame.buffer().layout().to_string()).because(refusal)
+                    }
+                }
+            })?,
+        }
         let meta = FrameMeta { bytes_used: used(buffer.layout()), ..*frame.meta() };
         let copy = Frame::new(buffer.clone(), meta, lease);
         if let Some(check) = &mut self.check {
@@ -153,6 +214,21 @@ impl Copier {
         }
         Ok(Some(copy))
     }
+}
+
+/// Copies or converts a frame with the CPU; the bytes written.
+fn by_cpu(converter: &mut Converter, frame: &Frame, buffer: &Buffer) -> Result<u64> {
+    let mut writer = buffer.write()?;
+    let bytes = if frame.buffer().maps_privately() {
+        let view = frame.view(HOLDER)?;
+        converter.copy(&SPANS.map(|memory| view.memory(memory).unwrap_or(Span::EMPTY)), &mut writer)
+    } else {
+        // A view would be a snapshot, and so a second copy. The lease that the caller holds does for as long as this takes.
+        let reader = frame.buffer().read()?;
+        converter.copy(&SPANS.map(|memory| reader.memory(memory).unwrap_or(Span::EMPTY)), &mut writer)
+    };
+    writer.end()?;
+    Ok(bytes)
 }
 
 fn used(layout: &Layout) -> [u32; MAX_PLANES] {
@@ -277,7 +353,7 @@ mod tests {
             let source = &buffers(from, 1)[0];
             paint(source);
             let frame = frame(source);
-            let mut copier = Copier::new(source.layout(), buffers(to, 2), false).unwrap();
+            let mut copier = Copier::by_cpu(source.layout(), buffers(to, 2), false).unwrap();
             copier.check();
             for place in 0..ROWS {
                 drop(copier.copy(&frame, place).unwrap().unwrap());
@@ -313,7 +389,7 @@ mod tests {
             paint(source);
             let frame = frame(source);
             for row in 0..16 {
-                let mut copier = Copier::new(source.layout(), buffers(to, 2), false).unwrap();
+                let mut copier = Copier::by_cpu(source.layout(), buffers(to, 2), false).unwrap();
                 let mut check = Check::new(source.layout(), copier.layout());
                 for place in 0..ROWS {
                     let copy = copier.copy(&frame, place).unwrap().unwrap();
@@ -336,7 +412,7 @@ mod tests {
     fn views_of_copies_do_not_starve_it() {
         let source = &buffers("YUYV", 1)[0];
         let frame = frame(source);
-        let mut copier = Copier::new(source.layout(), buffers("XR24", 2), false).unwrap();
+        let mut copier = Copier::by_cpu(source.layout(), buffers("XR24", 2), false).unwrap();
         let views: Vec<_> = (0..6)
             .map(|place| copier.copy(&frame, place).unwrap().unwrap().view("keeper").unwrap())
             .collect();

@@ -3,12 +3,13 @@
 //! 1. **exported**: the source's own buffers, imported by the sink. No copy.
 //! 2. **reverse**: buffers of the sink, of its card's GBM, or of an allocator, that the source captures into. No copy: the cure for
 //!    strides, alignment and contiguity.
-//! 3. **converted**: the GPU makes of each frame one that the sink takes. This build has none.
+//! 3. **converted**: a GPU makes of each frame one that the sink takes. The CPU copies nothing, unless the GPU is made of software.
 //! 4. **copied**: the CPU writes each frame into a buffer that the sink takes. One copy, in the ledger.
 //!
 //! Every rung is tried with real buffers and real imports. What only the first real picture tells (a buffer that the display cannot map),
 //! the [`Pipe`](crate::pipe::Pipe) hears, and goes on below.
 
+mod converted;
 mod copier;
 
 use crate::convert::Converter;
@@ -18,6 +19,7 @@ use crate::format::{Format, Layout};
 use crate::frame::{Buffer, Room};
 use crate::memory::Allocator;
 
+pub use converted::{ByGpu, converted};
 pub use copier::Copier;
 
 /// Which rungs are allowed.
@@ -28,6 +30,8 @@ pub enum Path {
     Auto,
     /// Those without a copy or conversion, else a refusal.
     ZeroCopy,
+    /// A conversion by a GPU at once, also by one made of software.
+    Convert,
     /// A copy at once: to compare with, or to keep the source's buffers for nobody but the source.
     Copy,
     /// The rung [`Rung::Reverse`] with the buffers of this maker, else a refusal.
@@ -48,7 +52,7 @@ pub struct Joined {
     pub rung: Rung,
     /// Why those above it do not, in the order in which they were tried.
     pub refusals: Vec<Refusal>,
-    /// What copies, on the rung [`Rung::Copied`] with a sink that does not read frames itself.
+    /// What copies or converts, on the rungs [`Rung::Converted`] and [`Rung::Copied`] with a sink that does not read frames itself.
     pub copier: Option<Copier>,
 }
 
@@ -79,6 +83,10 @@ pub fn join(source: &mut dyn Source, sink: &mut dyn Sink, path: Path) -> Result<
         return demanded(source, sink, maker);
     }
     let mut refusals = Vec::new();
+    if path == Path::Convert {
+        let copier = converted(source, sink, true)?.map_err(|refusal| NoWay::Refused(vec![refusal]))?;
+        return Ok(Joined { rung: Rung::Converted, refusals, copier: Some(copier) });
+    }
     if path != Path::Copy || sink.formats().is_none() {
         match exported(source, sink) {
             // A sink that reads frames with the CPU.
@@ -105,7 +113,10 @@ pub fn join(source: &mut dyn Source, sink: &mut dyn Sink, path: Path) -> Result<
         return Err(NoWay::Refused(refusals));
     }
     if path == Path::Auto {
-        refusals.push(converted());
+        match converted(source, sink, false)? {
+            Ok(copier) => return Ok(Joined { rung: Rung::Converted, refusals, copier: Some(copier) }),
+            Err(refusal) => refusals.push(refusal),
+        }
     }
     match copied(source, sink, path == Path::Copy)? {
         Ok(copier) => Ok(Joined { rung: Rung::Copied, refusals, copier: Some(copier) }),
@@ -152,17 +163,6 @@ pub(crate) fn reads_itself() -> Refusal {
         errno: None,
         why: "this sink reads every frame with the CPU".to_owned(),
         repair: "send the frames to a display, or allow copies".to_owned(),
-    }
-}
-
-/// What a GPU would say.
-pub fn converted() -> Refusal {
-    Refusal {
-        rung: Rung::Converted,
-        step: "GPU",
-        errno: None,
-        why: "no GPU conversion is built into this dmaflow".to_owned(),
-        repair: "none is needed for a copy by the CPU; for none at all, a format that both have".to_owned(),
     }
 }
 
@@ -432,7 +432,7 @@ fn try_copied(
     let bad = |cause| Error::new(Kind::Invalid, "lay out", "a buffer").because(cause);
     let to = Layout::packed(target, from.size(), 1).map_err(bad)?.with_colour(from.colour());
     let buffers = maker.make(sink, &to, &Room::default(), copier::BUFFERS)?;
-    let copier = Copier::new(from, buffers, demanded)?;
+    let copier = Copier::by_cpu(from, buffers, demanded)?;
     sink.join(copier.layout(), source.rate(), copier.buffers())?;
     Ok(copier)
 }

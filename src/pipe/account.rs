@@ -9,6 +9,7 @@ use nix::sys::time::TimeVal;
 use super::moves::Move;
 use crate::endpoint::{Refusal, Rung, SourceCounts};
 use crate::error::{Error, Kind, Result};
+use crate::ladder::ByGpu;
 use crate::ledger::Ledger;
 
 /// What a pipe has done.
@@ -16,6 +17,8 @@ use crate::ledger::Ledger;
 pub struct Account {
     /// How source and sink were joined at the end.
     pub rung: Rung,
+    /// The GPU that converted at the end, on the rung [`Rung::Converted`].
+    pub gpu: Option<ByGpu>,
     /// Why the rungs above it did not hold, in the order in which they were tried.
     pub refusals: Vec<Refusal>,
     /// The steps from rung to rung, and the changes at the source, while frames flowed.

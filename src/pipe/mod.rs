@@ -122,11 +122,13 @@ impl<'a> Pipe<'a> {
         stopped?;
         let duration = Duration::from_micros(now_us().saturating_sub(start));
         let shown = self.last_shown_us.saturating_sub(self.first_shown_us);
+        let gpu = self.joined.copier.as_ref().and_then(ladder::Copier::gpu);
         self.forget_copier();
         self.source.copies().iter().for_each(|copies| self.copies.add(copies));
         let fps = (self.presented > 1 && shown > 0).then(|| (self.presented - 1) as f64 * 1e6 / shown as f64);
         Ok(Account {
             rung: self.joined.rung,
+            gpu,
             refusals: self.joined.refusals,
             moves: self.moves,
             copies: self.copies,

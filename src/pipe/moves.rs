@@ -43,7 +43,8 @@ impl Pipe<'_> {
         let lasting =
             matches!(error.kind(), Kind::Disconnected | Kind::Ended | Kind::Permission | Kind::Timeout | Kind::Invalid);
         // Of an import or a commit: what fails elsewhere (counting, verifying, a view) fails for copies as well.
-        self.joined.rung.is_zero_copy() && error.call().is_some() && !lasting
+        let broken = self.joined.copier.as_ref().is_some_and(|copier| copier.is_broken());
+        broken || (self.joined.rung.is_zero_copy() && error.call().is_some() && !lasting)
     }
 
     /// A refusal of the rung that holds no longer, where no other is allowed: an error with a [`Refusal`] as its cause.
@@ -68,13 +69,30 @@ impl Pipe<'_> {
         };
         self.finish(progress)?;
         let (from, refusals) = (self.joined.rung, self.joined.refusals.len());
-        let copier = ladder::copied(self.source, self.sink, false)?.map_err(|_| again())?;
+        self.forget_copier();
         self.joined.refusals.push(Refusal::from_error(from, error));
-        self.joined.refusals.push(ladder::converted());
-        self.joined.rung = Rung::Copied;
-        self.joined.copier = Some(copier);
+        let by_gpu = match from {
+            Rung::Converted => None,
+            _ => match ladder::converted(self.source, self.sink, false)? {
+                Ok(copier) => Some(copier),
+                Err(refusal) => {
+                    self.joined.refusals.push(refusal);
+                    None
+                }
+            },
+        };
+        let (rung, copier) = match by_gpu {
+            Some(copier) => (Rung::Converted, copier),
+            None => (Rung::Copied, ladder::copied(self.source, self.sink, false)?.map_err(|_| again())?),
+        };
+        (self.joined.rung, self.joined.copier) = (rung, Some(copier));
         self.check_copies();
         self.moved(from, error.line());
+        // A GPU that has failed is not asked again.
+        if from == Rung::Converted {
+            self.above = None;
+            return Ok(());
+        }
         let frames = self.above.as_ref().map_or(FIRST_TRY, |above| above.frames.saturating_mul(2));
         self.above = Some(Above { rung: from, refusals, frames, at: self.captured.saturating_add(frames) });
         Ok(())
@@ -91,14 +109,14 @@ impl Pipe<'_> {
         self.finish(progress)?;
         let Some(above) = &mut self.above else { return Ok(()) };
         above.at = self.captured.saturating_add(above.frames);
-        let (rung, refusals) = (above.rung, above.refusals);
+        let (rung, refusals, from) = (above.rung, above.refusals, self.joined.rung);
         match ladder::exported(self.source, self.sink) {
             Ok(_) => {
                 self.forget_copier();
                 self.joined.rung = rung;
                 // What was refused holds; the move says why it did not for a while.
                 self.joined.refusals.truncate(refusals);
-                self.moved(Rung::Copied, "it holds again".to_owned());
+                self.moved(from, "it holds again".to_owned());
                 Ok(())
             }
             Err(JoinError::Failed(error)) if error.kind() == Kind::Disconnected => Err(error),

@@ -187,7 +187,7 @@ fn each_rung(bench: &mut Bench<'_>, tried: &mut Tried, progress: &mut dyn FnMut(
         let outcome = match rung {
             Rung::Exported => bench.exported()?,
             Rung::Reverse => bench.reverse(exported.as_ref())?,
-            Rung::Converted => Outcome::Refused(vec![crate::ladder::converted()]),
+            Rung::Converted => bench.converted()?,
             Rung::Copied => bench.copied()?,
         };
         tried.rungs.push((rung, outcome));

@@ -11,7 +11,8 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 /// Below every help text.
 const NAMES: &str = "\
 SOURCE  /dev/videoN | a driver or card name (vivid) | pattern (a test card, no device needed)
-SINK    /dev/dri/cardN | a driver name (vkms) | gbm | gbm:DEVICE | png:FILE | y4m:FILE | raw:FILE | null
+SINK    /dev/dri/cardN | a driver name (vkms) | gbm | gbm:DEVICE | vulkan | vulkan:GPU (a DRM node, or a part of its name)
+        png:FILE | y4m:FILE | raw:FILE | null
         (y4m:- and raw:- write the frames to stdout, and the result to stderr)
 DEVICE  /dev/dri/renderDN | /dev/dri/cardN | a driver name (amdgpu, vgem)
 
@@ -113,7 +114,7 @@ pub struct PipeArgs {
     /// Stop after S seconds
     #[arg(long, value_name = "S")]
     pub seconds: Option<f64>,
-    /// Without a copy where that works, or fail rather than copy, or copy always
+    /// Without a copy where that works; or fail rather than copy; have a GPU convert always; copy always
     #[arg(long, value_enum, default_value_t = PathChoice::Auto, value_name = "PATH")]
     pub path: PathChoice,
     /// Capture into memory that WHO made, and into no other: the rung "reverse", or fail
@@ -122,7 +123,7 @@ pub struct PipeArgs {
     /// Show every frame in order, or always the newest
     #[arg(long, value_enum, default_value_t = PresentChoice::Fifo, value_name = "HOW")]
     pub present: PresentChoice,
-    /// Compare each picture that the display reports (its CRC) with the captured bytes
+    /// Compare each picture that the display reports (its CRC), or a GPU reads (its checksum), with the captured bytes
     #[arg(long)]
     pub verify: bool,
     /// The display wants rows of a multiple of BYTES, whatever its driver says (256 for many GPUs)
@@ -217,6 +218,8 @@ pub enum PathChoice {
     Auto,
     // Fail rather than copy.
     ZeroCopy,
+    // Have a GPU convert.
+    Convert,
     // Always copy.
     Copy,
 }

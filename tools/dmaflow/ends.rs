@@ -11,6 +11,8 @@ use dmaflow::kms::{Card, Display, DisplayRequest, Present};
 use dmaflow::pattern::{Pattern, PatternRequest};
 use dmaflow::sink::{Null, Png, Raw, Y4m};
 use dmaflow::v4l2::{Camera, CameraRequest, Control, ControlKind, Device, RateRequest};
+#[cfg(feature = "vulkan")]
+use dmaflow::vulkan::{Gpu, GpuRequest, Vulkan};
 
 use crate::args::{NO_STDOUT, PathChoice, PipeArgs, PresentChoice, Shape};
 use crate::failure::Usage;
@@ -28,7 +30,13 @@ pub enum AnySink {
     Y4m(Y4m),
     Raw(Raw),
     Null(Null),
+    #[cfg(feature = "vulkan")]
+    Vulkan(Box<Vulkan>),
 }
+
+/// The validation layer is to watch every call of Vulkan's; what it says is an error.
+#[cfg(feature = "vulkan")]
+const VALIDATION: &str = "DMAFLOW_VULKAN_VALIDATION";
 
 impl AnySink {
     pub fn as_dyn(&mut self) -> &mut dyn Sink {
@@ -40,6 +48,27 @@ impl AnySink {
             AnySink::Y4m(y4m) => y4m,
             AnySink::Raw(raw) => raw,
             AnySink::Null(null) => null,
+            #[cfg(feature = "vulkan")]
+            AnySink::Vulkan(vulkan) => vulkan.as_mut(),
+        }
+    }
+
+    /// What Vulkan's validation layer says, where it watches.
+    #[cfg(feature = "vulkan")]
+    pub fn messages(&self) -> Option<dmaflow::vulkan::Messages> {
+        match self {
+            AnySink::Vulkan(vulkan) => vulkan.gpu().messages(),
+            _ => None,
+        }
+    }
+
+    /// Whether it can tell that it got a frame as it was captured.
+    fn verifies(&self) -> bool {
+        match self {
+            AnySink::Display(_) => true,
+            #[cfg(feature = "vulkan")]
+            AnySink::Vulkan(_) => true,
+            _ => false,
         }
     }
 
@@ -47,9 +76,7 @@ impl AnySink {
     pub fn restore(&mut self) -> dmaflow::error::Result<()> {
         match self {
             AnySink::Display(display) => display.restore(),
-            #[cfg(feature = "gbm")]
-            AnySink::Gbm(_) => Ok(()),
-            AnySink::Png(_) | AnySink::Y4m(_) | AnySink::Raw(_) | AnySink::Null(_) => Ok(()),
+            _ => Ok(()),
         }
     }
 }
@@ -94,14 +121,18 @@ pub fn open_sink(args: &PipeArgs, stop: BorrowedFd<'_>) -> anyhow::Result<AnySin
         Some(("gbm", "")) => bail!(Usage("gbm: needs a device, as in gbm:/dev/dri/renderD128".into())),
         Some(("gbm", device)) => open_gbm(Some(device))?,
         Some(("unix", _)) => bail!(Usage("this version has no sink unix:".into())),
+        Some(("vulkan", "")) => {
+            bail!(Usage("vulkan: needs a GPU's node or a part of its name, as in vulkan:llvmpipe".into()))
+        }
+        Some(("vulkan", gpu)) => open_gpu(Some(gpu), verify)?,
         Some(_) => bail!(Usage(format!("there is no sink called \"{name}\""))),
         None if name == "null" => AnySink::Null(Null::new()),
         None if name == "gbm" => open_gbm(None)?,
-        None if name == "vulkan" => bail!(Usage(format!("this version has no sink {name}"))),
+        None if name == "vulkan" => open_gpu(None, verify)?,
         None => display(Card::find(name)?)?,
     };
-    if verify && !matches!(sink, AnySink::Display(_)) {
-        bail!(Usage(format!("--verify compares what a display shows; {name} is none")));
+    if verify && !sink.verifies() {
+        bail!(Usage(format!("--verify compares what a display shows or a GPU reads; {name} is neither")));
     }
     Ok(sink)
 }
@@ -127,6 +158,21 @@ pub fn open_gbm(_: Option<&str>) -> anyhow::Result<AnySink> {
 
 #[cfg(not(feature = "gbm"))]
 pub const NO_GBM: &str = "this dmaflow was built without GBM (cargo feature gbm)";
+
+#[cfg(feature = "vulkan")]
+fn open_gpu(name: Option<&str>, verify: bool) -> anyhow::Result<AnySink> {
+    let validation = std::env::var_os(VALIDATION).is_some_and(|value| value != "0");
+    let gpu = Gpu::open(&GpuRequest { name: name.map(str::to_owned), validation })?;
+    if name.is_none() {
+        note(&format!("to {} ({})", gpu.info().name, gpu.info().driver));
+    }
+    Ok(AnySink::Vulkan(Box::new(Vulkan::new(gpu, verify)?)))
+}
+
+#[cfg(not(feature = "vulkan"))]
+fn open_gpu(_: Option<&str>, _: bool) -> anyhow::Result<AnySink> {
+    bail!(Usage("this dmaflow was built without its feature \"vulkan\"".into()))
+}
 
 /// Opens the source called `name`, else the first camera. `formats` are those that the sink takes.
 pub fn open_source(

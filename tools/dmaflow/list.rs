@@ -16,6 +16,7 @@ struct Listing {
     cameras: Vec<CameraListing>,
     displays: Vec<DisplayListing>,
     gbm: GbmListing,
+    gpus: Vec<GpuEntry>,
     allocators: Vec<AllocatorListing>,
     shared: Vec<SharedListing>,
     /// Devices that are there and could not be opened, and why.
@@ -89,6 +90,46 @@ struct GbmDeviceListing {
 }
 
 #[derive(Serialize)]
+struct GpuEntry {
+    name: String,
+    driver: String,
+    kind: String,
+    /// Whether the CPU does its work.
+    software: bool,
+    vulkan: String,
+    nodes: Vec<String>,
+    /// What it can import, to be sampled.
+    formats: Vec<GpuFormatListing>,
+    memory_handles: Vec<HandleListing>,
+}
+
+#[derive(Serialize)]
+struct GpuFormatListing {
+    format: String,
+    modifiers: Vec<ModifierListing>,
+}
+
+#[derive(Serialize)]
+struct ModifierListing {
+    modifier: String,
+    planes: u32,
+    /// Names of the specification, without `VK_FORMAT_FEATURE_` and `_BIT`.
+    features: Vec<String>,
+    /// Whether all colour planes can be one image; otherwise each is one.
+    as_one_image: bool,
+    /// Whether the planes may lie in several dma-bufs.
+    several_dma_bufs: bool,
+    exportable: bool,
+}
+
+#[derive(Serialize)]
+struct HandleListing {
+    handle: &'static str,
+    importable: bool,
+    exportable: bool,
+}
+
+#[derive(Serialize)]
 struct AllocatorListing {
     name: String,
     node: &'static str,
@@ -110,6 +151,7 @@ pub fn run(args: &ListArgs) -> anyhow::Result<ExitCode> {
         cameras: vec![],
         displays: vec![],
         gbm: gbm(),
+        gpus: vec![],
         allocators: allocators(),
         shared: vec![],
         refused: vec![],
@@ -157,6 +199,8 @@ pub fn run(args: &ListArgs) -> anyhow::Result<ExitCode> {
             formats: formats.iter().map(Format::to_string).collect(),
         });
     }
+    #[cfg(feature = "vulkan")]
+    gpus(&mut listing);
     let text = if args.json { serde_json::to_string(&listing)? } else { table(&listing) };
     output::print(&text)?;
     Ok(ExitCode::SUCCESS)
@@ -223,6 +267,55 @@ fn connector(offer: &ConnectorOffer) -> ConnectorListing {
         format!("{}x{}@{:.2}{preferred}", mode.size.0, mode.size.1, mode.refresh)
     });
     ConnectorListing { name: offer.name.clone(), connected: offer.connected, modes: modes.collect() }
+}
+
+/// The GPUs, or why there are none: a machine without Vulkan is no failure.
+#[cfg(feature = "vulkan")]
+fn gpus(listing: &mut Listing) {
+    use dmaflow::vulkan::Gpu;
+
+    let all = Gpu::list().unwrap_or_else(|error| vec![Err(error)]);
+    for gpu in all {
+        match gpu {
+            Ok(gpu) => listing.gpus.push(gpu_entry(&gpu)),
+            Err(error) => listing.refused.push(error.line()),
+        }
+    }
+}
+
+#[cfg(feature = "vulkan")]
+fn gpu_entry(gpu: &dmaflow::vulkan::GpuListing) -> GpuEntry {
+    let modifier = |offer: &dmaflow::vulkan::ModifierOffer| ModifierListing {
+        modifier: offer.modifier.to_string(),
+        planes: offer.planes,
+        features: format!("{:?}", offer.features).split(" | ").map(str::to_owned).collect(),
+        as_one_image: offer.as_one,
+        several_dma_bufs: offer.disjoint,
+        exportable: offer.exportable,
+    };
+    let format = |offer: &dmaflow::vulkan::GpuOffer| GpuFormatListing {
+        format: offer.format.to_string(),
+        modifiers: offer.modifiers.iter().map(modifier).collect(),
+    };
+    let (major, minor, patch) = gpu.info.version;
+    GpuEntry {
+        name: gpu.info.name.clone(),
+        driver: gpu.info.driver.clone(),
+        kind: gpu.info.kind.to_string(),
+        software: gpu.info.is_software(),
+        vulkan: format!("{major}.{minor}.{patch}"),
+        nodes: gpu.info.nodes.iter().map(|node| node.display().to_string()).collect(),
+        formats: gpu.offers.iter().map(format).collect(),
+        memory_handles: gpu
+            .handles
+            .iter()
+            .map(|offer| HandleListing {
+                handle: offer.name,
+                importable: offer.importable,
+                exportable: offer.exportable,
+            })
+            .collect(),
+    }
 }
 
 fn allocators() -> Vec<AllocatorListing> {
@@ -294,6 +387,7 @@ fn table(listing: &Listing) -> String {
     if listing.gbm.devices.is_empty() && listing.gbm.why_not.is_empty() {
         none(&mut lines);
     }
+    gpu_lines(listing, &mut lines);
     lines.push("allocators".to_owned());
     for allocator in &listing.allocators {
         let why = allocator.why_not.as_deref().map_or(String::new(), |why| format!(": {why}"));
@@ -313,6 +407,29 @@ fn table(listing: &Listing) -> String {
         lines.extend(listing.refused.iter().map(|line| format!("  {line}")));
     }
     lines.join("\n")
+}
+
+fn gpu_lines(listing: &Listing, lines: &mut Vec<String>) {
+    lines.push("GPUs".to_owned());
+    for gpu in &listing.gpus {
+        let nodes = if gpu.nodes.is_empty() { String::new() } else { format!(", {}", gpu.nodes.join(" ")) };
+        lines.push(format!("  {}  {} (Vulkan {}, {}{nodes})", gpu.name, gpu.driver, gpu.vulkan, gpu.kind));
+        let formats = gpu.formats.iter().map(|offer| match offer.modifiers.as_slice() {
+            [only] if only.modifier == "LINEAR" => offer.format.clone(),
+            several => format!("{} ({} modifiers)", offer.format, several.len()),
+        });
+        lines.push(format!("    imports  {}", formats.collect::<Vec<_>>().join(" ")));
+        let handles = gpu.memory_handles.iter().filter(|offer| offer.importable || offer.exportable);
+        let handles = handles.map(|offer| match (offer.importable, offer.exportable) {
+            (true, true) => offer.handle.to_owned(),
+            (true, false) => format!("{} (import alone)", offer.handle),
+            _ => format!("{} (export alone)", offer.handle),
+        });
+        lines.push(format!("    memory   {}", handles.collect::<Vec<_>>().join(", ")));
+    }
+    if listing.gpus.is_empty() {
+        lines.push("  none".to_owned());
+    }
 }
 
 fn numbered(names: &[String]) -> String {

@@ -37,6 +37,8 @@ pub fn run(args: &PipeArgs) -> anyhow::Result<ExitCode> {
     let mut source = open_source(args.from.as_deref(), &args.shape, args.buffers, formats.as_deref())?;
     let mut report = Report::new(source.name(), sink.as_dyn().name(), source.layout());
     report.rated(source.rate());
+    #[cfg(feature = "vulkan")]
+    let messages = sink.messages();
     let flowed = flow(args, limits, source.as_mut(), &mut sink, &stop, &mut report);
     // Also after a failure, and before anything else is said: the screen first.
     let restored = sink.restore();
@@ -47,6 +49,14 @@ pub fn run(args: &PipeArgs) -> anyhow::Result<ExitCode> {
     };
     tell(args, &if args.json { report.json()? } else { report.table() })?;
     restored?;
+    #[cfg(feature = "vulkan")]
+    if let Some(messages) = messages {
+        // What is said at the GPU's end counts too.
+        drop(sink);
+        if let Some(first) = messages.all().first() {
+            bail!("the Vulkan validation layer said: {first}");
+        }
+    }
     Ok(status)
 }
 
@@ -104,6 +114,10 @@ fn flow(
             write_png(file, picture.width, picture.height, &picture.rgb)?;
         }
     }
+    #[cfg(feature = "vulkan")]
+    if let AnySink::Vulkan(vulkan) = &sink {
+        report.read_by(vulkan);
+    }
     report.shaped(source.layout());
     report.rated(source.rate());
     let sink = sink.as_dyn();
@@ -159,6 +173,7 @@ fn path(args: &PipeArgs) -> Path {
         (Some(MakerChoice::Udmabuf), _) => Path::Reverse(Maker::Allocator(Allocator::Udmabuf)),
         (None, PathChoice::Auto) => Path::Auto,
         (None, PathChoice::ZeroCopy) => Path::ZeroCopy,
+        (None, PathChoice::Convert) => Path::Convert,
         (None, PathChoice::Copy) => Path::Copy,
     }
 }

@@ -2,6 +2,7 @@
 
 use dmaflow::endpoint::{Refusal, Verdict, errno_name};
 use dmaflow::format::Layout;
+use dmaflow::ladder::ByGpu;
 use dmaflow::ledger::Ledger;
 use dmaflow::pipe::Account;
 use serde::Serialize;
@@ -22,10 +23,29 @@ pub struct Report {
     #[serde(skip_serializing_if = "Option::is_none")]
     mode: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    gpu: Option<GpuReport>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     path: Option<String>,
     #[serde(flatten)]
     flow: Option<Flow>,
     refusals: Vec<RefusalReport>,
+}
+
+/// The GPU that took part, and what it read.
+#[derive(Serialize)]
+struct GpuReport {
+    name: String,
+    /// Whether the CPU does its work.
+    software: bool,
+    /// Of the newest frames, oldest first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    checksums: Vec<ChecksumReport>,
+}
+
+#[derive(Serialize)]
+struct ChecksumReport {
+    sequence: u32,
+    checksum: String,
 }
 
 #[derive(Serialize)]
@@ -141,6 +161,7 @@ impl Report {
             memory_planes: 0,
             rate: None,
             mode: None,
+            gpu: None,
             path: None,
             flow: None,
             refusals: Vec::new(),
@@ -170,11 +191,26 @@ impl Report {
         self.mode = mode;
     }
 
+    /// The GPU that reads the frames, and the checksums of the newest.
+    #[cfg(feature = "vulkan")]
+    pub fn read_by(&mut self, vulkan: &dmaflow::vulkan::Vulkan) {
+        let info = vulkan.gpu().info();
+        let checksum = |found: &dmaflow::vulkan::Checksum| ChecksumReport {
+            sequence: found.meta.sequence,
+            checksum: format!("{:#010x}", found.checksum),
+        };
+        let checksums = vulkan.checksums().map(checksum).collect();
+        self.gpu = Some(GpuReport { name: info.name.clone(), software: info.is_software(), checksums });
+    }
+
     pub fn flowed(&mut self, account: &Account, sink: &SinkSays<'_>, buffers: usize) {
         let latency = &account.latency;
         account.refusals.iter().for_each(|refusal| self.refuse(refusal));
         let mut copies = sink.ledger.clone();
         account.copies.entries().iter().for_each(|copied| copies.add(copied));
+        if let Some(ByGpu { name, software }) = account.gpu.clone() {
+            self.gpu = Some(GpuReport { name, software, checksums: Vec::new() });
+        }
         self.path = Some(account.rung.to_string());
         self.flow = Some(Flow {
             buffers,
@@ -268,6 +304,16 @@ impl Report {
                     format!(", the first is frame {} (sequence {})", first.frame, first.sequence)
                 });
                 rows.push(("verify", format!("{} checked, {} wrong{wrong}", verify.checked, verify.wrong)));
+            }
+        }
+        if let Some(GpuReport { name, software, checksums }) = &self.gpu {
+            let software = if *software { ", in software" } else { "" };
+            rows.push(("gpu", format!("{name}{software}")));
+            if let Some(newest) = checksums.last() {
+                rows.push((
+                    "checksum",
+                    format!("{} of the newest frame (sequence {})", newest.checksum, newest.sequence),
+                ));
             }
         }
         for step in self.flow.iter().flat_map(|flow| &flow.moves) {

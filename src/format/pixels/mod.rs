@@ -3,7 +3,7 @@
 use std::ops::Range as Span;
 
 use super::table::Bits;
-use super::{Colour, Encoding, Format, Kind, Layout, MAX_PLANES, Range};
+use super::{Colour, Format, Kind, Layout, MAX_PLANES, Range};
 
 /// A colour of 8 bits a channel, as sRGB files and people write it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
@@ -394,27 +394,9 @@ fn meaning(format: Format, colour: Colour) -> Colour {
     }
 }
 
-/// The weights of red and blue in luma: ITU-R BT.601-7 2.5.1, BT.709-6 3.2, BT.2020-2 table 4.
-fn weights(encoding: Encoding) -> (f64, f64) {
-    match encoding {
-        Encoding::Bt601 => (0.299, 0.114),
-        Encoding::Bt709 => (0.2126, 0.0722),
-        Encoding::Bt2020 => (0.2627, 0.0593),
-    }
-}
-
-/// Black, the step from black to white, the middle of chroma and the step across chroma, in samples of `bits` bits.
-fn scale(bits: u8, range: Range) -> [f64; 4] {
-    let unit = f64::from(1u32 << (bits - 8));
-    match range {
-        Range::Limited => [16.0 * unit, 219.0 * unit, 128.0 * unit, 224.0 * unit],
-        Range::Full => [0.0, 256.0 * unit - 1.0, 128.0 * unit, 256.0 * unit - 1.0],
-    }
-}
-
 fn from_yuv(yuv: [u16; 3], bits: u8, colour: Colour) -> Rgb {
-    let (kr, kb) = weights(colour.encoding);
-    let [black, luma, middle, chroma] = scale(bits, colour.range);
+    let (kr, kb) = colour.encoding.weights();
+    let [black, luma, middle, chroma] = colour.range.levels(bits);
     let y = (f64::from(yuv[0]) - black) / luma;
     let r = y + 2.0 * (1.0 - kr) * (f64::from(yuv[2]) - middle) / chroma;
     let b = y + 2.0 * (1.0 - kb) * (f64::from(yuv[1]) - middle) / chroma;
@@ -423,8 +405,8 @@ fn from_yuv(yuv: [u16; 3], bits: u8, colour: Colour) -> Rgb {
 }
 
 fn to_yuv(rgb: Rgb, bits: u8, colour: Colour) -> [u16; 3] {
-    let (kr, kb) = weights(colour.encoding);
-    let [black, luma, middle, chroma] = scale(bits, colour.range);
+    let (kr, kb) = colour.encoding.weights();
+    let [black, luma, middle, chroma] = colour.range.levels(bits);
     let [r, g, b] = [rgb.r, rgb.g, rgb.b].map(|value| f64::from(value) / 255.0);
     let y = kr * r + (1.0 - kr - kb) * g + kb * b;
     let top = f64::from((1u32 << bits) - 1);

@@ -1,4 +1,5 @@
 use super::*;
+use crate::format::Encoding;
 use proptest::prelude::*;
 
 const FULL_601: Colour = Colour { encoding: Encoding::Bt601, range: Range::Full };

@@ -1,0 +1,429 @@
+//! The module `vulkan` from a program's side: imports, their refusals, a device that is the program's own.
+
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use anyhow::{Context, Result, ensure};
+use dmaflow::dmabuf::DmaBuf;
+use dmaflow::endpoint::{ImportCache, Importer, Ready, Refusal, Rung, Sink, Source, SourceCounts};
+use dmaflow::format::{Layout, Modifier, PlaneLayout};
+use dmaflow::frame::{Buffer, Frame, Room};
+use dmaflow::kms::{Display, DisplayRequest};
+use dmaflow::ladder::Path;
+use dmaflow::memory::{Allocator, Memory};
+use dmaflow::pipe::{Limits, Pipe};
+use dmaflow::v4l2::Camera;
+use dmaflow::vulkan::ash::{self, vk};
+use dmaflow::vulkan::{Gpu, GpuBuffer, GpuImporter, GpuRequest, RawGpu, Vulkan};
+
+use crate::alloc::held;
+use crate::camera::{format, open};
+use crate::harness::{Outcome, PASSED, Test, note};
+use crate::process::{State, dma_bufs};
+use crate::sinks::read_png;
+
+const NEEDS: &[&str] = &["vivid", "vkms", "udmabuf", "vulkaninfo"];
+
+pub const TESTS: &[Test] = &[
+    Test { name: "gpu::refusals", needs: NEEDS, seconds: 120, run: refusals },
+    Test { name: "gpu::read_only_exports", needs: NEEDS, seconds: 180, run: read_only_exports },
+    Test { name: "gpu::bytes_of_a_buffer", needs: NEEDS, seconds: 120, run: bytes_of_a_buffer },
+    Test { name: "gpu::a_device_of_the_program", needs: NEEDS, seconds: 120, run: a_device_of_the_program },
+    Test { name: "gpu::a_texture", needs: NEEDS, seconds: 120, run: a_texture },
+    Test { name: "gpu::a_thousand_imports", needs: NEEDS, seconds: 600, run: a_thousand_imports },
+];
+
+/// A GPU under the eyes of the validation layer.
+pub fn watched() -> Result<Gpu> {
+    Ok(Gpu::open(&GpuRequest { name: Some("llvmpipe".into()), validation: true })?)
+}
+
+/// The layer has said nothing, also at the end of the GPU, which must be the last of its clones.
+pub fn silent(gpu: Gpu) -> Result<()> {
+    let messages = gpu.messages().context("nobody watches")?;
+    drop(gpu);
+    let all = messages.all();
+    ensure!(all.is_empty(), "the validation layer said: {}", all.join("\n"));
+    Ok(())
+}
+
+fn refused(importer: &mut GpuImporter, buffer: &Buffer, step: &str, word: &str) -> Result<Refusal> {
+    let refusal = importer
+        .import(buffer)
+        .err()
+        .with_context(|| format!("{} was imported", buffer.layout()))?;
+    ensure!(refusal.step == step && refusal.why.contains(word) && !refusal.repair.is_empty(), "{refusal}");
+    Ok(refusal)
+}
+
+fn refusals() -> anyhow::Result<Outcome> {
+    let before = State::read();
+    let gpu = watched()?;
+    let mut importer = GpuImporter::new(gpu.clone(), vk::ImageUsageFlags::SAMPLED);
+    let camera = open("XR24", (320, 180))?;
+    let good = &camera.buffers()[0];
+    let image = importer.import(good)?;
+    ensure!(
+        image.size() == (320, 180) && image.format() == vk::Format::B8G8R8A8_UNORM && !image.is_disjoint(),
+        "{image:?}"
+    );
+    ensure!(image.modifier() == Modifier::LINEAR, "{image:?}");
+    drop(image);
+    let layout = *good.layout();
+
+    // Another tiling: I915_FORMAT_MOD_X_TILED, which no software driver has.
+    let tiled = good.with_layout(layout.with_modifier(Modifier::from_drm((1 << 56) | 1)))?;
+    refused(&mut importer, &tiled, "modifiers", "0x0100000000000001")?;
+    // Rows that are no whole texels.
+    let plane = PlaneLayout { memory: 0, offset: 0, stride: 1282 };
+    let odd = good.with_layout(Layout::new(layout.format(), (320, 100), &[plane])?)?;
+    refused(&mut importer, &odd, "stride", "1282")?;
+    // No such format; odd chroma; no memory that can be shared.
+    let room = Room::default();
+    let made = |name: &str, size, allocator| -> Result<Buffer> {
+        Ok(Buffer::allocate(allocator, &Layout::packed(format(name), size, 1)?, &room)?)
+    };
+    refused(&mut importer, &made("YUYV", (64, 48), Allocator::Udmabuf)?, "formats", "YUYV")?;
+    refused(&mut importer, &made("XR24", (64, 48), Allocator::Plain)?, "import", "plain")?;
+    // More than an image may be: on the edge of memory that a driver wants to be longer.
+    refused(
+        &mut importer,
+        &made("GREY", (65536, 1), Allocator::Udmabuf)?,
+        "vkGetPhysicalDeviceImageFormatProperties2",
+        "65536x1",
+    )?;
+    for allocator in [Allocator::Udmabuf, Allocator::SystemHeap] {
+        importer.import(&made("XR24", (64, 48), allocator)?)?;
+        let planes = importer.import_planes(&made("NV12", (63, 47), allocator)?)?;
+        let sizes: Vec<_> = planes.iter().map(|image| (image.size(), image.format())).collect();
+        let wanted = [((63, 47), vk::Format::R8_UNORM), ((32, 24), vk::Format::R8G8_UNORM)];
+        ensure!(sizes == wanted, "{sizes:?}");
+    }
+    // A DRM driver's buffer: nobody knows how it is tiled until somebody states it.
+    let mut display = Display::find("vkms", DisplayRequest::default())?;
+    let dumb = display.allocate(&Layout::packed(format("XR24"), (320, 180), 1)?, &room, 1)?;
+    refused(&mut importer, &dumb[0], "modifiers", "drm")?;
+    importer.import(&dumb[0].with_layout(dumb[0].layout().with_modifier(Some(Modifier::LINEAR)))?)?;
+
+    // Once for each buffer, and with the same memory under another handle too.
+    let mut cache = ImportCache::new();
+    for _ in 0..3 {
+        for buffer in camera.buffers() {
+            cache.get(&mut importer, buffer)?;
+        }
+    }
+    ensure!(cache.imports() == camera.buffers().len() as u64, "{} imports", cache.imports());
+    drop((cache, importer, tiled, odd, dumb, display, camera));
+    silent(gpu)?;
+    before.is_back()?;
+    PASSED
+}
+
+/// A camera whose own buffers are exported for reading alone, as some programs do.
+struct ReadOnly {
+    camera: Camera,
+    exported: Option<Vec<Buffer>>,
+}
+
+nix::ioctl_readwrite!(expbuf, b'V', 16, v4l::v4l_sys::v4l2_exportbuffer);
+
+impl ReadOnly {
+    fn new(camera: Camera) -> Result<ReadOnly> {
+        let export = |index: usize, like: &Buffer| -> Result<Buffer> {
+            // SAFETY: all of it is numbers, for which 0 is a value.
+            let mut request: v4l::v4l_sys::v4l2_exportbuffer = unsafe { std::mem::zeroed() };
+            // V4L2_BUF_TYPE_VIDEO_CAPTURE
+            request.type_ = 1;
+            request.index = index.try_into()?;
+            request.flags = (nix::libc::O_RDONLY | nix::libc::O_CLOEXEC).try_into()?;
+            // SAFETY: the structure is the one that the kernel expects, and lives across the call.
+            unsafe { expbuf(camera.as_fd().as_raw_fd(), &mut request) }?;
+            // SAFETY: the kernel has just made this descriptor for us.
+            let fd = unsafe { OwnedFd::from_raw_fd(request.fd) };
+            Ok(Buffer::new(*like.layout(), vec![Memory::DmaBuf(DmaBuf::new(fd)?)], like.memory_lens())?)
+        };
+        let exported = camera
+            .buffers()
+            .iter()
+            .enumerate()
+            .map(|(index, like)| export(index, like))
+            .collect::<Result<_>>()?;
+        Ok(ReadOnly { camera, exported: Some(exported) })
+    }
+}
+
+impl AsFd for ReadOnly {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.camera.as_fd()
+    }
+}
+
+impl Source for ReadOnly {
+    fn name(&self) -> &str {
+        self.camera.name()
+    }
+
+    fn layout(&self) -> &Layout {
+        self.camera.layout()
+    }
+
+    fn rate(&self) -> Option<f64> {
+        self.camera.rate()
+    }
+
+    fn buffers(&self) -> &[Buffer] {
+        self.exported.as_deref().unwrap_or(self.camera.buffers())
+    }
+
+    fn start(&mut self) -> dmaflow::Result<()> {
+        self.camera.start()
+    }
+
+    fn try_next(&mut self, ready: Ready) -> dmaflow::Result<Option<Frame>> {
+        self.camera.try_next(ready)
+    }
+
+    fn recycle(&mut self) -> dmaflow::Result<()> {
+        self.camera.recycle()
+    }
+
+    fn stop(&mut self) -> dmaflow::Result<()> {
+        self.camera.stop()
+    }
+
+    fn agree(&mut self, wished: &Layout) -> dmaflow::Result<(Layout, Room)> {
+        self.exported = None;
+        self.camera.agree(wished)
+    }
+
+    fn use_buffers(&mut self, buffers: Vec<Buffer>) -> dmaflow::Result<()> {
+        self.camera.use_buffers(buffers)
+    }
+
+    fn use_own_buffers(&mut self) -> dmaflow::Result<()> {
+        self.camera.use_own_buffers()
+    }
+
+    fn stalled(&self) -> dmaflow::Error {
+        self.camera.stalled()
+    }
+
+    fn counts(&self) -> SourceCounts {
+        self.camera.counts()
+    }
+}
+
+fn read_only_exports() -> anyhow::Result<Outcome> {
+    let gpu = watched()?;
+    let mut source = ReadOnly::new(open("XR24", (320, 180))?)?;
+    let fds = fs::read_dir("/proc/self/fd")?.count();
+    let mut importer = GpuImporter::new(gpu.clone(), vk::ImageUsageFlags::SAMPLED);
+    for buffer in source.buffers() {
+        let refusal = refused(&mut importer, buffer, "vkAllocateMemory", "read-only")?;
+        ensure!(refusal.repair.contains("export read-write"), "{refusal}");
+    }
+    ensure!(fs::read_dir("/proc/self/fd")?.count() == fds, "a refused import keeps a descriptor");
+    // The ladder goes on: buffers of a common allocator, still without a copy.
+    let mut sink = Vulkan::new(gpu.clone(), true)?;
+    let limits = Limits { frames: Some(20), duration: None };
+    let pipe = Pipe::join(&mut source, &mut sink, Path::ZeroCopy, limits)?;
+    ensure!(pipe.rung() == Rung::Reverse, "{}", pipe.rung());
+    let first = pipe.refusals().first().context("no refusal")?.clone();
+    ensure!(first.rung == Rung::Exported && first.step == "vkAllocateMemory", "{first}");
+    ensure!(first.repair.contains("export read-write"), "{first}");
+    let account = pipe.run(None, &mut |_| {})?;
+    ensure!(account.captured == 20 && account.presented == 20 && account.copies.bytes() == 0, "{}", account.captured);
+    let verdict = sink.verdict().context("no verdict")?;
+    ensure!(verdict.checked == 20 && verdict.wrong == 0, "{verdict:?}");
+    drop((sink, source, importer));
+    silent(gpu)?;
+    PASSED
+}
+
+/// The bytes that a shader or a copy finds in an imported `VkBuffer` are those that the camera has written.
+fn bytes_of_a_buffer() -> anyhow::Result<Outcome> {
+    let gpu = watched()?;
+    let mut camera = open("YUYV", (320, 180))?;
+    let frame = camera.next()?;
+    let usage = vk::BufferUsageFlags::TRANSFER_SRC | vk::BufferUsageFlags::STORAGE_BUFFER;
+    let imported = GpuBuffer::import(&gpu, frame.buffer(), 0, usage)?;
+    ensure!(imported.len() >= 320 * 180 * 2, "{}", imported.len());
+    let refusal = GpuBuffer::import(&gpu, frame.buffer(), 1, usage)
+        .err()
+        .context("a plane that is none was imported")?;
+    ensure!(refusal.step == "import", "{refusal}");
+    // A second import of the same memory is another buffer to write through.
+    let layout = Layout::packed(format("YUYV"), (320, 180), 1)?;
+    let target = Buffer::allocate(Allocator::Udmabuf, &layout, &Room::default())?;
+    let written = GpuBuffer::import(&gpu, &target, 0, vk::BufferUsageFlags::TRANSFER_DST)?;
+    let device = gpu.device();
+    // SAFETY: handles of one device, each used as it was made for, and waited for before anything is destroyed.
+    unsafe {
+        let pool = device
+            .create_command_pool(&vk::CommandPoolCreateInfo::default().queue_family_index(gpu.queue_family()), None)?;
+        let info = vk::CommandBufferAllocateInfo::default()
+            .command_pool(pool)
+            .command_buffer_count(1);
+        let commands = device.allocate_command_buffers(&info)?[0];
+        device.begin_command_buffer(commands, &vk::CommandBufferBeginInfo::default())?;
+        let (transfer, none) = (vk::PipelineStageFlags::TRANSFER, vk::DependencyFlags::empty());
+        let (read, write) = (vk::AccessFlags::TRANSFER_READ, vk::AccessFlags::TRANSFER_WRITE);
+        let acquire = [imported.acquire(read), written.acquire(write)];
+        device.cmd_pipeline_barrier(commands, transfer, transfer, none, &[], &acquire, &[]);
+        let all = [vk::BufferCopy { src_offset: 0, dst_offset: 0, size: 320 * 180 * 2 }];
+        device.cmd_copy_buffer(commands, imported.raw(), written.raw(), &all);
+        let release = [imported.release(vk::AccessFlags::empty()), written.release(write)];
+        let end = vk::PipelineStageFlags::BOTTOM_OF_PIPE;
+        device.cmd_pipeline_barrier(commands, transfer, end, none, &[], &release, &[]);
+        device.end_command_buffer(commands)?;
+        let commands = [commands];
+        let queue = *gpu.queue().lock().expect("nobody panics");
+        device.queue_submit(queue, &[vk::SubmitInfo::default().command_buffers(&commands)], vk::Fence::null())?;
+        device.queue_wait_idle(queue)?;
+        device.destroy_command_pool(pool, None);
+    }
+    let (captured, copied) = (frame.buffer().read()?, target.read()?);
+    let (mut one, mut other) = ([0; 640], [0; 640]);
+    let mut values = std::collections::BTreeSet::new();
+    for row in 0..180 {
+        captured.row(0, row, &mut one);
+        copied.row(0, row, &mut other);
+        ensure!(one == other, "row {row} differs");
+        values.extend(one);
+    }
+    ensure!(values.len() > 8, "vivid drew nothing: {values:?}");
+    drop((captured, copied));
+    drop((imported, written, frame, camera));
+    silent(gpu)?;
+    PASSED
+}
+
+/// A program hands its device in, gets an image, and destroys all of it itself.
+fn a_device_of_the_program() -> anyhow::Result<Outcome> {
+    let camera = open("XR24", (320, 180))?;
+    let fds = fs::read_dir("/proc/self/fd")?.count();
+    // SAFETY: handles are used with what they were made of, and destroyed once, children first.
+    unsafe {
+        let entry = ash::Entry::load()?;
+        let application = vk::ApplicationInfo::default().api_version(vk::API_VERSION_1_2);
+        let instance =
+            entry.create_instance(&vk::InstanceCreateInfo::default().application_info(&application), None)?;
+        let physical = instance.enumerate_physical_devices()?[0];
+        let names: Vec<_> = Gpu::EXTENSIONS.iter().map(|name| name.as_ptr()).collect();
+        let priorities = [1.0];
+        let queues = [vk::DeviceQueueCreateInfo::default()
+            .queue_family_index(0)
+            .queue_priorities(&priorities)];
+        let mut ycbcr = vk::PhysicalDeviceSamplerYcbcrConversionFeatures::default().sampler_ycbcr_conversion(true);
+        let info = vk::DeviceCreateInfo::default()
+            .queue_create_infos(&queues)
+            .enabled_extension_names(&names)
+            .push_next(&mut ycbcr);
+        let device = instance.create_device(physical, &info, None)?;
+        let queue = device.get_device_queue(0, 0);
+        let raw = RawGpu { instance: instance.clone(), physical, device: device.clone(), queue_family: 0, queue };
+        let gpu = Gpu::from_raw(raw)?;
+        ensure!(gpu.info().is_software() && gpu.messages().is_none(), "{:?}", gpu.info());
+        let image = GpuImporter::new(gpu.clone(), vk::ImageUsageFlags::SAMPLED).import(&camera.buffers()[0])?;
+        let raw = image.into_raw();
+        ensure!(raw.image != vk::Image::null() && raw.memory.len() == 1 && raw.size == (320, 180), "{raw:?}");
+        // Nothing of the program's is destroyed with the last of ours.
+        drop(gpu);
+        device.destroy_image(raw.image, None);
+        raw.memory.iter().for_each(|&memory| device.free_memory(memory, None));
+        device.destroy_device(None);
+        instance.destroy_instance(None);
+    }
+    ensure!(fs::read_dir("/proc/self/fd")?.count() == fds, "descriptors are left");
+    PASSED
+}
+
+/// The example, as it stands.
+#[path = "../../examples/vulkan_texture.rs"]
+#[allow(dead_code)] // its main
+mod texture;
+
+/// The camera's picture on a grey ground: vivid's bars, so many colours in the middle, and none at the corners.
+fn a_texture() -> anyhow::Result<Outcome> {
+    let gpu = watched()?;
+    let file = std::env::temp_dir().join(format!("texture.{}.png", std::process::id()));
+    texture::render(&gpu, "vivid", &file)?;
+    let ((width, height), rgb) = read_png(&file)?;
+    fs::remove_file(&file)?;
+    ensure!((width, height) == (640, 480), "{width}x{height}");
+    let at = |x: u32, y: u32| {
+        let start = (y * width + x) as usize * 3;
+        [rgb[start], rgb[start + 1], rgb[start + 2]]
+    };
+    for (x, y) in [(0, 0), (639, 0), (0, 479), (639, 479)] {
+        ensure!(at(x, y) == [51, 51, 51], "the ground is {:?} at {x}, {y}", at(x, y));
+    }
+    let coloured = |[red, green, blue]: [u8; 3]| red.max(green).max(blue) - red.min(green).min(blue) > 100;
+    let middle: std::collections::BTreeSet<_> =
+        (200..440).map(|x| at(x, 240)).filter(|&pixel| coloured(pixel)).collect();
+    ensure!(middle.len() >= 4, "no bars in the middle: {middle:?}");
+    silent(gpu)?;
+    PASSED
+}
+
+fn resident_kib() -> Result<u64> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))
+        .context("no VmRSS")?;
+    Ok(line.trim().trim_end_matches(" kB").trim().parse()?)
+}
+
+/// What a cycle must not leave behind: descriptors, dma-bufs, mappings of them, and bytes of Rust's heap.
+fn left() -> Result<[u64; 4]> {
+    let mappings = fs::read_to_string("/proc/self/maps")?
+        .lines()
+        .filter(|line| line.contains("dmabuf"))
+        .count();
+    let (fds, buffers) = (fs::read_dir("/proc/self/fd")?.count(), dma_bufs().len());
+    // Last: nothing of the above is on the heap any more.
+    Ok([fds as u64, buffers as u64, mappings as u64, held()])
+}
+
+/// From the tenth cycle on everything is as it was after it. Of the memory that the driver keeps by itself, `kib` are allowed.
+fn cycles(what: &str, count: u32, kib: u64, once: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+    (0..10).try_for_each(|_| once())?;
+    let (before, resident) = (left()?, resident_kib()?);
+    (10..count).try_for_each(|_| once())?;
+    let (after, grown) = (left()?, resident_kib()?.saturating_sub(resident));
+    note(&format!("{what}: {grown} KiB more after {count} cycles than after 10"));
+    ensure!(
+        before == after,
+        "{what}: descriptors, dma-bufs, mappings, heap: {before:?} after 10, {after:?} after {count}"
+    );
+    ensure!(grown <= kib, "{what}: {grown} KiB more after {count} cycles than after 10");
+    Ok(())
+}
+
+fn a_thousand_imports() -> anyhow::Result<Outcome> {
+    let gpu = Gpu::open(&GpuRequest::default())?;
+    let camera = open("NV12", (320, 180))?;
+    let importer = GpuImporter::new(gpu.clone(), vk::ImageUsageFlags::SAMPLED);
+    cycles("images", 1000, 16384, &mut || {
+        for buffer in camera.buffers() {
+            importer.import_planes(buffer)?;
+        }
+        Ok(())
+    })?;
+    cycles("buffers", 1000, 16384, &mut || {
+        for buffer in camera.buffers() {
+            GpuBuffer::import(&gpu, buffer, 0, vk::BufferUsageFlags::STORAGE_BUFFER)?;
+        }
+        Ok(())
+    })?;
+    // Whole sinks too: pipelines, views, descriptors, commands. What a driver keeps of compiled shaders is its own.
+    cycles("sinks", 50, 65536, &mut || {
+        let mut sink = Vulkan::new(gpu.clone(), false)?;
+        sink.join(camera.layout(), camera.rate(), camera.buffers())
+            .map_err(anyhow::Error::from)?;
+        Ok(())
+    })?;
+    drop((importer, camera, gpu));
+    PASSED
+}

@@ -1,0 +1,156 @@
+//! Conversion by the GPU: a picture of YUV, grey or Bayer samples becomes one of XRGB or ARGB, cropped and scaled on the way.
+//!
+//! Source and destination are dma-bufs, imported once each as bytes (`VkBuffer`), so every layout of rows is taken as it lies: packed,
+//! semi-planar and planar YUV in one or several memory planes, with any stride. No byte is copied by the CPU, unless the GPU is one made of
+//! software, which says so ([`GpuKind::Software`](super::GpuKind::Software)).
+//!
+//! - YUV by the layout's encoding and range, within one step of 8 bits in each channel of [`Pixels::rgb`](crate::format::Pixels::rgb);
+//!   subsampled chroma is that of the sample which pixels share.
+//! - Bayer by gradient-corrected linear interpolation over five by five samples (Malvar, He, Cutler, ICASSP 2004).
+//! - Scaling by bilinear interpolation between the four nearest pixels, which is right for enlarging and for reducing to a half at most.
+
+mod job;
+mod pipeline;
+mod recorded;
+
+use std::sync::Arc;
+
+use crate::endpoint::{ImportCache, JoinError, Refusal, Rung};
+use crate::error::{Error, Kind, Result};
+use crate::format::{Format, Layout};
+use crate::frame::{Buffer, WeakBuffer};
+
+use super::gpu::Gpu;
+use job::Job;
+pub use job::{Crop, NotByGpu};
+use pipeline::Pipeline;
+use recorded::{Bytes, Recorded};
+
+/// Makes pictures of one layout out of pictures of another, on a GPU.
+///
+/// For each pair of buffers the commands are recorded once ([`GpuConverter::prepare`]); after that a picture costs one submission and one
+/// wait, without an allocation or an import here.
+pub struct GpuConverter {
+    gpu: Gpu,
+    from: Layout,
+    to: Layout,
+    job: Job,
+    /// Before `imports` and `pipeline`, which each keeps as long as it needs them.
+    pairs: Vec<Pair>,
+    imports: ImportCache<Arc<Vec<super::GpuBuffer>>>,
+    importer: Bytes,
+    pipeline: Arc<Pipeline>,
+}
+
+struct Pair {
+    source: WeakBuffer,
+    target: WeakBuffer,
+    recorded: Recorded,
+}
+
+impl std::fmt::Debug for GpuConverter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "GpuConverter({} to {} on {})", self.from, self.to, self.gpu.info().name)
+    }
+}
+
+impl GpuConverter {
+    /// The formats that can be made of `from`, best first.
+    pub fn targets(from: Format) -> impl Iterator<Item = Format> {
+        Format::all().filter(move |&to| to != from && Job::takes(from) && Job::makes(to))
+    }
+
+    /// A converter on this GPU of a part of pictures laid out as `from` into pictures laid out as `to`, which may be of another size. It
+    /// compiles the shader: tens of milliseconds.
+    ///
+    /// # Errors
+    /// [`Kind::Unsupported`] with what does not fit ([`NotByGpu`]); what the driver says.
+    pub fn new(gpu: &Gpu, from: &Layout, to: &Layout, crop: Crop) -> Result<GpuConverter> {
+        let limits = gpu.limits();
+        let bad = || Error::new(Kind::Unsupported, "convert", from.to_string());
+        let job =
+            Job::new(from, to, crop, limits.max_storage_buffer_range.into()).map_err(|cause| bad().because(cause))?;
+        let (across, down) = Job::groups(to.size());
+        let [most_across, most_down, _] = limits.max_compute_work_group_count;
+        if across > most_across || down > most_down {
+            return Err(bad().because(format!("{to} is larger than {} computes at once", gpu.info().name)));
+        }
+        let pipeline = Arc::new(Pipeline::new(gpu)?);
+        let (imports, importer) = (ImportCache::new(), Bytes(gpu.clone()));
+        Ok(GpuConverter { gpu: gpu.clone(), from: *from, to: *to, job, pairs: Vec::new(), imports, importer, pipeline })
+    }
+
+    /// What it reads.
+    pub fn from(&self) -> &Layout {
+        &self.from
+    }
+
+    /// What it writes.
+    pub fn to(&self) -> &Layout {
+        &self.to
+    }
+
+    /// The GPU.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// How many buffers were imported.
+    pub fn imports(&self) -> u64 {
+        self.imports.imports()
+    }
+
+    /// Imports the buffers and records the commands for each pair of a source and a target. Those of buffers that are gone are
+    /// forgotten.
+    ///
+    /// # Errors
+    /// The refusal, on the rung [`Rung::Converted`]: a buffer that is laid out otherwise, or that the GPU does not import.
+    pub fn prepare(&mut self, sources: &[Buffer], targets: &[Buffer]) -> Result<(), Refusal> {
+        self.pairs.retain(|pair| !pair.source.is_gone() && !pair.target.is_gone());
+        for source in sources {
+            for target in targets {
+                self.pair(source, target)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Converts a picture and waits for the GPU. The source is read and the target written by the time this returns; for both the
+    /// usual rules hold: the source's lease is the caller's, and nobody shows the target meanwhile.
+    ///
+    /// # Errors
+    /// As [`GpuConverter::prepare`] for buffers that were not prepared; [`Kind::Disconnected`] if the GPU is lost,
+    /// [`Kind::Timeout`] if it does not end within 30 s.
+    pub fn convert(&mut self, source: &Buffer, target: &Buffer) -> Result<(), JoinError> {
+        let index = self.pair(source, target)?;
+        Ok(self.pairs[index].recorded.run()?)
+    }
+
+    /// The place of a pair, recorded now if it is new.
+    fn pair(&mut self, source: &Buffer, target: &Buffer) -> Result<usize, Refusal> {
+        let known = self
+            .pairs
+            .iter()
+            .position(|pair| pair.source.follows(source) && pair.target.follows(target));
+        if let Some(index) = known {
+            return Ok(index);
+        }
+        for (buffer, expected) in [(source, &self.from), (target, &self.to)] {
+            if buffer.layout() != expected {
+                return Err(Refusal {
+                    rung: Rung::Converted,
+                    step: "layout",
+                    errno: None,
+                    why: format!("the buffer is {}, and the conversion was made for {expected}", buffer.layout()),
+                    repair: "make a conversion for these buffers".to_owned(),
+                });
+            }
+        }
+        let from = Arc::clone(self.imports.get(&mut self.importer, source)?);
+        let to = Arc::clone(self.imports.get(&mut self.importer, target)?);
+        let recorded = Recorded::new(&self.pipeline, &self.job, self.to.size(), &from, &to)?;
+        self.pairs
+            .push(Pair { source: source.downgrade(), target: target.downgrade(), recorded });
+        Ok(self.pairs.len() - 1)
+    }
+}

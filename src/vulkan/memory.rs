@@ -1,0 +1,141 @@
+//! A dma-buf as Vulkan memory.
+
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+
+use ash::vk;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+use super::failure::{OTHER_MEMORY, code, refuse};
+use super::gpu::Gpu;
+use crate::dmabuf::DmaBuf;
+use crate::endpoint::Refusal;
+
+const ALLOCATE: &str = "vkAllocateMemory";
+const PROPERTIES: &str = "vkGetMemoryFdPropertiesKHR";
+
+/// What the memory is for, where it is to be of that alone (`VkMemoryDedicatedAllocateInfo`).
+#[derive(Clone, Copy)]
+pub(super) enum Dedicated {
+    No,
+    Image(vk::Image),
+    Buffer(vk::Buffer),
+}
+
+/// What is put into the memory, and wants it so.
+#[derive(Clone, Copy)]
+pub(super) struct Needs {
+    /// The call that told.
+    pub(super) told_by: &'static str,
+    /// In bytes.
+    pub(super) size: vk::DeviceSize,
+    /// The types of memory that it can be in.
+    pub(super) bits: u32,
+    pub(super) dedicated: Dedicated,
+}
+
+/// Imports a dma-buf as memory of a type that both the buffer and what is put into it can have. The memory is the caller's to free; it
+/// keeps the kernel's reference.
+///
+/// # Errors
+/// The refusal; the descriptor stays the caller's either way.
+pub(super) fn import(gpu: &Gpu, dma_buf: &DmaBuf, needs: Needs) -> Result<vk::DeviceMemory, Refusal> {
+    let Needs { told_by, size, bits, dedicated } = needs;
+    let there = u64::try_from(dma_buf.len()).unwrap_or(u64::MAX);
+    if size > there {
+        let why = format!(
+            "the GPU needs {size} bytes for it, and the buffer has {there}: its driver wants longer or more rows"
+        );
+        return Err(refuse(told_by, why, OTHER_MEMORY));
+    }
+    let kind = vk::ExternalMemoryHandleTypeFlags::DMA_BUF_EXT;
+    let mut properties = vk::MemoryFdPropertiesKHR::default();
+    // SAFETY: the descriptor is an open dma-buf; the call borrows it.
+    let asked = unsafe {
+        gpu.memory_fd()
+            .get_memory_fd_properties(kind, dma_buf.as_fd().as_raw_fd(), &mut properties)
+    };
+    asked.map_err(|result| refused(PROPERTIES, dma_buf, result))?;
+    let both = properties.memory_type_bits & bits;
+    let Some(memory_type) = gpu.memory_type(both, vk::MemoryPropertyFlags::empty()) else {
+        let why = format!(
+            "no memory type of the GPU suits both this memory ({:#x}) and what is put into it ({bits:#x})",
+            properties.memory_type_bits
+        );
+        return Err(refuse(PROPERTIES, why, OTHER_MEMORY));
+    };
+    let fd = dma_buf.as_fd().try_clone_to_owned().map_err(|cause| Refusal {
+        errno: cause.raw_os_error(),
+        ..refuse(ALLOCATE, format!("no descriptor for the driver: {cause}"), "raise the limit (`ulimit -n`)")
+    })?;
+    let fd = fd.into_raw_fd();
+    let mut import = vk::ImportMemoryFdInfoKHR::default().handle_type(kind).fd(fd);
+    let mut only = vk::MemoryDedicatedAllocateInfo::default();
+    let mut info = vk::MemoryAllocateInfo::default()
+        .allocation_size(size)
+        .memory_type_index(memory_type)
+        .push_next(&mut import);
+    info = match dedicated {
+        Dedicated::No => info,
+        Dedicated::Image(image) => {
+            only = only.image(image);
+            info.push_next(&mut only)
+        }
+        Dedicated::Buffer(buffer) => {
+            only = only.buffer(buffer);
+            info.push_next(&mut only)
+        }
+    };
+    // SAFETY: the device lives (`gpu`); the type is of those that the buffer can be imported as; what `info` points to lives until
+    // the call returns; the descriptor is open.
+    let memory = unsafe { gpu.device().allocate_memory(&info, None) };
+    // Where this succeeds the driver owns the descriptor, and only there (VkImportMemoryFdInfoKHR).
+    memory.map_err(|result| {
+        take_back(fd, dma_buf);
+        refused(ALLOCATE, dma_buf, result)
+    })
+}
+
+/// Closes the descriptor of an import that failed. It is still ours, by the specification; lavapipe closes it all the same
+/// (`lvp_AllocateMemory`, lvp_device.c of Mesa 25.0), after which its number may already be a descriptor of another thread's. So it is
+/// closed only if it still is of this dma-buf.
+fn take_back(fd: RawFd, dma_buf: &DmaBuf) {
+    if dma_buf.is_behind(fd) {
+        // SAFETY: made by `import`, which has given it to nobody but a driver that did not take it; open, as was just seen.
+        drop(unsafe { OwnedFd::from_raw_fd(fd) });
+    }
+}
+
+/// Whether a refusal is of the memory, and not of what was to be put into it.
+pub(super) fn is_of_memory(refusal: &Refusal) -> bool {
+    [ALLOCATE, PROPERTIES].contains(&refusal.step)
+}
+
+/// What a failed import means. Most drivers take a buffer that is exported for reading alone; those that map it themselves do not
+/// (lavapipe: `llvmpipe_import_memory_fd` maps it for reading and writing).
+fn refused(call: &'static str, dma_buf: &DmaBuf, result: vk::Result) -> Refusal {
+    let said = code(result);
+    match result {
+        vk::Result::ERROR_INVALID_EXTERNAL_HANDLE if is_read_only(dma_buf) => refuse(
+            call,
+            format!("the buffer was exported read-only, and the GPU's driver wants it read-write ({said})"),
+            "export read-write (O_RDWR)",
+        ),
+        vk::Result::ERROR_INVALID_EXTERNAL_HANDLE => {
+            refuse(call, format!("the GPU's driver cannot use this memory ({said})"), OTHER_MEMORY)
+        }
+        vk::Result::ERROR_OUT_OF_DEVICE_MEMORY
+        | vk::Result::ERROR_OUT_OF_HOST_MEMORY
+        | vk::Result::ERROR_TOO_MANY_OBJECTS => {
+            refuse(call, format!("no memory is left to import into the GPU ({said})"), "use fewer or smaller buffers")
+        }
+        vk::Result::ERROR_DEVICE_LOST => {
+            refuse(call, format!("the GPU was reset, or is gone ({said})"), "the kernel log says why; start again")
+        }
+        _ => refuse(call, format!("the GPU's driver refused the memory ({said})"), OTHER_MEMORY),
+    }
+}
+
+fn is_read_only(dma_buf: &DmaBuf) -> bool {
+    let flags = fcntl(dma_buf.as_fd(), FcntlArg::F_GETFL).map(OFlag::from_bits_truncate);
+    flags.is_ok_and(|flags| flags & OFlag::O_ACCMODE == OFlag::O_RDONLY)
+}

@@ -1,0 +1,219 @@
+//! `vulkan`: a GPU reads every texel of every frame, and tells a checksum of each.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use ash::vk;
+
+use super::checksum::predict;
+use super::formats::GpuFormat;
+use super::gpu::Gpu;
+use super::messages::Messages;
+use super::pass::Pass;
+use super::sampled::{Sampled, Sampler};
+use crate::clock::now_us;
+use crate::endpoint::{ImportCache, JoinError, Rung, Shown, Sink, Verdict};
+use crate::error::{Error, Kind, Result};
+use crate::format::{Format, Layout, Modifier};
+use crate::frame::{Buffer, Frame, FrameMeta};
+
+/// So many checksums are kept.
+const KEPT: usize = 256;
+
+/// The checksum of a frame.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Checksum {
+    /// The frame's data.
+    pub meta: FrameMeta,
+    /// What the GPU has summed up over every texel of every colour plane.
+    pub checksum: u32,
+}
+
+/// A [`Sink`] that imports each buffer once and has the GPU read every texel of every frame through the imported image, one colour plane
+/// after the other. It waits for the GPU and lets the frame go then.
+///
+/// Each plane is read as it lies (views or images of single planes, no colour conversion), so that the checksum can be predicted exactly from the
+/// captured bytes. A frame costs one submission and one wait; nothing is allocated or imported, and no descriptor is touched.
+#[derive(Debug)]
+pub struct Vulkan {
+    gpu: Gpu,
+    sampler: Sampler,
+    cache: ImportCache<Sampled>,
+    /// Imports of before the last join.
+    imports_before: u64,
+    formats: Vec<Format>,
+    newest: VecDeque<Checksum>,
+    verifier: Option<Verifier>,
+    /// A submission that never ended still has the fence.
+    failed: bool,
+    /// Where the validation layer watches.
+    messages: Option<Messages>,
+}
+
+/// What was predicted, and how it was met.
+#[derive(Debug, Default)]
+struct Verifier {
+    scratch: Vec<u8>,
+    /// For each slot the frame captured into it last: sequence number, place among all captured, checksum.
+    expected: Vec<Option<(u32, u64, u32)>>,
+    verdict: Verdict,
+}
+
+impl Vulkan {
+    /// A sink on this GPU; with `verify` each checksum is compared with what the CPU predicts.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn new(gpu: Gpu, verify: bool) -> Result<Vulkan> {
+        let formats = gpu
+            .offers(vk::ImageUsageFlags::SAMPLED)
+            .iter()
+            .filter(|offer| offer.modifiers.iter().any(|known| known.modifier == Modifier::LINEAR))
+            .map(|offer| offer.format)
+            .collect();
+        let sampler = Sampler::new(Pass::new(&gpu)?);
+        let (messages, verifier) = (gpu.messages(), verify.then(Verifier::default));
+        Ok(Vulkan {
+            gpu,
+            sampler,
+            cache: ImportCache::new(),
+            imports_before: 0,
+            formats,
+            newest: VecDeque::with_capacity(KEPT),
+            verifier,
+            failed: false,
+            messages,
+        })
+    }
+
+    /// The GPU.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// The checksums of the newest frames, oldest first: 256 at most.
+    pub fn checksums(&self) -> impl ExactSizeIterator<Item = &Checksum> {
+        self.newest.iter()
+    }
+
+    /// Fails if the validation layer has said something.
+    fn check_messages(&self) -> Result<()> {
+        let all = self.messages.as_ref().map(Messages::all).unwrap_or_default();
+        match all.first() {
+            None => Ok(()),
+            Some(first) => Err(Error::new(Kind::Invalid, "use", &self.gpu.info().name).because(first.clone())),
+        }
+    }
+}
+
+impl Sink for Vulkan {
+    fn name(&self) -> &str {
+        "vulkan"
+    }
+
+    fn formats(&self) -> Option<Vec<Format>> {
+        Some(self.formats.clone())
+    }
+
+    fn join(&mut self, layout: &Layout, _: Option<f64>, buffers: &[Buffer]) -> Result<Rung, JoinError> {
+        if self.failed {
+            return Err(JoinError::Failed(gone(&self.gpu)));
+        }
+        for buffer in buffers {
+            self.cache.get(&mut self.sampler, buffer)?;
+        }
+        if let Some(verifier) = &mut self.verifier {
+            verifier.expected.clear();
+            verifier.expected.resize(buffers.len(), None);
+            // The longest row is the first plane's; reserved now, for a flow without allocations.
+            let format = layout.format();
+            let longest = (0..format.planes()).map(|plane| format.row_bytes(plane, layout.width())).max();
+            verifier.scratch.resize(longest.unwrap_or(0) as usize, 0);
+        }
+        // Some of these buffers may have been imported by a join before.
+        self.imports_before = self.cache.imports().saturating_sub(buffers.len() as u64);
+        self.check_messages()?;
+        Ok(Rung::Exported)
+    }
+
+    fn inspect(&mut self, frame: &Frame, place: u64) -> Result<()> {
+        self.verifier.as_mut().map_or(Ok(()), |verifier| verifier.expect(frame, place))
+    }
+
+    fn present(&mut self, frame: Frame) -> Result<Option<Shown>> {
+        if self.failed {
+            return Err(gone(&self.gpu));
+        }
+        let sampled = self.cache.get(&mut self.sampler, frame.buffer()).map_err(|refusal| {
+            Error::new(Kind::Unsupported, "import", frame.buffer().layout().to_string())
+                .said_by(refusal.step)
+                .because(refusal)
+        })?;
+        let checksum = match sampled.checksum() {
+            Ok(checksum) => checksum,
+            Err(error) => {
+                self.failed = true;
+                return Err(error);
+            }
+        };
+        let at_us = now_us();
+        if self.newest.len() == KEPT {
+            self.newest.pop_front();
+        }
+        self.newest.push_back(Checksum { meta: *frame.meta(), checksum });
+        if let Some(verifier) = &mut self.verifier {
+            verifier.compare(&frame, checksum)?;
+        }
+        self.check_messages()?;
+        Ok(Some(Shown { meta: *frame.meta(), at_us }))
+    }
+
+    fn imports(&self) -> u64 {
+        self.cache.imports() - self.imports_before
+    }
+
+    fn verdict(&self) -> Option<Verdict> {
+        self.verifier.as_ref().map(|verifier| verifier.verdict)
+    }
+}
+
+fn gone(gpu: &Gpu) -> Error {
+    let error = Error::new(Kind::Disconnected, "use", &gpu.info().name).because("an earlier frame was never finished");
+    error.repair("open the GPU again")
+}
+
+impl Verifier {
+    fn expect(&mut self, frame: &Frame, place: u64) -> Result<()> {
+        let layout = frame.buffer().layout();
+        let no =
+            |why: String| Error::new(Kind::Invalid, "verify", format!("frame {}", frame.meta().sequence)).because(why);
+        let format = GpuFormat::of(layout.format()).ok_or_else(|| no(format!("Vulkan has no {}", layout.format())))?;
+        let reader = frame.buffer().read()?;
+        let sum = predict(&format, layout, &mut self.scratch, &mut |plane, row, out| reader.row(plane, row, out));
+        let slot = self.expected.get_mut(frame.slot() as usize);
+        *slot.ok_or_else(|| no(format!("it is of slot {}", frame.slot())))? = Some((frame.meta().sequence, place, sum));
+        Ok(())
+    }
+
+    fn compare(&mut self, frame: &Frame, checksum: u32) -> Result<()> {
+        let sequence = frame.meta().sequence;
+        let expected = self.expected.get(frame.slot() as usize).copied().flatten();
+        let (_, place, sum) = expected.filter(|(of, ..)| *of == sequence).ok_or_else(|| {
+            let error = Error::new(Kind::Invalid, "verify", format!("frame {sequence}"));
+            error.because("nothing was predicted for it: it was presented without being inspected")
+        })?;
+        self.verdict.checked += 1;
+        if sum != checksum {
+            self.verdict.wrong += 1;
+            self.verdict.first_wrong.get_or_insert((place, sequence));
+        }
+        Ok(())
+    }
+}
+
+// Whatever thread has them: Vulkan's handles are used by whoever holds the value, and the queue is behind a lock.
+const _: () = {
+    const fn is_send<T: Send>() {}
+    is_send::<Vulkan>();
+    is_send::<Arc<Pass>>();
+};
