@@ -56,10 +56,9 @@ unsafe fn draw(gpu: &Gpu, image: &Image) -> anyhow::Result<Vec<u8>> {
             .format(image.format())
             .subresource_range(range);
         let view = device.create_image_view(&info, None)?;
-        let linear = vk::SamplerCreateInfo::default()
-            .mag_filter(vk::Filter::LINEAR)
-            .min_filter(vk::Filter::LINEAR);
-        let sampler = device.create_sampler(&linear, None)?;
+        // The nearest texel, which every format that can be sampled has. Filtering is a feature apart (`Gpu::offers` tells it).
+        let nearest = vk::SamplerCreateInfo::default();
+        let sampler = device.create_sampler(&nearest, None)?;
         let info = vk::BufferCreateInfo::default()
             .size(bytes)
             .usage(vk::BufferUsageFlags::STORAGE_BUFFER);

@@ -174,7 +174,7 @@ fn strange_rows() -> anyhow::Result<Outcome> {
         "--from vivid --format NV12 --size 320x180 --stride 512",
         "--from pattern --format XR24 --size 66x51",
         "--from pattern --format NV12 --size 322x182",
-        "--from pattern --format YU12 --size 2x2",
+        "--from pattern --format YU12 --size 66x50",
     ] {
         let mut command = dmaflow(&format!("pipe --to vulkan --json {options} --frames 5 --verify"));
         let result = finish(command.env("DMAFLOW_VULKAN_VALIDATION", "1"))?.json(0);
@@ -186,9 +186,7 @@ fn strange_rows() -> anyhow::Result<Outcome> {
 }
 
 fn what_it_does_not_take() -> anyhow::Result<Outcome> {
-    for name in ["YUYV", "HSV3"] {
-        refused_with_a_reason(name, SIZE).with_context(|| name.to_owned())?;
-    }
+    refused_with_a_reason("YUYV", SIZE)?;
     // The copy that was demanded is read by the GPU as well.
     let result = finish(&mut pipe("--format XR24 --size 320x180 --frames 5 --path copy --verify"))?.json(0)?;
     ensure!(result["path"] == "copied" && number(&result, "verify/checked")? == 5, "{result}");

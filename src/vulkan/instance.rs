@@ -32,8 +32,9 @@ impl Instance {
         // SAFETY: loading runs the initializers of libvulkan.so.1, the system's Vulkan loader, which asks nothing of its caller
         // ("Application Interface to Loader"); the result is kept for as long as anything of it is used.
         let entry = unsafe { ash::Entry::load() }.map_err(|cause| {
-            Error::new(Kind::NotFound, "load", "the Vulkan loader, libvulkan.so.1")
-                .because(cause)
+            // In words: as an error it is told once with its own cause, and the cause once more.
+            Error::new(Kind::NotFound, "load", "the Vulkan loader")
+                .because(cause.to_string())
                 .repair("install it (Debian: libvulkan1) and a driver (mesa-vulkan-drivers)")
         })?;
         // SAFETY: the entry points are those of a loader just loaded. The same holds for the calls below.

@@ -139,3 +139,28 @@ fn is_read_only(dma_buf: &DmaBuf) -> bool {
     let flags = fcntl(dma_buf.as_fd(), FcntlArg::F_GETFL).map(OFlag::from_bits_truncate);
     flags.is_ok_and(|flags| flags & OFlag::O_ACCMODE == OFlag::O_RDONLY)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    /// A file stands for the dma-buf: what counts is the inode.
+    fn file() -> OwnedFd {
+        memfd_create("test", MFdFlags::MFD_CLOEXEC).unwrap()
+    }
+
+    #[test]
+    fn a_descriptor_is_taken_back_only_while_it_is_of_the_buffer() {
+        let buffer = DmaBuf::new(file()).unwrap();
+        let ours = buffer.as_fd().try_clone_to_owned().unwrap().into_raw_fd();
+        assert!(buffer.is_behind(ours));
+        take_back(ours, &buffer);
+        assert!(!buffer.is_behind(ours));
+        // Closed by a driver, and the number given to something else.
+        let other = file();
+        take_back(other.as_raw_fd(), &buffer);
+        assert!(DmaBuf::new(other).is_ok(), "somebody else's descriptor was closed");
+        take_back(RawFd::MAX, &buffer);
+    }
+}

@@ -86,3 +86,40 @@ unsafe fn string<'a>(text: *const c_char) -> Option<&'a CStr> {
     // SAFETY: by this function's contract.
     (!text.is_null()).then(|| unsafe { CStr::from_ptr(text) })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As the layer calls it.
+    fn say(messages: &Messages, id: &CStr, text: &CStr) {
+        use vk::{DebugUtilsMessageSeverityFlagsEXT as Severity, DebugUtilsMessageTypeFlagsEXT as Type};
+        let data = vk::DebugUtilsMessengerCallbackDataEXT::default()
+            .message_id_name(id)
+            .message(text);
+        let user = Arc::as_ptr(&messages.0).cast_mut().cast();
+        // SAFETY: both pointers are valid for the call, `user` as `create_info` gives it.
+        let answer = unsafe { on_message(Severity::ERROR, Type::VALIDATION, &data, user) };
+        assert_eq!(answer, vk::FALSE);
+    }
+
+    #[test]
+    fn one_rule_is_passed_over_and_only_with_the_drivers_that_cause_it() {
+        let messages = Messages::default();
+        let false_one = c"VUID-VkImageViewCreateInfo-None-02273";
+        say(&messages, false_one, c"heard");
+        messages.pass_over_no_features();
+        say(&messages, false_one, c"passed over");
+        say(&messages, c"VUID-VkImageViewCreateInfo-None-02273 ", c"another");
+        say(&messages, c"VUID-VkImageViewCreateInfo-usage-02274", c"yet another");
+        assert_eq!(messages.all(), ["heard", "another", "yet another"]);
+    }
+
+    #[test]
+    fn a_flood_is_cut() {
+        let messages = Messages::default();
+        (0..2 * MOST).for_each(|_| say(&messages, c"VUID", c"wet"));
+        let all = messages.clone().all();
+        assert_eq!((all.len(), all.last().map(String::as_str)), (MOST + 1, Some("and more")));
+    }
+}

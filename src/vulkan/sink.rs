@@ -32,8 +32,8 @@ pub struct Checksum {
 /// A [`Sink`] that imports each buffer once and has the GPU read every texel of every frame through the imported image, one colour plane
 /// after the other. It waits for the GPU and lets the frame go then.
 ///
-/// Each plane is read as it lies (views or images of single planes, no colour conversion), so that the checksum can be predicted exactly from the
-/// captured bytes. A frame costs one submission and one wait; nothing is allocated or imported, and no descriptor is touched.
+/// Each plane is read as it lies (views or images of single planes, no colour conversion), so that the checksum can be predicted exactly
+/// from the captured bytes. A frame costs one submission and one wait; nothing is allocated or imported, and no descriptor is touched.
 #[derive(Debug)]
 pub struct Vulkan {
     gpu: Gpu,

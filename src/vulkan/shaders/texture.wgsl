@@ -7,7 +7,7 @@ struct Canvas {
 var<immediate> canvas: Canvas;
 
 @group(0) @binding(0) var camera: texture_2d<f32>;
-@group(0) @binding(1) var filtered: sampler;
+@group(0) @binding(1) var nearest: sampler;
 @group(0) @binding(2) var<storage, read_write> pixels: array<u32>;
 
 @compute @workgroup_size(8, 8)
@@ -24,7 +24,7 @@ fn draw(@builtin(global_invocation_id) at: vec3<u32>) {
     let place = turned / picture + 0.5;
     var colour = vec4<f32>(0.2, 0.2, 0.2, 1.0);
     if all(place >= vec2<f32>(0.0)) && all(place <= vec2<f32>(1.0)) {
-        colour = textureSampleLevel(camera, filtered, place, 0.0);
+        colour = textureSampleLevel(camera, nearest, place, 0.0);
     }
     pixels[at.y * canvas.size.x + at.x] = pack4x8unorm(colour);
 }
