@@ -10,8 +10,8 @@ use crate::modules::{Witness, kernel, vivid};
 use crate::process::{State, finish, number, pipe};
 
 const NEEDS: &[&str] = &["vivid", "vkms"];
-/// How many make buffers for a display: itself, its GBM, a heap and udmabuf.
-pub const MAKERS: usize = if cfg!(feature = "gbm") { 4 } else { 3 };
+/// How many make buffers for a display that does not render: itself, a heap and udmabuf.
+pub const MAKERS: usize = 3;
 
 pub const TESTS: &[Test] = &[
     Test { name: "ladder::yuyv_is_copied", needs: NEEDS, seconds: 900, run: yuyv_is_copied },

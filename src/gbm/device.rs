@@ -92,6 +92,14 @@ impl Device {
         maker.map_or_else(|| Device::open(card), Ok)
     }
 
+    /// Whether the device that this card's node belongs to renders itself. GBM of one that does not is Mesa's software renderer, or another
+    /// device's driver (`kmsro`), over the same dumb buffers that the card makes by itself. A look into sysfs; libgbm is not loaded.
+    pub fn renders(card: &Path) -> bool {
+        let device = sysfs_of_node(card);
+        let mut renders = node::numbered(FOLDER, RENDER).into_iter();
+        device.is_some() && renders.any(|node| sysfs_of_node(&node) == device)
+    }
+
     /// The first device through which buffers can be made; where there is none, the first that imports.
     ///
     /// # Errors

@@ -192,19 +192,15 @@ impl Maker {
 
     /// Those that there are for this sink, in the order in which they are tried.
     pub(crate) fn of_dma_bufs(sink: &dyn Sink) -> impl Iterator<Item = Maker> + use<> {
-        let has_card = sink.card_node().is_some();
-        Maker::DMA_BUF
-            .iter()
-            .copied()
-            .filter(move |maker| has_card || !maker.needs_card())
-    }
-
-    fn needs_card(self) -> bool {
-        match self {
+        // One that makes the same dumb buffers again, and prints lines of its own while it does, is there for who asks for it alone.
+        #[cfg(feature = "gbm")]
+        let has_gbm = sink.card_node().is_some_and(crate::gbm::Device::renders);
+        let there = move |maker: &Maker| match maker {
             #[cfg(feature = "gbm")]
-            Maker::Gbm => true,
-            Maker::Sink | Maker::Allocator(_) => false,
-        }
+            Maker::Gbm => has_gbm,
+            Maker::Sink | Maker::Allocator(_) => true,
+        };
+        Maker::DMA_BUF.iter().copied().filter(there)
     }
 
     pub(crate) fn name(self, sink: &dyn Sink) -> String {
