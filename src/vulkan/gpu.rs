@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use ash::{khr, vk};
 
+use super::convert;
 use super::failure::failed;
 use super::instance::Instance;
 use super::messages::Messages;
@@ -59,6 +60,7 @@ struct Inner {
     memory: vk::PhysicalDeviceMemoryProperties,
     queue_family: u32,
     queue: Mutex<vk::Queue>,
+    convert: convert::Shared,
     /// Where the device is ours; last, because everything above is of it.
     owned: Option<Instance>,
 }
@@ -124,6 +126,7 @@ impl Gpu {
             memory,
             queue_family: family,
             queue,
+            convert: convert::Shared::default(),
             owned: Some(instance),
         })))
     }
@@ -149,7 +152,8 @@ impl Gpu {
         let physical = unsafe { Physical::new(instance, physical) }?;
         physical.can_import()?;
         let queue = Mutex::new(queue);
-        Ok(Gpu(Arc::new(Inner { device, memory_fd, physical, memory, queue_family, queue, owned: None })))
+        let convert = convert::Shared::default();
+        Ok(Gpu(Arc::new(Inner { device, memory_fd, physical, memory, queue_family, queue, convert, owned: None })))
     }
 
     /// Every GPU of the machine: what it is and can import, or why it cannot.
@@ -206,6 +210,11 @@ impl Gpu {
     /// What the device takes at most.
     pub(super) fn limits(&self) -> vk::PhysicalDeviceLimits {
         self.0.physical.limits()
+    }
+
+    /// What conversions on it share.
+    pub(super) fn convert(&self) -> &convert::Shared {
+        &self.0.convert
     }
 
     pub(super) fn physical(&self) -> &Physical {

@@ -94,9 +94,14 @@ pub enum NotByGpu {
     },
 }
 
-/// The shader's `Job`: 32 words, the least that a device takes as constants (`maxPushConstantsSize`).
+/// A conversion, in numbers.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub(super) struct Job([u32; 32]);
+pub(super) struct Job {
+    /// The shader's `Job`: 32 words, the least that a device takes as constants (`maxPushConstantsSize`).
+    words: [u32; 32],
+    /// The source's memory planes in which Y, U and V lie, or thrice that of the only plane.
+    memories: [u32; 3],
+}
 
 pub(super) const JOB_BYTES: u32 = 128;
 
@@ -195,7 +200,6 @@ impl Job {
             (offset + first, stride, step, memory)
         };
         let places = source.places.map(place);
-        let memories = (0..3).fold(0, |all, plane| all | places[plane].3 << (2 * plane));
         let (horizontal, vertical) = from.format().subsampling();
         let square = match from.format().kind() {
             Kind::Bayer { red: [column, row], .. } => [column.into(), row.into()],
@@ -207,7 +211,7 @@ impl Job {
         let bits = source.bits.0 | source.bits.1 << 16;
         let words = [
             [places[0].0, places[1].0, places[2].0, source.kind],
-            [places[0].1, places[1].1, places[2].1, memories],
+            [places[0].1, places[1].1, places[2].1, 0],
             [places[0].2, places[1].2, places[2].2, bits],
             [from.width(), from.height(), square[0], square[1]],
             [crop.x, crop.y, crop.width, crop.height].map(|value| float(value).to_bits()),
@@ -215,8 +219,8 @@ impl Job {
             [shares.black, shares.luma, shares.middle, float(red_first.into())].map(f32::to_bits),
             [target.offset / 4, target.stride / 4, to.width(), to.height()],
         ];
-        let mut job = Job([0; 32]);
-        job.0
+        let mut job = Job { words: [0; 32], memories: places.map(|place| place.3) };
+        job.words
             .iter_mut()
             .zip(words.into_iter().flatten())
             .for_each(|(to, from)| *to = from);
@@ -226,9 +230,14 @@ impl Job {
     /// As it is pushed.
     pub(super) fn bytes(&self) -> [u8; JOB_BYTES as usize] {
         let mut bytes = [0; JOB_BYTES as usize];
-        let words = self.0.iter().flat_map(|word| word.to_ne_bytes());
+        let words = self.words.iter().flat_map(|word| word.to_ne_bytes());
         bytes.iter_mut().zip(words).for_each(|(to, from)| *to = from);
         bytes
+    }
+
+    /// The source's memory planes in the order of the shader's bindings.
+    pub(super) fn memories(&self) -> [u32; 3] {
+        self.memories
     }
 
     /// The workgroups in x and y for a picture of this size.
@@ -311,7 +320,7 @@ mod tests {
 
     #[test]
     fn places_of_samples() {
-        let words = |name| job(name, "XR24").unwrap().0;
+        let words = |name| job(name, "XR24").unwrap().words;
         assert_eq!(words("YUYV")[..12], [0, 1, 3, YUV, 16, 16, 16, 0, 2, 4, 4, 8]);
         assert_eq!(words("UYVY")[..12], [1, 0, 2, YUV, 16, 16, 16, 0, 2, 4, 4, 8]);
         assert_eq!(words("NV12")[..12], [0, 32, 33, YUV, 8, 8, 8, 0, 1, 2, 2, 8]);
@@ -329,7 +338,8 @@ mod tests {
         let format = Format::parse("YU12").unwrap().0;
         let from = Layout::separate(format, (8, 4), &[8, 4, 4]).unwrap();
         let job = Job::new(&from, &layout("XR24", (8, 4)), Crop::all((8, 4)), LIMIT).unwrap();
-        assert_eq!(job.0[..8], [0, 0, 0, YUV, 8, 4, 4, 0b10_01_00]);
+        assert_eq!(job.words[..8], [0, 0, 0, YUV, 8, 4, 4, 0]);
+        assert_eq!(job.memories(), [0, 1, 2]);
     }
 
     #[test]
@@ -359,7 +369,7 @@ mod tests {
             let (Ok(from), Ok(to)) = (layout(from), layout(to)) else { return Ok(()) };
             for crop in [Crop::all(from.size()), Crop { x, y, width, height }] {
                 let Ok(job) = Job::new(&from, &to, crop, LIMIT) else { continue };
-                let words = job.0.map(u64::from);
+                let words = job.words.map(u64::from);
                 let bytes = words[11] & 0xffff;
                 for plane in 0..if words[3] == u64::from(YUV) { 3 } else { 1 } {
                     let (right, down) = match words[3] == u64::from(YUV) && plane > 0 {
@@ -368,8 +378,7 @@ mod tests {
                     };
                     let (column, row) = ((words[12] - 1) >> right, (words[13] - 1) >> down);
                     let last = words[plane] + row * words[4 + plane] + column * words[8 + plane] + bytes.div_ceil(8);
-                    let memory = (words[7] >> (2 * plane)) & 3;
-                    let len = from.memory_len(memory as u32) as u64;
+                    let len = from.memory_len(job.memories()[plane]) as u64;
                     prop_assert!(last <= len, "plane {} of {} ends at {} of {}", plane, from, last, len);
                 }
                 let last = (words[28] + (words[31] - 1) * words[29] + words[30]) * 4;

@@ -21,9 +21,11 @@ use crate::format::{Format, Layout};
 use crate::frame::{Buffer, WeakBuffer};
 
 use super::gpu::Gpu;
+use super::submission::Submission;
 use job::Job;
 pub use job::{Crop, NotByGpu};
 use pipeline::Pipeline;
+pub(super) use pipeline::Shared;
 use recorded::{Bytes, Recorded};
 
 /// Makes pictures of one layout out of pictures of another, on a GPU.
@@ -40,6 +42,7 @@ pub struct GpuConverter {
     imports: ImportCache<Arc<Vec<super::GpuBuffer>>>,
     importer: Bytes,
     pipeline: Arc<Pipeline>,
+    submission: Arc<Submission>,
 }
 
 struct Pair {
@@ -60,8 +63,8 @@ impl GpuConverter {
         Format::all().filter(move |&to| to != from && Job::takes(from) && Job::makes(to))
     }
 
-    /// A converter on this GPU of a part of pictures laid out as `from` into pictures laid out as `to`, which may be of another size. It
-    /// compiles the shader: tens of milliseconds.
+    /// A converter on this GPU of a part of pictures laid out as `from` into pictures laid out as `to`, which may be of another size.
+    /// The first on a GPU compiles the shader, tens of milliseconds; others share it.
     ///
     /// # Errors
     /// [`Kind::Unsupported`] with what does not fit ([`NotByGpu`]); what the driver says.
@@ -75,9 +78,10 @@ impl GpuConverter {
         if across > most_across || down > most_down {
             return Err(bad().because(format!("{to} is larger than {} computes at once", gpu.info().name)));
         }
-        let pipeline = Arc::new(Pipeline::new(gpu)?);
+        let (pipeline, submission) = (Pipeline::of(gpu)?, Arc::new(Submission::new(gpu)?));
         let (imports, importer) = (ImportCache::new(), Bytes(gpu.clone()));
-        Ok(GpuConverter { gpu: gpu.clone(), from: *from, to: *to, job, pairs: Vec::new(), imports, importer, pipeline })
+        let (gpu, pairs) = (gpu.clone(), Vec::new());
+        Ok(GpuConverter { gpu, from: *from, to: *to, job, pairs, imports, importer, pipeline, submission })
     }
 
     /// What it reads.
@@ -148,7 +152,7 @@ impl GpuConverter {
         }
         let from = Arc::clone(self.imports.get(&mut self.importer, source)?);
         let to = Arc::clone(self.imports.get(&mut self.importer, target)?);
-        let recorded = Recorded::new(&self.pipeline, &self.job, self.to.size(), &from, &to)?;
+        let recorded = Recorded::new((&self.pipeline, &self.submission), &self.job, self.to.size(), &from, &to)?;
         self.pairs
             .push(Pair { source: source.downgrade(), target: target.downgrade(), recorded });
         Ok(self.pairs.len() - 1)

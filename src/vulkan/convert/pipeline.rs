@@ -1,6 +1,7 @@
-//! The compute pipeline of the conversion: made once for a GPU.
+//! The compute pipeline of the conversion: made once for a GPU, and shared by all conversions on it.
 
 use std::io::Cursor;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use ash::vk;
 
@@ -8,32 +9,46 @@ use super::job::JOB_BYTES;
 use crate::error::{Error, Result};
 use crate::vulkan::failure::failed;
 use crate::vulkan::gpu::Gpu;
-use crate::vulkan::submission::Submission;
 
-/// Memory planes of a source, and the destination.
+/// The memory of Y, U and V, and the destination.
 pub(super) const BINDINGS: u32 = 4;
 
-/// The pipeline, and the fence for its runs.
+/// The pipeline of a GPU for as long as somebody uses it. It keeps the GPU, so the GPU does not keep it.
+#[derive(Debug, Default)]
+pub(in crate::vulkan) struct Shared(Mutex<Weak<Pipeline>>);
+
+/// The pipeline with its layouts. Not changed once it is made.
 #[derive(Debug)]
-pub(super) struct Pipeline {
+pub(in crate::vulkan) struct Pipeline {
     pub(super) gpu: Gpu,
     pub(super) set_layout: vk::DescriptorSetLayout,
     pub(super) layout: vk::PipelineLayout,
     pub(super) raw: vk::Pipeline,
-    pub(super) submission: Submission,
 }
 
 impl Pipeline {
+    /// The pipeline of this GPU, compiled now if nobody uses it.
+    ///
     /// # Errors
     /// What the driver says.
-    pub(super) fn new(gpu: &Gpu) -> Result<Pipeline> {
+    pub(super) fn of(gpu: &Gpu) -> Result<Arc<Pipeline>> {
+        // A thread that panicked has left either a pipeline or none.
+        let mut shared = gpu.convert().0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = shared.upgrade() {
+            return Ok(known);
+        }
+        let made = Arc::new(Pipeline::new(gpu)?);
+        *shared = Arc::downgrade(&made);
+        Ok(made)
+    }
+
+    fn new(gpu: &Gpu) -> Result<Pipeline> {
         // Filled step by step; dropping it destroys what there is so far.
         let mut made = Pipeline {
             gpu: gpu.clone(),
             set_layout: vk::DescriptorSetLayout::null(),
             layout: vk::PipelineLayout::null(),
             raw: vk::Pipeline::null(),
-            submission: Submission::new(gpu)?,
         };
         made.make_layouts()?;
         made.make_pipeline()?;
@@ -98,9 +113,9 @@ impl Pipeline {
 
 impl Drop for Pipeline {
     fn drop(&mut self) {
-        self.submission.settle();
         let device = self.gpu.device();
-        // SAFETY: all are ours or null, which is allowed, and no submission that uses them is left.
+        // SAFETY: all are ours or null, which is allowed, and no submission that uses them is left: whoever has recorded some keeps
+        // this, and has settled (`Recorded`).
         unsafe {
             device.destroy_pipeline(self.raw, None);
             device.destroy_pipeline_layout(self.layout, None);

@@ -12,6 +12,7 @@ use crate::frame::Buffer;
 use crate::vulkan::buffer::GpuBuffer;
 use crate::vulkan::failure::{code, refuse};
 use crate::vulkan::gpu::Gpu;
+use crate::vulkan::submission::Submission;
 
 /// Imports all memory planes of a buffer as bytes.
 #[derive(Debug)]
@@ -39,6 +40,7 @@ pub(super) fn of_conversion(refusal: Refusal) -> Refusal {
 /// Descriptors and commands for a pair of buffers, which it keeps imported.
 pub(super) struct Recorded {
     pipeline: Arc<Pipeline>,
+    submission: Arc<Submission>,
     descriptors: vk::DescriptorPool,
     pool: vk::CommandPool,
     commands: vk::CommandBuffer,
@@ -57,7 +59,7 @@ impl Recorded {
     /// # Errors
     /// The driver's refusal.
     pub(super) fn new(
-        pipeline: &Arc<Pipeline>,
+        (pipeline, submission): (&Arc<Pipeline>, &Arc<Submission>),
         job: &Job,
         size: (u32, u32),
         source: &Arc<Vec<GpuBuffer>>,
@@ -66,18 +68,24 @@ impl Recorded {
         // Filled step by step; dropping it destroys what there is so far.
         let mut made = Recorded {
             pipeline: Arc::clone(pipeline),
+            submission: Arc::clone(submission),
             descriptors: vk::DescriptorPool::null(),
             pool: vk::CommandPool::null(),
             commands: vk::CommandBuffer::null(),
             _source: Arc::clone(source),
             _target: Arc::clone(target),
         };
-        let set = made.describe(source, target)?;
+        let set = made.describe(job, source, target)?;
         made.record(job, size, set, source, target)?;
         Ok(made)
     }
 
-    fn describe(&mut self, source: &[GpuBuffer], target: &[GpuBuffer]) -> Result<vk::DescriptorSet, Refusal> {
+    fn describe(
+        &mut self,
+        job: &Job,
+        source: &[GpuBuffer],
+        target: &[GpuBuffer],
+    ) -> Result<vk::DescriptorSet, Refusal> {
         let device = self.pipeline.gpu.device();
         let sizes = [vk::DescriptorPoolSize { ty: vk::DescriptorType::STORAGE_BUFFER, descriptor_count: BINDINGS }];
         let info = vk::DescriptorPoolCreateInfo::default().max_sets(1).pool_sizes(&sizes);
@@ -92,14 +100,19 @@ impl Recorded {
         let sets = unsafe { device.allocate_descriptor_sets(&info) }
             .map_err(|result| no("vkAllocateDescriptorSets", result))?;
         let set = sets.first().copied().unwrap_or_default();
-        // A source of fewer memory planes has its last at the places of those that are not there: they are bound, and never read.
-        let places = (0..BINDINGS as usize).map(|place| match place + 1 == BINDINGS as usize {
-            true => target.first(),
-            false => source.get(place).or(source.last()),
-        });
+        let bound: Vec<_> = job
+            .memories()
+            .iter()
+            .filter_map(|&memory| source.get(memory as usize))
+            .chain(target.first())
+            .collect();
+        if bound.len() != BINDINGS as usize {
+            let why = "the buffers have fewer memory planes than their layouts";
+            return Err(of_conversion(refuse("bind", why, "let frames be copied")));
+        }
         let whole =
             |buffer: &GpuBuffer| [vk::DescriptorBufferInfo::default().buffer(buffer.raw()).range(vk::WHOLE_SIZE)];
-        let infos: Vec<_> = places.flatten().map(whole).collect();
+        let infos: Vec<_> = bound.into_iter().map(whole).collect();
         let writes: Vec<_> = (0u32..)
             .zip(&infos)
             .map(|(binding, info)| {
@@ -170,17 +183,17 @@ impl Recorded {
     /// Converts, and waits. No allocation of ours.
     ///
     /// # Errors
-    /// As [`Submission::run`](crate::vulkan::submission::Submission::run).
+    /// As [`Submission::run`].
     pub(super) fn run(&self) -> Result<()> {
         // SAFETY: the commands were recorded above for this GPU's queue family, without ONE_TIME_SUBMIT, and use what this value owns
         // or keeps.
-        unsafe { self.pipeline.submission.run(self.commands) }
+        unsafe { self.submission.run(self.commands) }
     }
 }
 
 impl Drop for Recorded {
     fn drop(&mut self) {
-        self.pipeline.submission.settle();
+        self.submission.settle();
         let device = self.pipeline.gpu.device();
         // SAFETY: both are ours or null, which is allowed, and no submission that uses them is left.
         unsafe {
