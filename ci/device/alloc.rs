@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use anyhow::{Result, ensure};
 use dmaflow::endpoint::{Sink, Source};
 use dmaflow::kms::{Display, DisplayRequest, Present};
+use dmaflow::ladder::Path;
 use dmaflow::pipe::{Limits, Pipe};
 use dmaflow::v4l2::{Camera, CameraRequest, Device, RateRequest};
 use dmaflow::vulkan::{Gpu, GpuRequest, Vulkan};
@@ -20,6 +21,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "alloc::mailbox", needs: NEEDS, seconds: 60, run: || nothing(Present::Mailbox) },
     Test { name: "alloc::frames_by_hand", needs: NEEDS, seconds: 60, run: by_hand },
     Test { name: "alloc::vulkan", needs: &["vivid", "udmabuf", "vulkaninfo"], seconds: 300, run: vulkan },
+    Test { name: "alloc::converted", needs: &["vivid", "vkms", "udmabuf", "vulkaninfo"], seconds: 300, run: converted },
 ];
 
 /// Counts every call; each test is a process of its own, with one thread that allocates.
@@ -82,8 +84,8 @@ fn the_counter_counts() -> Result<()> {
     Ok(())
 }
 
-fn camera(size: (u32, u32)) -> Result<Camera> {
-    let request = CameraRequest { rate: RateRequest::Exactly(60.0), ..request("XR24", size) };
+fn camera(format: &str, size: (u32, u32)) -> Result<Camera> {
+    let request = CameraRequest { rate: RateRequest::Exactly(60.0), ..request(format, size) };
     Ok(Camera::open(Device::find("vivid")?, &request)?)
 }
 
@@ -92,19 +94,25 @@ const FRAMES: u64 = 200;
 const WARM: u64 = 20;
 
 fn nothing(present: Present) -> anyhow::Result<Outcome> {
-    flow(&mut Display::find("vkms", DisplayRequest { present, ..DisplayRequest::default() })?, SIZE)
+    let mut display = Display::find("vkms", DisplayRequest { present, ..DisplayRequest::default() })?;
+    flow(&mut display, "XR24", SIZE, Path::ZeroCopy)
 }
 
 /// Neither does the sink that has a GPU read each frame: what a driver allocates in C is its own.
 fn vulkan() -> anyhow::Result<Outcome> {
-    flow(&mut Vulkan::new(Gpu::open(&GpuRequest::default())?, true)?, (320, 180))
+    flow(&mut Vulkan::new(Gpu::open(&GpuRequest::default())?, true)?, "XR24", (320, 180), Path::ZeroCopy)
 }
 
-fn flow(sink: &mut dyn Sink, size: (u32, u32)) -> anyhow::Result<Outcome> {
+/// Nor the conversion by a GPU, between its buffers and the display's.
+fn converted() -> anyhow::Result<Outcome> {
+    flow(&mut Display::find("vkms", DisplayRequest::default())?, "YUYV", (320, 180), Path::Convert)
+}
+
+fn flow(sink: &mut dyn Sink, format: &str, size: (u32, u32), path: Path) -> anyhow::Result<Outcome> {
     the_counter_counts()?;
-    let mut camera = camera(size)?;
+    let mut camera = camera(format, size)?;
     let limits = Limits { frames: Some(FRAMES), duration: None };
-    let pipe = Pipe::join(&mut camera, sink, dmaflow::ladder::Path::ZeroCopy, limits)?;
+    let pipe = Pipe::join(&mut camera, sink, path, limits)?;
     let (mut first, mut last, mut frames) = (0, 0, 0);
     let account = pipe.run(None, &mut |progress| {
         if progress.captured <= WARM {
@@ -122,7 +130,7 @@ fn flow(sink: &mut dyn Sink, size: (u32, u32)) -> anyhow::Result<Outcome> {
 
 /// The same for a program with its own loop.
 fn by_hand() -> anyhow::Result<Outcome> {
-    let mut camera = camera(SIZE)?;
+    let mut camera = camera("XR24", SIZE)?;
     let mut display = Display::find("vkms", DisplayRequest::default())?;
     display.join(camera.layout(), camera.rate(), camera.buffers())?;
     for _ in 0..WARM {

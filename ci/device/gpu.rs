@@ -1,7 +1,7 @@
 //! The module `vulkan` from a program's side: imports, their refusals, a device that is the program's own.
 
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use anyhow::{Context, Result, ensure};
 use dmaflow::dmabuf::DmaBuf;
@@ -386,8 +386,8 @@ fn left() -> Result<[u64; 4]> {
     Ok([fds as u64, buffers as u64, mappings as u64, held()])
 }
 
-/// From the tenth cycle on everything is as it was after it. Of the memory that the driver keeps by itself, `kib` are allowed.
-fn cycles(what: &str, count: u32, kib: u64, once: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+/// From the tenth cycle on everything is as it was after it, but for KiB that the driver keeps by itself, which are given back.
+pub fn cycles(what: &str, count: u32, once: &mut dyn FnMut() -> Result<()>) -> Result<u64> {
     (0..10).try_for_each(|_| once())?;
     let (before, resident) = (left()?, resident_kib()?);
     (10..count).try_for_each(|_| once())?;
@@ -397,33 +397,88 @@ fn cycles(what: &str, count: u32, kib: u64, once: &mut dyn FnMut() -> Result<()>
         before == after,
         "{what}: descriptors, dma-bufs, mappings, heap: {before:?} after 10, {after:?} after {count}"
     );
-    ensure!(grown <= kib, "{what}: {grown} KiB more after {count} cycles than after 10");
+    Ok(grown)
+}
+
+/// The bare calls of one import, with nothing of this library's: an image in rows, memory if `imports`, and both gone again.
+fn bare(gpu: &Gpu, buffer: &Buffer, imports: bool) -> Result<()> {
+    let device = gpu.device();
+    let place = buffer.layout().planes()[0];
+    let (width, height) = buffer.layout().size();
+    let places = [vk::SubresourceLayout { row_pitch: place.stride.into(), ..vk::SubresourceLayout::default() }];
+    let mut tiling = vk::ImageDrmFormatModifierExplicitCreateInfoEXT::default().plane_layouts(&places);
+    let kind = vk::ExternalMemoryHandleTypeFlags::DMA_BUF_EXT;
+    let mut external = vk::ExternalMemoryImageCreateInfo::default().handle_types(kind);
+    let info = vk::ImageCreateInfo::default()
+        .image_type(vk::ImageType::TYPE_2D)
+        .format(vk::Format::R8_UNORM)
+        .extent(vk::Extent3D { width, height, depth: 1 })
+        .mip_levels(1)
+        .array_layers(1)
+        .samples(vk::SampleCountFlags::TYPE_1)
+        .tiling(vk::ImageTiling::DRM_FORMAT_MODIFIER_EXT)
+        .usage(vk::ImageUsageFlags::SAMPLED)
+        .push_next(&mut tiling)
+        .push_next(&mut external);
+    // SAFETY: handles of one device, each used as it was made for, and destroyed once; the driver owns the descriptor where the import
+    // succeeds, and an import that fails ends the test.
+    unsafe {
+        let image = device.create_image(&info, None)?;
+        if imports {
+            let dma_buf = buffer.dma_buf(0).context("no dma-buf")?;
+            let needs = device.get_image_memory_requirements(image);
+            let fd = dma_buf.as_fd().try_clone_to_owned()?.into_raw_fd();
+            let mut import = vk::ImportMemoryFdInfoKHR::default().handle_type(kind).fd(fd);
+            let info = vk::MemoryAllocateInfo::default()
+                .allocation_size(needs.size)
+                // lavapipe has one type of memory, for imports too.
+                .memory_type_index(needs.memory_type_bits.trailing_zeros())
+                .push_next(&mut import);
+            let memory = device.allocate_memory(&info, None)?;
+            device.bind_image_memory(image, memory, 0)?;
+            device.destroy_image(image, None);
+            device.free_memory(memory, None);
+        } else {
+            device.destroy_image(image, None);
+        }
+    }
     Ok(())
 }
 
+/// KiB by which a loop may grow when the driver's heap has come to its level.
+///
+/// It comes there by itself: with lavapipe of Mesa 25.0.7 the first 1,000 imports of four buffers by bare calls ([`bare`]) leave 1.4 MiB
+/// more than ten, and 2,000 bare allocations 12 MiB, where images alone leave nothing; 1,000 cycles of this library after those leave
+/// 0 KiB, and 1,000 more again 0 KiB (Linux 6.12). What stays is the C library's heap of the driver's threads, which is used again.
+pub const KEPT: u64 = 1024;
+
 fn a_thousand_imports() -> anyhow::Result<Outcome> {
+    const CYCLES: u32 = 1000;
     let gpu = Gpu::open(&GpuRequest::default())?;
     let camera = open("NV12", (320, 180))?;
+    let buffers = camera.buffers();
+    cycles("bare images", CYCLES, &mut || buffers.iter().try_for_each(|buffer| bare(&gpu, buffer, false)))?;
+    cycles("bare imports", 2 * CYCLES, &mut || buffers.iter().try_for_each(|buffer| bare(&gpu, buffer, true)))?;
     let importer = GpuImporter::new(gpu.clone(), vk::ImageUsageFlags::SAMPLED);
-    cycles("images", 1000, 16384, &mut || {
-        for buffer in camera.buffers() {
-            importer.import_planes(buffer)?;
-        }
-        Ok(())
+    let images = cycles("images", CYCLES, &mut || {
+        buffers
+            .iter()
+            .try_for_each(|buffer| importer.import_planes(buffer).map(drop).map_err(Into::into))
     })?;
-    cycles("buffers", 1000, 16384, &mut || {
-        for buffer in camera.buffers() {
-            GpuBuffer::import(&gpu, buffer, 0, vk::BufferUsageFlags::STORAGE_BUFFER)?;
-        }
-        Ok(())
+    let bytes = cycles("buffers", CYCLES, &mut || {
+        buffers.iter().try_for_each(|buffer| {
+            let usage = vk::BufferUsageFlags::STORAGE_BUFFER;
+            GpuBuffer::import(&gpu, buffer, 0, usage).map(drop).map_err(Into::into)
+        })
     })?;
-    // Whole sinks too: pipelines, views, descriptors, commands. What a driver keeps of compiled shaders is its own.
-    cycles("sinks", 50, 65536, &mut || {
+    // Whole sinks too: pipelines, views, descriptors, commands.
+    let sinks = cycles("sinks", 50, &mut || {
         let mut sink = Vulkan::new(gpu.clone(), false)?;
         sink.join(camera.layout(), camera.rate(), camera.buffers())
             .map_err(anyhow::Error::from)?;
         Ok(())
     })?;
+    ensure!(images <= KEPT && bytes <= KEPT && sinks <= KEPT, "{images}, {bytes}, {sinks} KiB");
     drop((importer, camera, gpu));
     PASSED
 }

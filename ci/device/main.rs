@@ -27,6 +27,7 @@ mod formats;
 mod gbm;
 mod gone;
 mod gpu;
+mod gpu_made;
 mod harness;
 mod inputs;
 mod ladder;
@@ -76,6 +77,7 @@ fn main() -> std::process::ExitCode {
         signals::TESTS,
         vulkan::TESTS,
         gpu::TESTS,
+        gpu_made::TESTS,
         convert::TESTS,
         cycles::TESTS,
     ];

@@ -14,12 +14,14 @@ use crate::modules::{self, Witness};
 use crate::process::{State, dmaflow, finish, pipe, sh, start};
 
 const NEEDS: &[&str] = &["vivid", "vkms"];
+const GPU: &[&str] = &["vivid", "udmabuf", "vulkaninfo"];
 
 pub const TESTS: &[Test] = &[
     Test { name: "probe::every_rung_of_every_format", needs: NEEDS, seconds: 240, run: every_rung },
     Test { name: "probe::without_arguments", needs: NEEDS, seconds: 480, run: without_arguments },
     Test { name: "probe::contiguous_memory", needs: NEEDS, seconds: 240, run: contiguous_memory },
     Test { name: "probe::the_pattern", needs: &["vkms", "udmabuf"], seconds: 240, run: the_pattern },
+    Test { name: "probe::a_gpu", needs: GPU, seconds: 240, run: a_gpu },
     Test { name: "probe::what_it_cannot_have", needs: NEEDS, seconds: 120, run: what_it_cannot_have },
     Test { name: "probe::without_devices", needs: &["vivid", "vkms", "root"], seconds: 120, run: without_devices },
     Test { name: "probe::an_order_to_stop", needs: NEEDS, seconds: 120, run: an_order_to_stop },
@@ -167,6 +169,37 @@ fn the_pattern() -> anyhow::Result<Outcome> {
         finish(&mut dmaflow(options))?
             .has_status(2)
             .with_context(|| options.to_owned())?;
+    }
+    PASSED
+}
+
+/// Every rung into a GPU, under the eyes of the validation layer.
+fn a_gpu() -> anyhow::Result<Outcome> {
+    // Its HDMI input is scaled to any size: an emulated processor that emulates a GPU is to have little to do.
+    sh("v4l2-ctl -d /dev/video0 -i 3")?;
+    let before = State::read();
+    let mut probe = dmaflow("probe --from vivid --to vulkan --size 64x48 --json");
+    let run = finish(probe.env("DMAFLOW_VULKAN_VALIDATION", "1"))?;
+    let result = run.json(0)?;
+    before.is_back()?;
+    ensure!(run.stderr.is_empty(), "{}", run.stderr);
+    let pair = &result["probes"][0];
+    ensure!(pair["sink"].as_str().is_some_and(|sink| sink.starts_with("vulkan:llvmpipe")), "{pair}");
+    ensure!(pair["importer"].as_str().is_some_and(|driver| driver.contains("Mesa")), "{pair}");
+    for format in ["XR24", "AR24", "NV12", "YU12", "RGGB"] {
+        holds(&result, format, "exported")?;
+        holds(&result, format, "reverse")?;
+        ensure!(rung(&result, format, "exported")?["memory"] == "/dev/video0", "{result}");
+    }
+    holds(&result, "XR24", "copied")?;
+    refused(&result, "YUYV", "exported", &["formats", "YUYV"])?;
+    refused(&result, "YUYV", "reverse", &["YUYV"])?;
+    // The CPU makes something of it that the GPU takes; a GPU of software is not asked to.
+    refused(&result, "YUYV", "converted", &["software", "--path convert"])?;
+    holds(&result, "YUYV", "copied")?;
+    for options in ["probe --to vulkan:", "probe --to vulkan:nosuch"] {
+        let status = if options.ends_with(':') { 2 } else { 1 };
+        finish(&mut dmaflow(options))?.has_status(status)?;
     }
     PASSED
 }

@@ -38,8 +38,6 @@ fn refuse(step: &'static str, why: impl Into<String>, repair: &str) -> Refusal {
 
 #[cfg(feature = "vulkan")]
 mod by_vulkan {
-    use std::fs;
-
     use super::super::{Maker, copier};
     use super::{ByGpu, refuse};
     use crate::endpoint::{JoinError, Refusal, Rung, Sink, Source};
@@ -47,7 +45,7 @@ mod by_vulkan {
     use crate::format::{Format, Layout};
     use crate::frame::Room;
     use crate::ladder::Copier;
-    use crate::vulkan::{Crop, Gpu, GpuConverter, GpuInfo, GpuRequest};
+    use crate::vulkan::{Crop, Gpu, GpuConverter, GpuInfo, GpuRequest, has_hardware};
 
     impl ByGpu {
         pub(in crate::ladder) fn of(info: &GpuInfo) -> ByGpu {
@@ -103,27 +101,6 @@ mod by_vulkan {
             true => Err(refuse("GPU", format!("{} is made of software", gpu.info().name), COPY)),
             false => Ok(gpu),
         }
-    }
-
-    /// Drivers with a render node and no GPU behind it.
-    const VIRTUAL: [&str; 2] = ["vgem", "vkms"];
-
-    /// Whether a driver of hardware has a render node. Where sysfs cannot be read, Vulkan is asked.
-    fn has_hardware() -> bool {
-        let Ok(entries) = fs::read_dir("/sys/class/drm") else { return true };
-        entries.flatten().any(|entry| {
-            let is_render = entry.file_name().to_string_lossy().starts_with("renderD");
-            let device = entry.path().join("device");
-            let driver = fs::read_link(device.join("driver")).or_else(|_| fs::read_link(device.join("subsystem")));
-            let name = driver
-                .ok()
-                .and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
-            let itself = fs::canonicalize(&device).unwrap_or_default();
-            let known = |name: &str| VIRTUAL.iter().any(|driver| name.starts_with(driver));
-            let is_virtual = name.as_deref().is_some_and(known)
-                || itself.file_name().is_some_and(|name| known(&name.to_string_lossy()));
-            is_render && !is_virtual
-        })
     }
 
     fn try_converted(

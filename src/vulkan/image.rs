@@ -14,7 +14,7 @@ use crate::format::{Layout, MAX_PLANES, Modifier, PlaneLayout};
 use crate::frame::Buffer;
 
 /// The aspects of an image's memory planes, by index.
-const MEMORY_PLANES: [vk::ImageAspectFlags; MAX_PLANES] = [
+pub(super) const MEMORY_PLANES: [vk::ImageAspectFlags; MAX_PLANES] = [
     vk::ImageAspectFlags::MEMORY_PLANE_0_EXT,
     vk::ImageAspectFlags::MEMORY_PLANE_1_EXT,
     vk::ImageAspectFlags::MEMORY_PLANE_2_EXT,
@@ -307,22 +307,7 @@ fn create(gpu: &Gpu, picture: &Picture, modifier: Modifier, how: Use) -> Result<
         .plane_layouts(&places);
     let mut external =
         vk::ExternalMemoryImageCreateInfo::default().handle_types(vk::ExternalMemoryHandleTypeFlags::DMA_BUF_EXT);
-    let (width, height) = picture.size;
-    let mut info = vk::ImageCreateInfo::default()
-        .flags(how.flags(format))
-        .image_type(vk::ImageType::TYPE_2D)
-        .format(format.image)
-        .extent(vk::Extent3D { width, height, depth: 1 })
-        .mip_levels(1)
-        .array_layers(1)
-        .samples(vk::SampleCountFlags::TYPE_1)
-        .tiling(vk::ImageTiling::DRM_FORMAT_MODIFIER_EXT)
-        .usage(how.usage)
-        .sharing_mode(vk::SharingMode::EXCLUSIVE)
-        // Nothing else goes with external memory (VUID-VkImageCreateInfo-pNext-01443).
-        .initial_layout(vk::ImageLayout::UNDEFINED)
-        .push_next(&mut tiling)
-        .push_next(&mut external);
+    let mut info = how.info(format, picture.size).push_next(&mut tiling).push_next(&mut external);
     if format.is_multi_planar() {
         info = info.push_next(&mut list);
     }

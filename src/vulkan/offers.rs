@@ -68,6 +68,23 @@ impl Use {
         }
         flags
     }
+
+    /// An image of this format and size whose memory comes from others, or goes to them: what all such have in common.
+    pub(super) fn info(self, format: &GpuFormat, (width, height): (u32, u32)) -> vk::ImageCreateInfo<'static> {
+        vk::ImageCreateInfo::default()
+            .flags(self.flags(format))
+            .image_type(vk::ImageType::TYPE_2D)
+            .format(format.image)
+            .extent(vk::Extent3D { width, height, depth: 1 })
+            .mip_levels(1)
+            .array_layers(1)
+            .samples(vk::SampleCountFlags::TYPE_1)
+            .tiling(vk::ImageTiling::DRM_FORMAT_MODIFIER_EXT)
+            .usage(self.usage)
+            .sharing_mode(vk::SharingMode::EXCLUSIVE)
+            // Nothing else goes with external memory (VUID-VkImageCreateInfo-pNext-01443).
+            .initial_layout(vk::ImageLayout::UNDEFINED)
+    }
 }
 
 impl Physical {

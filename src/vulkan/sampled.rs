@@ -58,6 +58,13 @@ impl Importer for Sampler {
                 .map_err(|apart| if is_of_memory(&apart) { apart } else { refusal })?,
             Err(refusal) => return Err(refusal),
         };
+        // One workgroup reads a row.
+        let [most, ..] = self.pass.gpu.limits().max_compute_work_group_count;
+        let height = buffer.layout().height();
+        if height > most {
+            let why = format!("{height} rows are more than the GPU reads at once ({most})");
+            return Err(refuse("maxComputeWorkGroupCount", why, "choose a smaller size"));
+        }
         // Filled step by step; dropping it destroys what there is so far.
         let mut sampled = Sampled {
             pass: Arc::clone(&self.pass),
@@ -69,7 +76,6 @@ impl Importer for Sampler {
         };
         sampled.make_views()?;
         let sets = sampled.make_descriptors()?;
-        let height = buffer.layout().height();
         let format = GpuFormat::of(buffer.layout().format());
         let planes = format.iter().flat_map(GpuFormat::planes);
         let planes: Vec<_> = planes
@@ -190,8 +196,7 @@ impl Sampled {
         let none = vk::DependencyFlags::empty();
         let read_only = vk::ImageLayout::SHADER_READ_ONLY_OPTIMAL;
         // SAFETY: as above; the commands are in the state that each call wants, the image was made for sampling, each set has a view
-        // of a plane with so many rows, and a dispatch of one workgroup a row is within what the device takes (65,535 at least;
-        // images are smaller in all that is known, and larger ones are refused by `check`).
+        // of a plane with so many rows, and a dispatch of one workgroup a row is within what the device takes (`import`).
         unsafe {
             device
                 .begin_command_buffer(commands, &vk::CommandBufferBeginInfo::default())

@@ -15,7 +15,10 @@ use crate::clock::now_us;
 use crate::endpoint::{ImportCache, JoinError, Rung, Shown, Sink, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::format::{Format, Layout, Modifier};
-use crate::frame::{Buffer, Frame, FrameMeta};
+use crate::frame::{Buffer, Frame, FrameMeta, Room};
+
+/// Rows such as any GPU known takes, in bytes.
+const STRIDE: u32 = 256;
 
 /// So many checksums are kept.
 const KEPT: usize = 256;
@@ -134,6 +137,25 @@ impl Sink for Vulkan {
         self.imports_before = self.cache.imports().saturating_sub(buffers.len() as u64);
         self.check_messages()?;
         Ok(Rung::Exported)
+    }
+
+    /// Buffers of the GPU, linear, so that a camera or the CPU can fill them: images as its driver lays them out, and of formats of which
+    /// it exports none plain rows.
+    fn allocate(&mut self, layout: &Layout, room: &Room, count: u32) -> Result<Vec<Buffer>> {
+        let make = |_| {
+            let image = self
+                .gpu
+                .make_buffer(layout, room, vk::ImageUsageFlags::SAMPLED, &[Modifier::LINEAR]);
+            image.or_else(|error| match error.kind() {
+                Kind::Unsupported | Kind::Invalid => {
+                    let bad = |cause| Error::new(Kind::Invalid, "lay out", "a buffer").because(cause);
+                    let rows = layout.with_stride_align(STRIDE).map_err(bad)?;
+                    self.gpu.make_bytes(&rows, room, vk::BufferUsageFlags::STORAGE_BUFFER)
+                }
+                _ => Err(error),
+            })
+        };
+        (0..count).map(make).collect()
     }
 
     fn inspect(&mut self, frame: &Frame, place: u64) -> Result<()> {

@@ -65,16 +65,17 @@ pub struct ListArgs {
 /// Below the help text of `probe`.
 const PROBE: &str = "\
 SOURCE    /dev/videoN | a driver or card name (vivid) | pattern (a test card, no device needed)
-SINK      /dev/dri/cardN | a driver name (vkms) | gbm | gbm:DEVICE | null
+SINK      /dev/dri/cardN | a driver name (vkms) | gbm | gbm:DEVICE | vulkan | vulkan:GPU | null
 DEVICE    /dev/dri/renderDN | /dev/dri/cardN | a driver name (amdgpu, vgem)
+GPU       a DRM node, or a part of its name (llvmpipe)
 
 exported  the source's own buffers, used by the sink: no copy
 reverse   buffers of the sink, of GBM, a dma-heap or udmabuf, that the source captures into: no copy
 converted the GPU makes of each frame one that the sink takes
 copied    the CPU copies each frame
 
-A rung is ok when two frames that came that way have been shown, or with gbm imported. Pictures appear on the display meanwhile; it is
-put back.
+A rung is ok when two frames that came that way have been shown, with gbm imported, or with vulkan read by the GPU. Pictures appear on the
+display meanwhile; it is put back.
 Exit status: 0 everything was tried, whatever was refused; 1 something failed; 2 wrong usage";
 
 #[derive(ClapArgs)]
@@ -83,7 +84,7 @@ pub struct ProbeArgs {
     /// Where frames come from [default: every camera]
     #[arg(long, value_name = "SOURCE", value_parser = NonEmptyStringValueParser::new())]
     pub from: Option<String>,
-    /// Where frames go [default: every display, and the first device with GBM]
+    /// Where frames go [default: every display, the first device with GBM, and the best GPU that is no software]
     #[arg(long, value_name = "SINK", value_parser = NonEmptyStringValueParser::new())]
     pub to: Option<String>,
     /// Size in pixels [default: what the source has]

@@ -34,6 +34,8 @@ pub enum AnySink {
     Vulkan(Box<Vulkan>),
 }
 
+pub const NO_GPU_NAMED: &str = "vulkan: needs a GPU's node or a part of its name, as in vulkan:llvmpipe";
+
 /// The validation layer is to watch every call of Vulkan's; what it says is an error.
 #[cfg(feature = "vulkan")]
 const VALIDATION: &str = "DMAFLOW_VULKAN_VALIDATION";
@@ -121,9 +123,7 @@ pub fn open_sink(args: &PipeArgs, stop: BorrowedFd<'_>) -> anyhow::Result<AnySin
         Some(("gbm", "")) => bail!(Usage("gbm: needs a device, as in gbm:/dev/dri/renderD128".into())),
         Some(("gbm", device)) => open_gbm(Some(device))?,
         Some(("unix", _)) => bail!(Usage("this version has no sink unix:".into())),
-        Some(("vulkan", "")) => {
-            bail!(Usage("vulkan: needs a GPU's node or a part of its name, as in vulkan:llvmpipe".into()))
-        }
+        Some(("vulkan", "")) => bail!(Usage(NO_GPU_NAMED.into())),
         Some(("vulkan", gpu)) => open_gpu(Some(gpu), verify)?,
         Some(_) => bail!(Usage(format!("there is no sink called \"{name}\""))),
         None if name == "null" => AnySink::Null(Null::new()),
@@ -159,10 +159,19 @@ pub fn open_gbm(_: Option<&str>) -> anyhow::Result<AnySink> {
 #[cfg(not(feature = "gbm"))]
 pub const NO_GBM: &str = "this dmaflow was built without GBM (cargo feature gbm)";
 
+/// A GPU by its node or a part of its name, else the best.
+///
+/// # Errors
+/// As [`Gpu::open`].
+#[cfg(feature = "vulkan")]
+pub fn find_gpu(name: Option<&str>) -> dmaflow::Result<Gpu> {
+    let validation = std::env::var_os(VALIDATION).is_some_and(|value| value != "0");
+    Gpu::open(&GpuRequest { name: name.map(str::to_owned), validation })
+}
+
 #[cfg(feature = "vulkan")]
 fn open_gpu(name: Option<&str>, verify: bool) -> anyhow::Result<AnySink> {
-    let validation = std::env::var_os(VALIDATION).is_some_and(|value| value != "0");
-    let gpu = Gpu::open(&GpuRequest { name: name.map(str::to_owned), validation })?;
+    let gpu = find_gpu(name)?;
     if name.is_none() {
         note(&format!("to {} ({})", gpu.info().name, gpu.info().driver));
     }
@@ -171,8 +180,11 @@ fn open_gpu(name: Option<&str>, verify: bool) -> anyhow::Result<AnySink> {
 
 #[cfg(not(feature = "vulkan"))]
 fn open_gpu(_: Option<&str>, _: bool) -> anyhow::Result<AnySink> {
-    bail!(Usage("this dmaflow was built without its feature \"vulkan\"".into()))
+    bail!(Usage(NO_VULKAN.into()))
 }
+
+#[cfg(not(feature = "vulkan"))]
+pub const NO_VULKAN: &str = "this dmaflow was built without Vulkan (cargo feature vulkan)";
 
 /// Opens the source called `name`, else the first camera. `formats` are those that the sink takes.
 pub fn open_source(

@@ -13,11 +13,15 @@ use dmaflow::kms::{Card, Display, DisplayRequest};
 use dmaflow::probe::{CameraFormats, Candidate, End, PatternFormats, Probe, probe};
 use dmaflow::sink::Null;
 use dmaflow::v4l2::Device;
+#[cfg(feature = "vulkan")]
+use dmaflow::vulkan::{self, Gpu, Vulkan};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nix::sys::signalfd::SignalFd;
 
 use crate::args::ProbeArgs;
-use crate::ends::AnySink;
+#[cfg(feature = "vulkan")]
+use crate::ends::find_gpu;
+use crate::ends::{AnySink, NO_GPU_NAMED};
 use crate::failure::{FAILED, Usage};
 use crate::output;
 use crate::probe_report::{PairReport, Report};
@@ -33,6 +37,8 @@ enum Target {
     Display(PathBuf, String),
     #[cfg(feature = "gbm")]
     Gbm(gbm::Device),
+    #[cfg(feature = "vulkan")]
+    Gpu(Gpu),
     Null,
 }
 
@@ -54,6 +60,8 @@ pub fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
     let mut report = Report::default();
     let sources = sources(args.from.as_deref(), &mut report.failed)?;
     let targets = targets(args.to.as_deref(), &mut report.failed)?;
+    #[cfg(feature = "vulkan")]
+    let messages: Vec<_> = targets.iter().filter_map(Target::messages).collect();
     let live = Live::new();
     'all: for source in &sources {
         for target in &targets {
@@ -66,6 +74,15 @@ pub fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
         }
     }
     live.end();
+    // What the validation layer says at the GPU's end counts too.
+    drop(targets);
+    #[cfg(feature = "vulkan")]
+    for messages in messages {
+        let said = messages.all().into_iter().take(1);
+        report
+            .failed
+            .extend(said.map(|text| format!("the Vulkan validation layer said: {text}")));
+    }
     output::print(&if args.json { report.json()? } else { report.table() })?;
     if report.stopped {
         output::note("stopped before everything was tried");
@@ -137,16 +154,20 @@ fn sources(name: Option<&str>, failed: &mut Vec<String>) -> anyhow::Result<Vec<S
     })
 }
 
-/// The sinks that were asked for, else the displays and GBM. Displays that cannot be opened go to `failed`.
+/// The sinks that were asked for, else the displays, GBM, and the best GPU of hardware: one of software takes so long for its frames that
+/// it is for who asks for it. Displays that cannot be opened go to `failed`.
 fn targets(name: Option<&str>, failed: &mut Vec<String>) -> anyhow::Result<Vec<Target>> {
     let display = |card: &Card| Target::Display(card.info().path.clone(), card.info().driver.clone());
     Ok(match name {
         Some("null") => vec![Target::Null],
-        Some("vulkan") => bail!(Usage("this version has no sink vulkan".into())),
+        Some("vulkan:") => bail!(Usage(NO_GPU_NAMED.into())),
+        Some(name) if name == "vulkan" || name.starts_with("vulkan:") => {
+            vec![gpu_target(name.strip_prefix("vulkan:"))?]
+        }
         Some("gbm:") => bail!(Usage("gbm: needs a device, as in gbm:/dev/dri/renderD128".into())),
         Some(name) if name == "gbm" || name.starts_with("gbm:") => vec![gbm_target(name.strip_prefix("gbm:"))?],
         Some(name) if name.contains(':') => {
-            bail!(Usage(format!("probe tries displays, gbm and null; {name} takes every frame by the CPU")))
+            bail!(Usage(format!("probe tries displays, gbm, vulkan and null; {name} takes every frame by the CPU")))
         }
         Some(name) => vec![display(&Card::find(name)?)],
         None => {
@@ -164,6 +185,14 @@ fn targets(name: Option<&str>, failed: &mut Vec<String>) -> anyhow::Result<Vec<T
             // A machine without GBM is nothing that failed.
             #[cfg(feature = "gbm")]
             targets.extend(gbm::Device::first().ok().map(Target::Gbm));
+            // Nor is one without Vulkan.
+            #[cfg(feature = "vulkan")]
+            if vulkan::has_hardware()
+                && let Ok(gpu) = find_gpu(None)
+                && !gpu.info().is_software()
+            {
+                targets.push(Target::Gpu(gpu));
+            }
             targets
         }
     })
@@ -183,6 +212,16 @@ fn gbm_target(_: Option<&str>) -> anyhow::Result<Target> {
     bail!(Usage(crate::ends::NO_GBM.into()))
 }
 
+#[cfg(feature = "vulkan")]
+fn gpu_target(name: Option<&str>) -> anyhow::Result<Target> {
+    Ok(Target::Gpu(find_gpu(name)?))
+}
+
+#[cfg(not(feature = "vulkan"))]
+fn gpu_target(_: Option<&str>) -> anyhow::Result<Target> {
+    bail!(Usage(crate::ends::NO_VULKAN.into()))
+}
+
 impl Source {
     /// The node, and the driver.
     fn names(&self) -> (String, Option<String>) {
@@ -200,7 +239,20 @@ impl Target {
             Target::Display(path, driver) => (path.display().to_string(), Some(driver.clone())),
             #[cfg(feature = "gbm")]
             Target::Gbm(device) => (format!("gbm:{}", device.name()), Some(device.info().driver.clone())),
+            #[cfg(feature = "vulkan")]
+            Target::Gpu(gpu) => (format!("vulkan:{}", gpu.info().name), Some(gpu.info().driver.clone())),
             Target::Null => ("null".to_owned(), None),
+        }
+    }
+}
+
+#[cfg(feature = "vulkan")]
+impl Target {
+    /// What Vulkan's validation layer says, where it watches.
+    fn messages(&self) -> Option<vulkan::Messages> {
+        match self {
+            Target::Gpu(gpu) => gpu.messages(),
+            _ => None,
         }
     }
 }
@@ -213,6 +265,8 @@ impl Pair {
             }
             #[cfg(feature = "gbm")]
             Target::Gbm(device) => AnySink::Gbm(gbm::Gbm::new(device.clone())),
+            #[cfg(feature = "vulkan")]
+            Target::Gpu(gpu) => AnySink::Vulkan(Box::new(Vulkan::new(gpu.clone(), false)?)),
             Target::Null => AnySink::Null(Null::new()),
         };
         let candidate = match source {
