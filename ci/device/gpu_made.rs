@@ -122,6 +122,9 @@ fn what_it_refuses() -> anyhow::Result<Outcome> {
         ensure!(error.kind() == Kind::Unsupported && error.line().contains(word), "{}", error.line());
         ensure!(error.known_repair().is_some(), "{}", error.line());
     }
+    let rows = layout("XR24", (64, 48))?.with_modifier(Some(tiled));
+    let error = gpu.make_bytes(&rows, &Room::default(), STORAGE).err().context("tiled rows")?;
+    ensure!(error.kind() == Kind::Invalid && error.line().contains("tiled"), "{}", error.line());
     silent(gpu)?;
     PASSED
 }

@@ -83,9 +83,15 @@ impl Gpu {
     /// addressed. For formats of which the driver exports no image.
     ///
     /// # Errors
-    /// [`Kind::Unsupported`] where the driver exports no buffers of this use; otherwise what the driver says.
+    /// [`Kind::Unsupported`] where the driver exports no buffers of this use; [`Kind::Invalid`] for a layout that states another tiling;
+    /// otherwise what the driver says.
     pub fn make_bytes(&self, layout: &Layout, room: &Room, usage: vk::BufferUsageFlags) -> Result<Buffer> {
         let format = layout.format();
+        if let Some(other) = layout.modifier().filter(|&modifier| modifier != Modifier::LINEAR) {
+            let error = Error::new(Kind::Invalid, "make a buffer of", self.subject(format));
+            let error = error.because(format!("the layout is tiled ({other}), and these are rows"));
+            return Err(error.repair("ask for an image (`make_buffer`)"));
+        }
         let features = self.physical().buffer_features(DMA_BUF, usage);
         if !features.contains(vk::ExternalMemoryFeatureFlags::EXPORTABLE) {
             return Err(self
