@@ -3,9 +3,9 @@
 //! A commit that does not wait is refused with `EBUSY` while an earlier one is on its way, and "currently no driver" keeps a queue
 //! of them (`drm_mode_config_funcs.atomic_commit` in drm_mode_config.h; `stall_checks` in drm_atomic_helper.c). So the commit of
 //! one frame that is accepted says that the frame before is on screen, and its event need not be read for that. Events are read
-//! many at a time, for the times that they carry. A commit that waits has come on screen when it returns, by the last vertical blank
-//! before that, whose time follows from an earlier event's and the mode's refresh: such a commit needs no event most of the time. (A driver that cleans up for
-//! longer than a period makes that time late by whole periods: vkms, when it composes slowly and somebody reads its CRCs.)
+//! many at a time, for the times that they carry. A frame whose commit waited came on screen at the last vertical blank before the
+//! return. That time follows from an earlier event's and the mode's refresh, so most such commits need no event. (A driver that
+//! cleans up for longer than a period makes it late by whole periods: vkms, when it composes slowly and somebody reads its CRCs.)
 //!
 //! When frame N+1 is accepted, then, the flip of N is done, scanout hardware has left N-1, and N-1 may be filled again. A driver that
 //! [reads late](super::quirks::reads_late) may read it still: it has certainly ended when the commit of N is cleaned up. The commit

@@ -262,8 +262,8 @@ impl<'a> Pipe<'a> {
 
     /// When the source will have taken too long, in µs of `CLOCK_MONOTONIC`.
     fn stalled_at_us(&self) -> Option<u64> {
-        let watchdog = self.source.watchdog()?;
-        Some(self.last_came_us.saturating_add(u64::try_from(watchdog.as_micros()).unwrap_or(u64::MAX)))
+        let watchdog = u64::try_from(self.source.watchdog()?.as_micros()).unwrap_or(u64::MAX);
+        Some(self.last_came_us.saturating_add(watchdog))
     }
 
     fn account(&mut self, shown: Option<Shown>, progress: &mut dyn FnMut(&Progress<'_>)) {
