@@ -22,6 +22,8 @@ mod cycles;
 mod display;
 mod faults;
 mod formats;
+#[cfg(feature = "gbm")]
+mod gbm;
 mod gone;
 mod harness;
 mod inputs;
@@ -56,6 +58,8 @@ fn main() -> std::process::ExitCode {
         outputs::TESTS,
         snap::TESTS,
         bufs::TESTS,
+        #[cfg(feature = "gbm")]
+        gbm::TESTS,
         probe::TESTS,
         verify::TESTS,
         faults::TESTS,
