@@ -5,6 +5,7 @@
 
 use std::io::Cursor;
 use std::path::Path;
+use std::sync::PoisonError;
 
 use anyhow::Context;
 use dmaflow::endpoint::Importer;
@@ -32,17 +33,73 @@ pub fn render(gpu: &Gpu, camera: &str, file: &Path) -> anyhow::Result<()> {
     // The image is over the camera's own memory; the frame keeps the camera from filling it meanwhile.
     let image = GpuImporter::new(gpu.clone(), vk::ImageUsageFlags::SAMPLED).import(frame.buffer())?;
 
-    // SAFETY: everything is made of the GPU's own device, used as the specification has it (the validation layer agrees), and
-    // destroyed after the work has ended, in the reverse order.
+    // SAFETY: everything is made of the GPU's own device, used as the specification has it (the validation layer agrees), and the image
+    // outlives the work.
     let rgba = unsafe { draw(gpu, &image) }?;
     let rgb: Vec<u8> = rgba.chunks_exact(4).flat_map(|pixel| pixel.iter().take(3).copied()).collect();
     write_png(file, CANVAS[0], CANVAS[1], &rgb)?;
     Ok(())
 }
 
+/// What is made to draw with, destroyed in any case: also when a call has failed half-way, or the GPU.
+struct Made<'a> {
+    gpu: &'a Gpu,
+    view: vk::ImageView,
+    sampler: vk::Sampler,
+    canvas: vk::Buffer,
+    memory: vk::DeviceMemory,
+    set_layout: vk::DescriptorSetLayout,
+    descriptors: vk::DescriptorPool,
+    layout: vk::PipelineLayout,
+    module: vk::ShaderModule,
+    pipeline: vk::Pipeline,
+    pool: vk::CommandPool,
+}
+
+impl Made<'_> {
+    /// Nothing yet. Handles that are null may be destroyed like others.
+    fn new(gpu: &Gpu) -> Made<'_> {
+        Made {
+            gpu,
+            view: vk::ImageView::null(),
+            sampler: vk::Sampler::null(),
+            canvas: vk::Buffer::null(),
+            memory: vk::DeviceMemory::null(),
+            set_layout: vk::DescriptorSetLayout::null(),
+            descriptors: vk::DescriptorPool::null(),
+            layout: vk::PipelineLayout::null(),
+            module: vk::ShaderModule::null(),
+            pipeline: vk::Pipeline::null(),
+            pool: vk::CommandPool::null(),
+        }
+    }
+}
+
+impl Drop for Made<'_> {
+    fn drop(&mut self) {
+        let device = self.gpu.device();
+        let queue = self.gpu.queue().lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: all are of this device, or null; what was submitted has ended, the queue being locked; the last made go first.
+        unsafe {
+            let _ = device.queue_wait_idle(*queue);
+            device.destroy_command_pool(self.pool, None);
+            device.destroy_pipeline(self.pipeline, None);
+            device.destroy_shader_module(self.module, None);
+            device.destroy_pipeline_layout(self.layout, None);
+            device.destroy_descriptor_pool(self.descriptors, None);
+            device.destroy_descriptor_set_layout(self.set_layout, None);
+            device.destroy_buffer(self.canvas, None);
+            device.free_memory(self.memory, None);
+            device.destroy_sampler(self.sampler, None);
+            device.destroy_image_view(self.view, None);
+        }
+    }
+}
+
 /// The pixels, four bytes each.
 unsafe fn draw(gpu: &Gpu, image: &Image) -> anyhow::Result<Vec<u8>> {
     let device = gpu.device();
+    let mut made = Made::new(gpu);
     let bytes = u64::from(CANVAS[0]) * u64::from(CANVAS[1]) * 4;
     // SAFETY: as the caller says.
     unsafe {
@@ -55,16 +112,16 @@ unsafe fn draw(gpu: &Gpu, image: &Image) -> anyhow::Result<Vec<u8>> {
             .view_type(vk::ImageViewType::TYPE_2D)
             .format(image.format())
             .subresource_range(range);
-        let view = device.create_image_view(&info, None)?;
+        made.view = device.create_image_view(&info, None)?;
         // The nearest texel, which every format that can be sampled has. Filtering is a feature apart (`Gpu::offers` tells it).
         let nearest = vk::SamplerCreateInfo::default();
-        let sampler = device.create_sampler(&nearest, None)?;
+        made.sampler = device.create_sampler(&nearest, None)?;
         let info = vk::BufferCreateInfo::default()
             .size(bytes)
             .usage(vk::BufferUsageFlags::STORAGE_BUFFER);
-        let canvas = device.create_buffer(&info, None)?;
-        let memory = visible_memory(gpu, canvas)?;
-        device.bind_buffer_memory(canvas, memory, 0)?;
+        made.canvas = device.create_buffer(&info, None)?;
+        made.memory = visible_memory(gpu, made.canvas)?;
+        device.bind_buffer_memory(made.canvas, made.memory, 0)?;
 
         // What the shader gets: the texture, the sampler, and where to write.
         let kinds =
@@ -76,22 +133,22 @@ unsafe fn draw(gpu: &Gpu, image: &Image) -> anyhow::Result<Vec<u8>> {
                 slot.descriptor_count(1).stage_flags(vk::ShaderStageFlags::COMPUTE)
             })
             .collect();
-        let set_layout = device
+        made.set_layout = device
             .create_descriptor_set_layout(&vk::DescriptorSetLayoutCreateInfo::default().bindings(&bindings), None)?;
         let sizes = kinds.map(|ty| vk::DescriptorPoolSize { ty, descriptor_count: 1 });
-        let descriptors = device
+        made.descriptors = device
             .create_descriptor_pool(&vk::DescriptorPoolCreateInfo::default().max_sets(1).pool_sizes(&sizes), None)?;
-        let set_layouts = [set_layout];
+        let set_layouts = [made.set_layout];
         let info = vk::DescriptorSetAllocateInfo::default()
-            .descriptor_pool(descriptors)
+            .descriptor_pool(made.descriptors)
             .set_layouts(&set_layouts);
         let sets = device.allocate_descriptor_sets(&info)?;
         let set = *sets.first().context("no descriptor set")?;
         let texture = [vk::DescriptorImageInfo::default()
-            .image_view(view)
+            .image_view(made.view)
             .image_layout(vk::ImageLayout::SHADER_READ_ONLY_OPTIMAL)];
-        let filter = [vk::DescriptorImageInfo::default().sampler(sampler)];
-        let target = [vk::DescriptorBufferInfo::default().buffer(canvas).range(vk::WHOLE_SIZE)];
+        let filter = [vk::DescriptorImageInfo::default().sampler(made.sampler)];
+        let target = [vk::DescriptorBufferInfo::default().buffer(made.canvas).range(vk::WHOLE_SIZE)];
         let write = |binding, kind| {
             vk::WriteDescriptorSet::default()
                 .dst_set(set)
@@ -111,24 +168,24 @@ unsafe fn draw(gpu: &Gpu, image: &Image) -> anyhow::Result<Vec<u8>> {
         let info = vk::PipelineLayoutCreateInfo::default()
             .set_layouts(&set_layouts)
             .push_constant_ranges(&constants);
-        let layout = device.create_pipeline_layout(&info, None)?;
+        made.layout = device.create_pipeline_layout(&info, None)?;
         let shader = include_bytes!(concat!(env!("OUT_DIR"), "/texture.spv"));
         let words = ash::util::read_spv(&mut Cursor::new(&shader[..]))?;
-        let module = device.create_shader_module(&vk::ShaderModuleCreateInfo::default().code(&words), None)?;
+        made.module = device.create_shader_module(&vk::ShaderModuleCreateInfo::default().code(&words), None)?;
         let stage = vk::PipelineShaderStageCreateInfo::default()
             .stage(vk::ShaderStageFlags::COMPUTE)
-            .module(module)
+            .module(made.module)
             .name(c"draw");
-        let info = [vk::ComputePipelineCreateInfo::default().stage(stage).layout(layout)];
-        let made = device
+        let info = [vk::ComputePipelineCreateInfo::default().stage(stage).layout(made.layout)];
+        let pipelines = device
             .create_compute_pipelines(vk::PipelineCache::null(), &info, None)
             .map_err(|(_, result)| result)?;
-        let pipeline = *made.first().context("no pipeline")?;
+        made.pipeline = *pipelines.first().context("no pipeline")?;
 
-        let pool = device
+        made.pool = device
             .create_command_pool(&vk::CommandPoolCreateInfo::default().queue_family_index(gpu.queue_family()), None)?;
         let info = vk::CommandBufferAllocateInfo::default()
-            .command_pool(pool)
+            .command_pool(made.pool)
             .command_buffer_count(1);
         let buffers = device.allocate_command_buffers(&info)?;
         let commands = *buffers.first().context("no commands")?;
@@ -139,10 +196,10 @@ unsafe fn draw(gpu: &Gpu, image: &Image) -> anyhow::Result<Vec<u8>> {
         let acquire = [image.acquire(read_only, vk::AccessFlags::SHADER_READ)];
         let none = vk::DependencyFlags::empty();
         device.cmd_pipeline_barrier(commands, vk::PipelineStageFlags::TOP_OF_PIPE, shader, none, &[], &[], &acquire);
-        device.cmd_bind_pipeline(commands, vk::PipelineBindPoint::COMPUTE, pipeline);
-        device.cmd_bind_descriptor_sets(commands, vk::PipelineBindPoint::COMPUTE, layout, 0, &[set], &[]);
+        device.cmd_bind_pipeline(commands, vk::PipelineBindPoint::COMPUTE, made.pipeline);
+        device.cmd_bind_descriptor_sets(commands, vk::PipelineBindPoint::COMPUTE, made.layout, 0, &[set], &[]);
         let size: Vec<u8> = CANVAS.iter().flat_map(|value| value.to_ne_bytes()).collect();
-        device.cmd_push_constants(commands, layout, vk::ShaderStageFlags::COMPUTE, 0, &size);
+        device.cmd_push_constants(commands, made.layout, vk::ShaderStageFlags::COMPUTE, 0, &size);
         device.cmd_dispatch(commands, CANVAS[0].div_ceil(8), CANVAS[1].div_ceil(8), 1);
         let drawn = [vk::MemoryBarrier::default()
             .src_access_mask(vk::AccessFlags::SHADER_WRITE)
@@ -159,18 +216,8 @@ unsafe fn draw(gpu: &Gpu, image: &Image) -> anyhow::Result<Vec<u8>> {
             device.queue_wait_idle(*queue)?;
         }
 
-        let address = device.map_memory(memory, 0, vk::WHOLE_SIZE, vk::MemoryMapFlags::empty())?;
+        let address = device.map_memory(made.memory, 0, vk::WHOLE_SIZE, vk::MemoryMapFlags::empty())?;
         let pixels = std::slice::from_raw_parts(address.cast::<u8>(), usize::try_from(bytes)?).to_vec();
-        device.destroy_command_pool(pool, None);
-        device.destroy_pipeline(pipeline, None);
-        device.destroy_shader_module(module, None);
-        device.destroy_pipeline_layout(layout, None);
-        device.destroy_descriptor_pool(descriptors, None);
-        device.destroy_descriptor_set_layout(set_layout, None);
-        device.destroy_buffer(canvas, None);
-        device.free_memory(memory, None);
-        device.destroy_sampler(sampler, None);
-        device.destroy_image_view(view, None);
         Ok(pixels)
     }
 }
