@@ -8,6 +8,9 @@ use super::memory::{self, Dedicated, Needs};
 use crate::endpoint::Refusal;
 use crate::frame::Buffer;
 
+/// The bytes of a `u32`, which shaders load and store.
+const WORD: usize = 4;
+
 /// One memory plane as a `VkBuffer`: its bytes, whatever pixels they are. Keeps the memory; as [`Image`](super::Image) otherwise.
 #[derive(Debug)]
 pub struct GpuBuffer {
@@ -24,7 +27,7 @@ impl GpuBuffer {
     /// # Errors
     /// The refusal, with step, reason and repair.
     pub fn import(gpu: &Gpu, buffer: &Buffer, plane: u32, usage: vk::BufferUsageFlags) -> Result<GpuBuffer, Refusal> {
-        let (Some(dma_buf), Some(&len)) = (buffer.dma_buf(plane), buffer.memory_lens().get(plane as usize)) else {
+        let (Some(dma_buf), Some(&bytes)) = (buffer.dma_buf(plane), buffer.memory_lens().get(plane as usize)) else {
             let why = format!("memory plane {plane} is none, or plain memory, which is not imported");
             return Err(refuse("import", why, "make /dev/udmabuf or a dma-heap available to this user"));
         };
@@ -34,7 +37,10 @@ impl GpuBuffer {
             let why = "the GPU's driver imports no dma-bufs as buffers of this use";
             return Err(refuse("vkGetPhysicalDeviceExternalBufferProperties", why, "import it as an image"));
         }
-        let len = u64::try_from(len).unwrap_or(u64::MAX);
+        // Shaders load whole words, and a driver's length (V4L2's `sizeimage`) may end within one; the dma-buf, which is whole pages, goes
+        // on behind it.
+        let bytes = bytes.next_multiple_of(WORD).min(dma_buf.len());
+        let len = u64::try_from(bytes).unwrap_or(u64::MAX);
         let mut external = vk::ExternalMemoryBufferCreateInfo::default().handle_types(kind);
         let info = vk::BufferCreateInfo::default()
             .size(len)
@@ -75,7 +81,7 @@ impl GpuBuffer {
         self.raw
     }
 
-    /// Its length in bytes.
+    /// Its length in bytes: the memory plane's, up to the end of its last word of 4 bytes.
     pub fn len(&self) -> u64 {
         self.len
     }

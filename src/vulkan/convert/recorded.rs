@@ -110,9 +110,15 @@ impl Recorded {
             let why = "the buffers have fewer memory planes than their layouts";
             return Err(of_conversion(refuse("bind", why, "let frames be copied")));
         }
-        let whole =
-            |buffer: &GpuBuffer| [vk::DescriptorBufferInfo::default().buffer(buffer.raw()).range(vk::WHOLE_SIZE)];
-        let infos: Vec<_> = bound.into_iter().map(whole).collect();
+        // What the job reaches and no more: all of the memory may be more than a shader can be given (maxStorageBufferRange).
+        let mut infos = [[vk::DescriptorBufferInfo::default()]; BINDINGS as usize];
+        for ((info, buffer), reach) in infos.iter_mut().zip(bound).zip(job.reach()) {
+            if buffer.len() < reach {
+                let why = format!("words up to byte {reach} are read or written, and the memory has {}", buffer.len());
+                return Err(of_conversion(refuse("bind", why, "make the memory a multiple of 4 bytes long")));
+            }
+            *info = [vk::DescriptorBufferInfo::default().buffer(buffer.raw()).range(reach)];
+        }
         let writes: Vec<_> = (0u32..)
             .zip(&infos)
             .map(|(binding, info)| {
@@ -162,8 +168,8 @@ impl Recorded {
         let none = vk::DependencyFlags::empty();
         let (across, down) = Job::groups(size);
         let compute = vk::PipelineBindPoint::COMPUTE;
-        // SAFETY: as above; the commands are in the state that each call wants; the set's buffers hold every sample and word that
-        // the job reaches (`Job::new` and `Buffer`), and the device takes so many workgroups in x and y (`GpuConverter::new`).
+        // SAFETY: as above; the commands are in the state that each call wants; the set's buffers hold every word that
+        // the job reaches (`describe`), and the device takes so many workgroups in x and y (`GpuConverter::new`).
         unsafe {
             device
                 .begin_command_buffer(commands, &vk::CommandBufferBeginInfo::default())

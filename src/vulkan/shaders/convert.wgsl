@@ -1,11 +1,11 @@
 // YUV, grey or Bayer samples, wherever they lie in up to three memory planes, become words of red, green and blue: cropped, scaled
-// (bilinear), in the colours that their encoding and range mean. `convert/job.rs` fills `Job` in and has checked that every sample and
-// every word lies inside its memory.
+// (bilinear), in the colours that their encoding and range mean. `convert/job.rs` fills `Job` in and has checked that every word in which
+// there is a sample, and every word that is written, lies inside its memory.
 
 struct Job {
     // Byte of the first sample: of Y, U and V, or of the only plane. Kind of the source.
     start: vec4<u32>,
-    // Bytes between rows of each.
+    // Bytes between rows of each. Bit 0: columns are not scaled, bit 1: rows are not.
     stride: vec4<u32>,
     // Bytes between samples in a row of each. Bits of a sample, and from bit 16 on how far they are shifted up.
     step: vec4<u32>,
@@ -110,7 +110,10 @@ fn convert(@builtin(global_invocation_id) at: vec3<u32>) {
     if any(at.xy >= job.canvas.zw) {
         return;
     }
-    let place = job.crop.xy + (vec2<f32>(at.xy) + 0.5) * (job.crop.zw / vec2<f32>(job.canvas.zw)) - 0.5;
+    // Exactly 1 where it is: the quotient of equal numbers may be a little more or less.
+    let unscaled = (vec2<u32>(job.stride.w) & vec2<u32>(1u, 2u)) != vec2<u32>(0u);
+    let scale = select(job.crop.zw / vec2<f32>(job.canvas.zw), vec2<f32>(1.0), unscaled);
+    let place = job.crop.xy + (vec2<f32>(at.xy) + 0.5) * scale - 0.5;
     let corner = floor(place);
     let part = place - corner;
     let low = vec2<i32>(job.crop.xy);
