@@ -42,7 +42,7 @@ mod by_vulkan {
     use super::{ByGpu, refuse};
     use crate::endpoint::{JoinError, Refusal, Rung, Sink, Source};
     use crate::error::{Error, Kind, Result};
-    use crate::format::{Format, Layout};
+    use crate::format::{Format, Layout, Modifier};
     use crate::frame::Room;
     use crate::ladder::Copier;
     use crate::vulkan::{Crop, Gpu, GpuConverter, GpuInfo, GpuRequest, has_hardware};
@@ -115,6 +115,8 @@ mod by_vulkan {
         let to = Layout::packed(target, from.size(), 4).map_err(bad)?.with_colour(from.colour());
         let buffers = maker.make(sink, &to, &Room::default(), copier::BUFFERS)?;
         let to = buffers.first().map_or(to, |buffer| *buffer.layout());
+        // Whoever made them made rows: the CPU writes such in the rung `copied`.
+        let to = to.with_modifier(to.modifier().or(Some(Modifier::LINEAR)));
         let mut converter = GpuConverter::new(gpu, from, &to, Crop::all(from.size()))?;
         converter.prepare(source.buffers(), &buffers)?;
         let copier = Copier::by_gpu(converter, buffers);

@@ -128,9 +128,9 @@ impl Copier {
         &self.buffers
     }
 
-    /// What frames become.
+    /// What frames become: as the buffers state it.
     pub(crate) fn layout(&self) -> &Layout {
-        self.engine.to()
+        self.buffers.first().map_or(self.engine.to(), Buffer::layout)
     }
 
     /// The copies made.

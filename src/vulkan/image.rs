@@ -5,7 +5,7 @@ use ash::vk;
 use super::failure::{OTHER_MEMORY, code, refuse};
 use super::formats::GpuFormat;
 use super::gpu::Gpu;
-use super::linear::{Nature, nature};
+use super::linear::stated_modifier;
 use super::memory::{self, Dedicated, Needs};
 use super::offers::{ModifierOffer, Use};
 use crate::dmabuf::DmaBuf;
@@ -154,7 +154,7 @@ fn prepare(buffer: &Buffer) -> Result<(GpuFormat, Distinct<'_>, Modifier), Refus
         refuse("formats", why, "ask the camera for a format that the GPU takes (`dmaflow list`)")
     })?;
     let memory = Distinct::of(buffer)?;
-    let modifier = stated_modifier(layout, &memory)?;
+    let modifier = stated_modifier(layout, memory.dma_bufs.iter().copied())?;
     Ok((format, memory, modifier))
 }
 
@@ -229,20 +229,6 @@ impl Distinct<'_> {
     fn of_place(&self, place: &PlaneLayout) -> usize {
         self.of_memory.get(place.memory as usize).copied().unwrap_or(0)
     }
-}
-
-/// The modifier that the layout states; LINEAR where it states none and the memory's makers know nothing else.
-fn stated_modifier(layout: &Layout, memory: &Distinct<'_>) -> Result<Modifier, Refusal> {
-    if let Some(modifier) = layout.modifier() {
-        return Ok(modifier);
-    }
-    for dma_buf in &memory.dma_bufs {
-        if let Nature::Unknown(exporter) = nature(dma_buf) {
-            let why = format!("nobody stated how the buffer is tiled, and its exporter ({exporter}) may tile");
-            return Err(refuse("modifiers", why, "state the modifier in the layout: who made the buffer can tell"));
-        }
-    }
-    Ok(Modifier::LINEAR)
 }
 
 /// What the specification wants of the layout before the driver is asked.

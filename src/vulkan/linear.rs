@@ -3,11 +3,34 @@
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd};
 
+use super::failure::refuse;
 use crate::dmabuf::DmaBuf;
+use crate::endpoint::Refusal;
+use crate::format::{Layout, Modifier};
+
+/// The modifier that the layout states; LINEAR where it states none and the memory's makers know nothing else.
+///
+/// # Errors
+/// The refusal of memory that somebody may have tiled: unstated is not LINEAR.
+pub(super) fn stated_modifier<'a>(
+    layout: &Layout,
+    memory: impl Iterator<Item = &'a DmaBuf>,
+) -> Result<Modifier, Refusal> {
+    if let Some(modifier) = layout.modifier() {
+        return Ok(modifier);
+    }
+    for dma_buf in memory {
+        if let Nature::Unknown(exporter) = nature(dma_buf) {
+            let why = format!("nobody stated how the buffer is tiled, and its exporter ({exporter}) may tile");
+            return Err(refuse("modifiers", why, "state the modifier in the layout: who made the buffer can tell"));
+        }
+    }
+    Ok(Modifier::LINEAR)
+}
 
 /// What a dma-buf's exporter tells of its tiling.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) enum Nature {
+enum Nature {
     /// Its makers know rows alone.
     Linear,
     /// The exporter of this name may have tiled it.
@@ -23,7 +46,7 @@ pub(super) enum Nature {
 ///
 /// A DRM driver's buffer is not (most exporters there call themselves `drm`, drm_gem_prime_export): the driver may have chosen any
 /// tiling, and only whoever made the buffer can tell. Who has a dumb buffer, which is linear, states so in its layout.
-pub(super) fn nature(dma_buf: &DmaBuf) -> Nature {
+fn nature(dma_buf: &DmaBuf) -> Nature {
     let fdinfo = fs::read_to_string(format!("/proc/self/fdinfo/{}", dma_buf.as_fd().as_raw_fd())).unwrap_or_default();
     let exporter = fdinfo.lines().find_map(|line| line.strip_prefix("exp_name:")).map(str::trim);
     let heap = |name: &str| !name.contains('/') && fs::exists(format!("/dev/dma_heap/{name}")).unwrap_or(false);

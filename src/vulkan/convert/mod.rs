@@ -4,6 +4,9 @@
 //! semi-planar and planar YUV in one or several memory planes, with any stride. No byte is copied by the CPU, unless the GPU is one made of
 //! software, which says so ([`GpuKind::Software`](super::GpuKind::Software)).
 //!
+//! A tiling that nobody stated is not taken as rows, unless the memory's makers know nothing else, as with cameras: see
+//! [`GpuConverter::new`].
+//!
 //! - YUV by the layout's encoding and range, within one step of 8 bits in each channel of [`Pixels::rgb`](crate::format::Pixels::rgb);
 //!   subsampled chroma is that of the sample which pixels share.
 //! - Bayer by gradient-corrected linear interpolation over five by five samples (Malvar, He, Cutler, ICASSP 2004).
@@ -21,12 +24,13 @@ use crate::format::{Format, Layout};
 use crate::frame::{Buffer, WeakBuffer};
 
 use super::gpu::Gpu;
+use super::linear::stated_modifier;
 use super::submission::Submission;
 use job::Job;
 pub use job::{Crop, NotByGpu};
 use pipeline::Pipeline;
 pub(super) use pipeline::Shared;
-use recorded::{Bytes, Recorded};
+use recorded::{Bytes, Recorded, of_conversion};
 
 /// Makes pictures of one layout out of pictures of another, on a GPU.
 ///
@@ -64,6 +68,9 @@ impl GpuConverter {
     }
 
     /// A converter on this GPU of a part of pictures laid out as `from` into pictures laid out as `to`, which may be of another size.
+    /// A layout whose modifier is [`LINEAR`](crate::format::Modifier::LINEAR) states so for buffers that are laid out like it and state
+    /// none: those of a display, for one, which who has made them knows to be rows.
+    ///
     /// The first on a GPU compiles the shader, tens of milliseconds; others share it.
     ///
     /// # Errors
@@ -110,7 +117,7 @@ impl GpuConverter {
     /// # Errors
     /// The refusal, on the rung [`Rung::Converted`]: a buffer that is laid out otherwise, or that the GPU does not import.
     pub fn prepare(&mut self, sources: &[Buffer], targets: &[Buffer]) -> Result<(), Refusal> {
-        self.pairs.retain(|pair| !pair.source.is_gone() && !pair.target.is_gone());
+        self.forget_gone();
         for source in sources {
             for target in targets {
                 self.pair(source, target)?;
@@ -130,6 +137,10 @@ impl GpuConverter {
         Ok(self.pairs[index].recorded.run()?)
     }
 
+    fn forget_gone(&mut self) {
+        self.pairs.retain(|pair| !pair.source.is_gone() && !pair.target.is_gone());
+    }
+
     /// The place of a pair, recorded now if it is new.
     fn pair(&mut self, source: &Buffer, target: &Buffer) -> Result<usize, Refusal> {
         let known = self
@@ -139,8 +150,12 @@ impl GpuConverter {
         if let Some(index) = known {
             return Ok(index);
         }
+        // What was recorded for buffers that are gone keeps their memory.
+        self.forget_gone();
         for (buffer, expected) in [(source, &self.from), (target, &self.to)] {
-            if buffer.layout() != expected {
+            let layout = *buffer.layout();
+            let stated = layout.with_modifier(layout.modifier().or(expected.modifier()));
+            if stated != *expected {
                 return Err(Refusal {
                     rung: Rung::Converted,
                     step: "layout",
@@ -149,6 +164,10 @@ impl GpuConverter {
                     repair: "make a conversion for these buffers".to_owned(),
                 });
             }
+        }
+        for (buffer, stated) in [(source, &self.from), (target, &self.to)] {
+            let memory = (0u32..).zip(buffer.memory()).filter_map(|(plane, _)| buffer.dma_buf(plane));
+            stated_modifier(stated, memory).map_err(of_conversion)?;
         }
         let from = Arc::clone(self.imports.get(&mut self.importer, source)?);
         let to = Arc::clone(self.imports.get(&mut self.importer, target)?);
