@@ -5,6 +5,7 @@ use ash::vk;
 use super::failure::{OTHER_MEMORY, code, refuse};
 use super::gpu::Gpu;
 use super::memory::{self, Dedicated, Needs};
+use super::usage::{self, OTHER_USE};
 use crate::endpoint::Refusal;
 use crate::frame::Buffer;
 
@@ -21,8 +22,8 @@ pub struct GpuBuffer {
 }
 
 impl GpuBuffer {
-    /// Imports memory plane `plane` of a buffer, to be used so: `STORAGE_BUFFER`, `TRANSFER_SRC` and the like. The modifier does not
-    /// matter: these are the bytes as they lie.
+    /// Imports memory plane `plane` of a buffer, to be used so: `STORAGE_BUFFER`, `TRANSFER_SRC` and what else Vulkan 1.0 has. The modifier
+    /// does not matter: these are the bytes as they lie.
     ///
     /// # Errors
     /// The refusal, with step, reason and repair.
@@ -31,6 +32,11 @@ impl GpuBuffer {
             let why = format!("memory plane {plane} is none, or plain memory, which is not imported");
             return Err(refuse("import", why, "make /dev/udmabuf or a dma-heap available to this user"));
         };
+        usage::of_buffer(usage).map_err(|why| refuse("usage", why, OTHER_USE))?;
+        // VUID-VkBufferCreateInfo-size-00912.
+        if bytes == 0 {
+            return Err(refuse("import", format!("memory plane {plane} has no bytes"), "leave it out of the buffer"));
+        }
         let kind = vk::ExternalMemoryHandleTypeFlags::DMA_BUF_EXT;
         let features = gpu.physical().buffer_features(kind, usage);
         if !features.contains(vk::ExternalMemoryFeatureFlags::IMPORTABLE) {

@@ -9,7 +9,8 @@ use super::formats::GpuFormat;
 use super::gpu::Gpu;
 use super::image::MEMORY_PLANES;
 use super::memory::Dedicated;
-use super::offers::Use;
+use super::offers::{Use, Way};
+use super::usage::{self, OTHER_USE};
 use crate::dmabuf::DmaBuf;
 use crate::error::{Error, Kind, Result};
 use crate::format::{Format, Layout, MAX_PLANES, Modifier, PlaneLayout};
@@ -38,7 +39,7 @@ impl Gpu {
     ///
     /// # Errors
     /// [`Kind::Unsupported`] for a format or tilings in which the driver exports no image; [`Kind::Invalid`] where there is to be more
-    /// room than the driver gives; otherwise what the driver says.
+    /// room than the driver gives, and for uses that shared memory is not put to; otherwise what the driver says.
     pub fn make_buffer(
         &self,
         layout: &Layout,
@@ -47,6 +48,7 @@ impl Gpu {
         modifiers: &[Modifier],
     ) -> Result<Buffer> {
         let (format, size) = (layout.format(), layout.size());
+        usage::of_image(usage).map_err(|why| self.not_used_so(format, why))?;
         let gpu_format =
             GpuFormat::of(format).ok_or_else(|| self.makes_none(format).because("Vulkan has no such format"))?;
         let (horizontal, vertical) = format.subsampling();
@@ -83,8 +85,8 @@ impl Gpu {
     /// addressed. For formats of which the driver exports no image.
     ///
     /// # Errors
-    /// [`Kind::Unsupported`] where the driver exports no buffers of this use; [`Kind::Invalid`] for a layout that states another tiling;
-    /// otherwise what the driver says.
+    /// [`Kind::Unsupported`] where the driver exports no buffers of this use; [`Kind::Invalid`] for a layout that states another tiling,
+    /// and for uses that shared memory is not put to; otherwise what the driver says.
     pub fn make_bytes(&self, layout: &Layout, room: &Room, usage: vk::BufferUsageFlags) -> Result<Buffer> {
         let format = layout.format();
         if let Some(other) = layout.modifier().filter(|&modifier| modifier != Modifier::LINEAR) {
@@ -92,6 +94,7 @@ impl Gpu {
             let error = error.because(format!("the layout is tiled ({other}), and these are rows"));
             return Err(error.repair("ask for an image (`make_buffer`)"));
         }
+        usage::of_buffer(usage).map_err(|why| self.not_used_so(format, why))?;
         let features = self.physical().buffer_features(DMA_BUF, usage);
         if !features.contains(vk::ExternalMemoryFeatureFlags::EXPORTABLE) {
             return Err(self
@@ -145,9 +148,9 @@ impl Gpu {
             .modifiers(gpu_format.image)
             .into_iter()
             .filter(|known| asked_for(known.modifier))
-            .filter_map(|known| self.physical().offer(gpu_format, known, usage).ok())
+            .filter_map(|known| self.physical().offer(gpu_format, known, usage, Way::Export).ok())
             // A tiling with planes of its own (compression) is for those who ask Vulkan, not for those who read pixels.
-            .filter(|offer| offer.exportable && offer.planes as usize == format.planes())
+            .filter(|offer| offer.planes as usize == format.planes())
             .filter(|offer| width <= offer.max_size.0 && height <= offer.max_size.1)
             .collect();
         if offers.is_empty() {
@@ -258,6 +261,11 @@ impl Gpu {
 
     fn subject(&self, format: Format) -> String {
         format!("{} for {format}", self.info().name)
+    }
+
+    fn not_used_so(&self, format: Format, why: String) -> Error {
+        let error = Error::new(Kind::Invalid, "make a buffer of", self.subject(format));
+        error.because(why).repair(OTHER_USE)
     }
 
     fn makes_none(&self, format: Format) -> Error {

@@ -7,7 +7,8 @@ use super::formats::GpuFormat;
 use super::gpu::Gpu;
 use super::linear::stated_modifier;
 use super::memory::{self, Dedicated, Needs};
-use super::offers::{ModifierOffer, Use};
+use super::offers::{ModifierOffer, Use, Way};
+use super::usage::{self, OTHER_USE};
 use crate::dmabuf::DmaBuf;
 use crate::endpoint::{Importer, Refusal};
 use crate::format::{Layout, MAX_PLANES, Modifier, PlaneLayout};
@@ -107,6 +108,7 @@ impl GpuImporter {
     }
 
     fn make(&self, picture: &Picture, memory: &Distinct<'_>, modifier: Modifier) -> Result<Image, Refusal> {
+        usage::of_image(self.usage).map_err(|why| refuse("usage", why, OTHER_USE))?;
         let offer = self.offer(picture, modifier)?;
         let disjoint = memory.dma_bufs.len() > 1;
         check(picture, &offer, disjoint)?;
@@ -138,7 +140,8 @@ impl GpuImporter {
             };
             return Err(refuse("modifiers", why, repair));
         };
-        physical.offer(&picture.format, *known, self.usage).map_err(|why| {
+        let offer = physical.offer(&picture.format, *known, self.usage, Way::Import);
+        offer.map_err(|why| {
             let why = format!("{gpu} does not take {name} with modifier {modifier}: {why}");
             let repair = "choose another format, or let frames be copied";
             refuse("vkGetPhysicalDeviceImageFormatProperties2", why, repair)

@@ -29,6 +29,7 @@ mod physical;
 mod sampled;
 mod sink;
 mod submission;
+mod usage;
 
 pub use ash;
 pub use buffer::GpuBuffer;

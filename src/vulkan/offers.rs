@@ -5,6 +5,7 @@ use ash::{ext, khr, vk};
 use super::failure::code;
 use super::formats::GpuFormat;
 use super::physical::Physical;
+use super::usage;
 use crate::format::{Format, Modifier};
 
 /// A format that a GPU can import, with the tilings that it knows of it.
@@ -88,15 +89,18 @@ impl Use {
 }
 
 impl Physical {
-    /// The formats that can be imported, with their modifiers.
+    /// The formats that can be imported, with their modifiers; none for a use that shared memory is not put to.
     pub(super) fn offers(&self, usage: vk::ImageUsageFlags) -> Vec<GpuOffer> {
+        if usage::of_image(usage).is_err() {
+            return Vec::new();
+        }
         let offer = |format| {
             let gpu = GpuFormat::of(format)?;
             let modifiers: Vec<_> = self
                 .modifiers(gpu.image)
                 .into_iter()
                 .filter_map(|known| {
-                    let as_one = self.offer(&gpu, known, usage).ok();
+                    let as_one = self.offer(&gpu, known, usage, Way::Import).ok();
                     as_one.or_else(|| self.offer_apart(&gpu, known, usage))
                 })
                 // A compressed tiling has planes for that too, which no `Layout` has a place for.
@@ -107,7 +111,7 @@ impl Physical {
         Format::all().filter_map(offer).collect()
     }
 
-    /// One modifier of a format, if images of it can be imported for this use.
+    /// One modifier of a format, if images of it can be imported, or exported, for this use.
     ///
     /// # Errors
     /// Why not, as a clause.
@@ -116,6 +120,7 @@ impl Physical {
         format: &GpuFormat,
         known: Known,
         usage: vk::ImageUsageFlags,
+        way: Way,
     ) -> Result<ModifierOffer, String> {
         // The format's own word, and that of each view: VUID-VkImageViewCreateInfo-usage-02274 asks it of the view's format.
         let wanted = features_of(usage);
@@ -132,9 +137,11 @@ impl Physical {
                 return Err(format!("shaders cannot read planes of it ({view:?})"));
             }
         }
-        let properties = self.importable(format, known.modifier, Use { usage, disjoint: false })?;
+        let properties = self.shareable(format, known.modifier, Use { usage, disjoint: false }, way)?;
         let disjoint = known.features.contains(vk::FormatFeatureFlags::DISJOINT)
-            && self.importable(format, known.modifier, Use { usage, disjoint: true }).is_ok();
+            && self
+                .shareable(format, known.modifier, Use { usage, disjoint: true }, way)
+                .is_ok();
         let external = properties.features;
         Ok(ModifierOffer {
             modifier: known.modifier,
@@ -153,7 +160,9 @@ impl Physical {
         let planes = format.apart().map(|(_, plane)| {
             let listed = self.modifiers(plane.image);
             let of_plane = listed.into_iter().find(|other| other.modifier == known.modifier)?;
-            self.offer(&plane, of_plane, usage).ok().filter(|offer| offer.planes == 1)
+            self.offer(&plane, of_plane, usage, Way::Import)
+                .ok()
+                .filter(|offer| offer.planes == 1)
         });
         let all: Vec<_> = planes.collect::<Option<_>>()?;
         let one = all.iter().copied().reduce(|one, other| ModifierOffer {
@@ -213,11 +222,11 @@ impl Physical {
         list.drm_format_modifier_count == 0
     }
 
-    /// Whether a dma-buf can be imported as an image of this sort, and what the driver says of it.
+    /// Whether an image of this sort can be imported from a dma-buf, or exported as one, and what the driver says of it.
     ///
     /// # Errors
     /// Why not, as a clause.
-    pub(super) fn importable(&self, format: &GpuFormat, modifier: Modifier, how: Use) -> Result<Importable, String> {
+    fn shareable(&self, format: &GpuFormat, modifier: Modifier, how: Use, way: Way) -> Result<Shareable, String> {
         let views = format.view_formats();
         let mut list = vk::ImageFormatListCreateInfo::default().view_formats(&views);
         let mut tiling = vk::PhysicalDeviceImageDrmFormatModifierInfoEXT::default()
@@ -251,10 +260,18 @@ impl Physical {
             Err(result) => return Err(format!("its driver says {}", code(result))),
         }
         let features = told.external_memory_properties.external_memory_features;
-        if !features.contains(vk::ExternalMemoryFeatureFlags::IMPORTABLE) {
-            return Err("its driver imports no such images from dma-bufs".to_owned());
+        let (feature, not) = match way {
+            Way::Import => {
+                (vk::ExternalMemoryFeatureFlags::IMPORTABLE, "its driver imports no such images from dma-bufs")
+            }
+            Way::Export => {
+                (vk::ExternalMemoryFeatureFlags::EXPORTABLE, "its driver exports no such images as dma-bufs")
+            }
+        };
+        if !features.contains(feature) {
+            return Err(not.to_owned());
         }
-        Ok(Importable { features, max_size: (extent.width, extent.height) })
+        Ok(Shareable { features, max_size: (extent.width, extent.height) })
     }
 
     /// The kinds of memory handles that are file descriptors, or the process's own memory.
@@ -308,11 +325,18 @@ pub(super) struct Known {
     pub(super) features: vk::FormatFeatureFlags,
 }
 
-/// What the driver says of images that can be imported.
+/// Which way memory goes. A driver may do one without the other.
 #[derive(Clone, Copy)]
-pub(super) struct Importable {
-    pub(super) features: vk::ExternalMemoryFeatureFlags,
-    pub(super) max_size: (u32, u32),
+pub(super) enum Way {
+    Import,
+    Export,
+}
+
+/// What the driver says of images that can be shared.
+#[derive(Clone, Copy)]
+struct Shareable {
+    features: vk::ExternalMemoryFeatureFlags,
+    max_size: (u32, u32),
 }
 
 /// The features that a usage asks of a format ("Format Features, Usage…" of the specification).
