@@ -90,16 +90,17 @@ pub(super) fn import(gpu: &Gpu, dma_buf: &DmaBuf, needs: Needs) -> Result<vk::De
     let memory = unsafe { gpu.device().allocate_memory(&info, None) };
     // Where this succeeds the driver owns the descriptor, and only there (VkImportMemoryFdInfoKHR).
     memory.map_err(|result| {
-        take_back(fd, dma_buf);
+        take_back(fd, dma_buf, gpu.physical().closes_refused());
         refused(ALLOCATE, dma_buf, result)
     })
 }
 
 /// Closes the descriptor of an import that failed. It is still ours, by the specification; lavapipe closes it all the same
-/// (`lvp_AllocateMemory`, lvp_device.c of Mesa 25.0), after which its number may already be a descriptor of another thread's. So it is
-/// closed only if it still is of this dma-buf.
-fn take_back(fd: RawFd, dma_buf: &DmaBuf) {
-    if dma_buf.is_behind(fd) {
+/// (`lvp_AllocateMemory`, lvp_device.c of Mesa 25.0), after which its number may already be a descriptor of another thread's. So with a
+/// driver that may have closed it, it is closed only if it still is of this dma-buf. That leaves one case there: another thread that has
+/// duplicated a descriptor of the same dma-buf in between, and got that number.
+fn take_back(fd: RawFd, dma_buf: &DmaBuf, may_be_closed: bool) {
+    if !may_be_closed || dma_buf.is_behind(fd) {
         // SAFETY: made by `import`, which has given it to nobody but a driver that did not take it; open, as was just seen.
         drop(unsafe { OwnedFd::from_raw_fd(fd) });
     }
@@ -143,6 +144,9 @@ fn is_read_only(dma_buf: &DmaBuf) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
     use nix::sys::memfd::{MFdFlags, memfd_create};
 
     /// A file stands for the dma-buf: what counts is the inode.
@@ -155,12 +159,17 @@ mod tests {
         let buffer = DmaBuf::new(file()).unwrap();
         let ours = buffer.as_fd().try_clone_to_owned().unwrap().into_raw_fd();
         assert!(buffer.is_behind(ours));
-        take_back(ours, &buffer);
+        take_back(ours, &buffer, true);
         assert!(!buffer.is_behind(ours));
         // Closed by a driver, and the number given to something else.
         let other = file();
-        take_back(other.as_raw_fd(), &buffer);
+        take_back(other.as_raw_fd(), &buffer, true);
         assert!(DmaBuf::new(other).is_ok(), "somebody else's descriptor was closed");
-        take_back(RawFd::MAX, &buffer);
+        take_back(RawFd::MAX, &buffer, true);
+        // A driver that does as is specified has left it ours, whatever can be seen of it.
+        let (mut kept, given) = UnixStream::pair().unwrap();
+        kept.set_nonblocking(true).unwrap();
+        take_back(given.into_raw_fd(), &buffer, false);
+        assert_eq!(kept.read(&mut [0]).unwrap(), 0, "the other end is still open");
     }
 }

@@ -76,6 +76,8 @@ pub(super) struct Physical {
     pub(super) info: GpuInfo,
     /// Device numbers of the DRM nodes.
     numbers: Vec<u64>,
+    /// Whether the driver is lavapipe.
+    lavapipe: bool,
 }
 
 impl Physical {
@@ -109,7 +111,7 @@ impl Physical {
         };
         let version = (vk::api_version_major(version), vk::api_version_minor(version), vk::api_version_patch(version));
         let info = GpuInfo { name, driver: String::new(), kind, version, nodes: Vec::new() };
-        let mut physical = Physical { instance, raw, extensions, info, numbers: Vec::new() };
+        let mut physical = Physical { instance, raw, extensions, info, numbers: Vec::new(), lavapipe: false };
         if physical.info.version >= (1, 1, 0) {
             physical.ask_more();
         }
@@ -133,6 +135,7 @@ impl Physical {
         if tells_driver {
             let (name, version) = (text(driver.driver_name_as_c_str()), text(driver.driver_info_as_c_str()));
             self.info.driver = format!("{name} {version}").trim().to_owned();
+            self.lavapipe = driver.driver_id == vk::DriverId::MESA_LLVMPIPE;
         }
         let primary = (nodes.has_primary, nodes.primary_major, nodes.primary_minor);
         let render = (nodes.has_render, nodes.render_major, nodes.render_minor);
@@ -144,6 +147,11 @@ impl Physical {
             }
         }
         self.info.nodes = self.numbers.iter().filter_map(|&number| node_of(number)).collect();
+    }
+
+    /// Whether the driver closes the descriptor of an import that it refuses, which is not its own then.
+    pub(super) fn closes_refused(&self) -> bool {
+        self.lavapipe
     }
 
     /// Whether the device has this version of Vulkan.
