@@ -395,6 +395,11 @@ pub trait Sink {
         None
     }
 
+    /// What a person calls the GPU that reads its frames, a DRM node or a name: where frames have to be converted for it, that one does.
+    fn gpu_name(&self) -> Option<&str> {
+        None
+    }
+
     /// Sees each frame right after its capture, before anyone else touches it. A sink that verifies predicts here what it
     /// must show. `place` is the frame's among all that were captured, counted from 0.
     ///

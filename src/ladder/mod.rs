@@ -19,7 +19,7 @@ use crate::format::{Format, Layout};
 use crate::frame::{Buffer, Room};
 use crate::memory::Allocator;
 
-pub use converted::{ByGpu, converted};
+pub use converted::{ByGpu, Watch, converted};
 pub use copier::Copier;
 
 /// Which rungs are allowed.
@@ -74,17 +74,23 @@ fn last(refusals: &[Refusal]) -> String {
         .map_or_else(|| "there is no rung to try".to_owned(), Refusal::to_string)
 }
 
-/// Joins a source that does not stream to a sink. Nothing flows, and nobody sees a change.
+/// Joins a source that does not stream to a sink. Nothing flows, and nobody sees a change. With `watch` the GPUs that are opened for it are
+/// watched.
 ///
 /// # Errors
 /// [`NoWay`]. The source has buffers of its own again then.
-pub fn join(source: &mut dyn Source, sink: &mut dyn Sink, path: Path) -> Result<Joined, NoWay> {
+pub fn join(
+    source: &mut dyn Source,
+    sink: &mut dyn Sink,
+    path: Path,
+    watch: Option<&mut Watch>,
+) -> Result<Joined, NoWay> {
     if let Path::Reverse(maker) = path {
         return demanded(source, sink, maker);
     }
     let mut refusals = Vec::new();
     if path == Path::Convert {
-        let copier = converted(source, sink, true)?.map_err(|refusal| NoWay::Refused(vec![refusal]))?;
+        let copier = converted(source, sink, true, watch)?.map_err(|refusal| NoWay::Refused(vec![refusal]))?;
         return Ok(Joined { rung: Rung::Converted, refusals, copier: Some(copier) });
     }
     if path != Path::Copy || sink.formats().is_none() {
@@ -113,7 +119,7 @@ pub fn join(source: &mut dyn Source, sink: &mut dyn Sink, path: Path) -> Result<
         return Err(NoWay::Refused(refusals));
     }
     if path == Path::Auto {
-        match converted(source, sink, false)? {
+        match converted(source, sink, false, watch)? {
             Ok(copier) => return Ok(Joined { rung: Rung::Converted, refusals, copier: Some(copier) }),
             Err(refusal) => refusals.push(refusal),
         }

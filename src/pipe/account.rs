@@ -9,7 +9,7 @@ use nix::sys::time::TimeVal;
 use super::moves::Move;
 use crate::endpoint::{Refusal, Rung, SourceCounts};
 use crate::error::{Error, Kind, Result};
-use crate::ladder::ByGpu;
+use crate::ladder::{ByGpu, Watch};
 use crate::ledger::Ledger;
 
 /// What a pipe has done.
@@ -19,6 +19,8 @@ pub struct Account {
     pub rung: Rung,
     /// The GPU that converted at the end, on the rung [`Rung::Converted`].
     pub gpu: Option<ByGpu>,
+    /// What Vulkan's validation layer has said of GPUs that converted, where it watched ([`Pipe::join_watched`](super::Pipe::join_watched)).
+    pub watch: Option<Watch>,
     /// Why the rungs above it did not hold, in the order in which they were tried.
     pub refusals: Vec<Refusal>,
     /// The steps from rung to rung, and the changes at the source, while frames flowed.

@@ -15,7 +15,7 @@ use crate::endpoint::{Refusal, Rung, Shown, Sink, Source, Verdict};
 use crate::error::{Context, Kind, Result};
 use crate::format;
 use crate::frame::{Clock, Frame};
-use crate::ladder::{self, Joined, NoWay, Path};
+use crate::ladder::{self, Joined, NoWay, Path, Watch};
 use crate::ledger::Ledger;
 use crate::memory::{Access, CpuAccess};
 use account::cpu_time;
@@ -39,6 +39,7 @@ pub struct Pipe<'a> {
     source: &'a mut dyn Source,
     sink: &'a mut dyn Sink,
     path: Path,
+    watch: Option<Watch>,
     joined: Joined,
     moves: Vec<Move>,
     above: Option<Above>,
@@ -68,11 +69,26 @@ impl<'a> Pipe<'a> {
         path: Path,
         limits: Limits,
     ) -> Result<Pipe<'a>, NoWay> {
-        let joined = ladder::join(source, sink, path)?;
+        Pipe::join_watched(source, sink, path, limits, None)
+    }
+
+    /// The same, with Vulkan's validation layer watching the GPUs that convert; what it says is in [`Account::watch`].
+    ///
+    /// # Errors
+    /// As [`Pipe::join`]; where there is no such layer, the rung [`Rung::Converted`] is refused.
+    pub fn join_watched(
+        source: &'a mut dyn Source,
+        sink: &'a mut dyn Sink,
+        path: Path,
+        limits: Limits,
+        mut watch: Option<Watch>,
+    ) -> Result<Pipe<'a>, NoWay> {
+        let joined = ladder::join(source, sink, path, watch.as_mut())?;
         let mut pipe = Pipe {
             source,
             sink,
             path,
+            watch,
             joined,
             moves: Vec::new(),
             above: None,
@@ -129,6 +145,7 @@ impl<'a> Pipe<'a> {
         Ok(Account {
             rung: self.joined.rung,
             gpu,
+            watch: self.watch,
             refusals: self.joined.refusals,
             moves: self.moves,
             copies: self.copies,

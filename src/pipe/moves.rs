@@ -73,7 +73,7 @@ impl Pipe<'_> {
         self.joined.refusals.push(Refusal::from_error(from, error));
         let by_gpu = match from {
             Rung::Converted => None,
-            _ => match ladder::converted(self.source, self.sink, false)? {
+            _ => match ladder::converted(self.source, self.sink, false, self.watch.as_mut())? {
                 Ok(copier) => Some(copier),
                 Err(refusal) => {
                     self.joined.refusals.push(refusal);
@@ -157,7 +157,7 @@ impl Pipe<'_> {
         }
         self.forget_copier();
         let layout = *self.source.layout();
-        self.joined = match ladder::join(self.source, self.sink, self.path) {
+        self.joined = match ladder::join(self.source, self.sink, self.path, self.watch.as_mut()) {
             Ok(joined) => joined,
             Err(NoWay::Failed(error)) => return Err(error),
             Err(NoWay::Refused(refusals)) => {

@@ -106,7 +106,7 @@ impl Bench<'_> {
     /// A conversion by a GPU of hardware.
     pub(super) fn converted(&mut self) -> Result<Outcome, End> {
         let source = self.open()?;
-        match ladder::converted(source.as_ref(), self.sink, false) {
+        match ladder::converted(source.as_ref(), self.sink, false, None) {
             Ok(Ok(copier)) => self.outcome(Rung::Converted, source, Some(copier), Vec::new(), None),
             Ok(Err(refusal)) => Ok(Outcome::Refused(vec![refusal])),
             Err(error) => Ok(Outcome::Refused(vec![self.survivable(Rung::Converted, error)?])),

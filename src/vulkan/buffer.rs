@@ -126,6 +126,9 @@ impl GpuBuffer {
 
 impl Drop for GpuBuffer {
     fn drop(&mut self) {
+        if self.gpu.is_stuck() {
+            return;
+        }
         // SAFETY: both are ours or null, which is allowed; who used them has waited.
         unsafe {
             self.gpu.device().destroy_buffer(self.raw, None);

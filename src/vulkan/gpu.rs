@@ -1,6 +1,8 @@
 //! `Gpu`: a Vulkan device to import into, its own or a program's.
 
 use std::ffi::CStr;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use ash::{khr, vk};
@@ -10,7 +12,7 @@ use super::failure::failed;
 use super::instance::Instance;
 use super::messages::Messages;
 use super::offers::{GpuOffer, HandleOffer};
-use super::physical::{GpuInfo, NEEDED, Physical};
+use super::physical::{GpuInfo, GpuKind, NEEDED, Physical};
 use crate::error::{Error, Kind, Result};
 
 /// Which GPU, and how.
@@ -19,6 +21,8 @@ pub struct GpuRequest {
     /// A DRM node (`/dev/dri/renderD128`), or a part of the name of device or driver; otherwise the best that can import: discrete
     /// before integrated, software last.
     pub name: Option<String>,
+    /// Of several GPUs rather the one that is, or belongs to, the device of this DRM node: that of a display, whose memory it reaches.
+    pub near: Option<PathBuf>,
     /// Has the validation layer check every call, synchronization included: see [`Gpu::messages`]. Slow, for tests.
     pub validation: bool,
 }
@@ -45,7 +49,7 @@ pub struct RawGpu {
     pub device: ash::Device,
     /// The family of the queue.
     pub queue_family: u32,
-    /// The queue that [`Vulkan`](super::Vulkan) submits to. An import alone uses none.
+    /// The queue that [`Vulkan`](super::Vulkan) and [`GpuConverter`](super::GpuConverter) submit to, and wait for. An import alone uses none.
     pub queue: vk::Queue,
 }
 
@@ -60,6 +64,10 @@ struct Inner {
     memory: vk::PhysicalDeviceMemoryProperties,
     queue_family: u32,
     queue: Mutex<vk::Queue>,
+    /// Whether commands that compute can be submitted to the queue.
+    computes: bool,
+    /// Whether work was submitted that did not end.
+    stuck: AtomicBool,
     convert: convert::Shared,
     /// Where the device is ours; last, because everything above is of it.
     owned: Option<Instance>,
@@ -82,7 +90,36 @@ impl Gpu {
     /// dma-bufs, naming the extensions that are missing.
     pub fn open(request: &GpuRequest) -> Result<Gpu> {
         let instance = Instance::new(request.validation)?;
-        let physical = choose(&instance, request.name.as_deref())?;
+        let best = suited(&instance, request)?.into_iter().next();
+        best.map_or_else(|| Err(none(request, &[])), |physical| Gpu::of(instance, physical))
+    }
+
+    /// Every GPU that suits the request, the best first, which is the one that [`Gpu::open`] opens. Each is opened when the iterator comes to
+    /// it, with an instance of its own; one that cannot be is an error, and not the end.
+    pub fn open_each(request: &GpuRequest) -> impl Iterator<Item = Result<Gpu>> + use<> {
+        let (request, mut next) = (request.clone(), Some(0));
+        std::iter::from_fn(move || {
+            let place = next.take()?;
+            match Gpu::open_at(&request, place) {
+                Ok(opened) => {
+                    next = Some(place + 1);
+                    opened
+                }
+                // What fails for all.
+                Err(error) => Some(Err(error)),
+            }
+        })
+    }
+
+    /// The GPU at this place of those that suit; none behind the last.
+    fn open_at(request: &GpuRequest, place: usize) -> Result<Option<Result<Gpu>>> {
+        let instance = Instance::new(request.validation)?;
+        let physical = suited(&instance, request)?.into_iter().nth(place);
+        Ok(physical.map(|physical| Gpu::of(instance, physical)))
+    }
+
+    /// A device of its own.
+    fn of(instance: Instance, physical: Physical) -> Result<Gpu> {
         physical.can_import()?;
         if let Some(messages) = &instance.messages
             && physical.lacks_second_list()
@@ -126,6 +163,8 @@ impl Gpu {
             memory,
             queue_family: family,
             queue,
+            computes: true,
+            stuck: AtomicBool::new(false),
             convert: convert::Shared::default(),
             owned: Some(instance),
         })))
@@ -134,26 +173,73 @@ impl Gpu {
     /// A program's own device. It stays the program's: nothing of it is destroyed here, and images that are imported are the program's
     /// to use as it does its own.
     ///
+    /// Where the queue's family does not compute, imports are all there is: [`Vulkan`](super::Vulkan) and
+    /// [`GpuConverter`](super::GpuConverter) refuse to be made. If one of them fails with [`Kind::Timeout`], what it had given to the GPU
+    /// stays in the device, never destroyed.
+    ///
     /// # Safety
     /// - All handles of `raw` are valid and of each other, the instance has Vulkan 1.1 or later, and all outlive the last clone of this
-    ///   and everything imported through it.
-    /// - The device was made with [`Gpu::EXTENSIONS`], `VK_KHR_image_format_list` if it is of Vulkan 1.1, and the feature
-    ///   `samplerYcbcrConversion` if the physical device has it.
-    /// - Nobody else submits to the queue while a [`Vulkan`](super::Vulkan) sink of this is in use (`vkQueueSubmit` wants that).
+    ///   and everything imported through it. The queue is of this family, made without flags (`vkGetDeviceQueue`).
+    /// - The device was made with [`Gpu::EXTENSIONS`], with `VK_KHR_image_format_list` where the instance's `apiVersion` or the physical
+    ///   device's version is below 1.2, and with the feature `samplerYcbcrConversion` if the physical device has it.
+    /// - While a [`Vulkan`](super::Vulkan) or a [`GpuConverter`](super::GpuConverter) of this exists, in whatever thread, whoever else uses
+    ///   the queue holds the lock of [`Gpu::queue`] meanwhile: `vkQueueSubmit` and its like want the queue externally synchronized ("Host
+    ///   Synchronization" of each).
     ///
     /// # Errors
-    /// [`Kind::Unsupported`] where the physical device lacks an extension.
+    /// [`Kind::Unsupported`] where the physical device lacks an extension; [`Kind::Invalid`] for a family that it does not have.
     pub unsafe fn from_raw(raw: RawGpu) -> Result<Gpu> {
         let RawGpu { instance, physical, device, queue_family, queue } = raw;
         let memory_fd = khr::external_memory_fd::Device::new(&instance, &device);
         // SAFETY: by this function's contract.
         let memory = unsafe { instance.get_physical_device_memory_properties(physical) };
         // SAFETY: as above.
+        let families = unsafe { instance.get_physical_device_queue_family_properties(physical) };
+        // SAFETY: as above.
         let physical = unsafe { Physical::new(instance, physical) }?;
         physical.can_import()?;
-        let queue = Mutex::new(queue);
-        let convert = convert::Shared::default();
-        Ok(Gpu(Arc::new(Inner { device, memory_fd, physical, memory, queue_family, queue, convert, owned: None })))
+        let computes = computes(&families, queue_family).ok_or_else(|| {
+            let error = Error::new(Kind::Invalid, "use the queue of", &physical.info.name);
+            error.because(format!("it has {} queue families, and none at {queue_family}", families.len()))
+        })?;
+        Ok(Gpu(Arc::new(Inner {
+            device,
+            memory_fd,
+            physical,
+            memory,
+            queue_family,
+            queue: Mutex::new(queue),
+            computes,
+            stuck: AtomicBool::new(false),
+            convert: convert::Shared::default(),
+            owned: None,
+        })))
+    }
+
+    /// Whether commands that compute can be submitted.
+    ///
+    /// # Errors
+    /// [`Kind::Unsupported`] with a queue that was handed in and is of another sort.
+    pub(super) fn can_compute(&self) -> Result<()> {
+        if self.0.computes {
+            return Ok(());
+        }
+        let error = Error::new(Kind::Unsupported, "compute on", &self.info().name);
+        let error =
+            error.because(format!("queue family {}, which was handed in, does not compute", self.0.queue_family));
+        Err(error.repair("hand in a queue of a family with VK_QUEUE_COMPUTE_BIT"))
+    }
+
+    /// Whether work was submitted that did not end in time, and may still use what it was given: nothing of that is destroyed any more.
+    pub(super) fn is_stuck(&self) -> bool {
+        self.0.stuck.load(Ordering::Acquire)
+    }
+
+    /// Remembers that work did not end. From now on the device stays, also when its last user is gone.
+    pub(super) fn give_up(&self) {
+        if !self.0.stuck.swap(true, Ordering::AcqRel) {
+            std::mem::forget(self.clone());
+        }
     }
 
     /// Every GPU of the machine: what it is and can import, or why it cannot.
@@ -177,7 +263,8 @@ impl Gpu {
         &self.0.physical.info
     }
 
-    /// The formats that it can import for this use, with their modifiers. Some hundred calls of the driver.
+    /// The formats that it can import for this use, with their modifiers; none for a use that [`GpuImporter`](super::GpuImporter) refuses.
+    /// Some hundred calls of the driver.
     pub fn offers(&self, usage: vk::ImageUsageFlags) -> Vec<GpuOffer> {
         self.0.physical.offers(usage)
     }
@@ -202,7 +289,7 @@ impl Gpu {
         self.0.owned.as_ref()?.messages.clone()
     }
 
-    /// The queue; whoever holds it may submit.
+    /// The queue; whoever holds the lock may submit, and wait for it.
     pub fn queue(&self) -> &Mutex<vk::Queue> {
         &self.0.queue
     }
@@ -249,33 +336,83 @@ impl Drop for Inner {
     }
 }
 
-fn choose(instance: &Instance, name: Option<&str>) -> Result<Physical> {
-    let mut there = Vec::new();
+/// Whether this family computes; `None` if there is no such family.
+fn computes(families: &[vk::QueueFamilyProperties], family: u32) -> Option<bool> {
+    let family = families.get(usize::try_from(family).ok()?)?;
+    Some(family.queue_flags.contains(vk::QueueFlags::COMPUTE))
+}
+
+/// Lower is better: what can import, then what is near, then hardware with memory of its own. One that cannot import comes last, to say why.
+fn rank(imports: bool, near: bool, kind: GpuKind) -> impl Ord {
+    (!imports, !near, kind)
+}
+
+/// The GPUs that the request can mean, the best first.
+///
+/// # Errors
+/// [`Kind::NotFound`] if there is none.
+fn suited(instance: &Instance, request: &GpuRequest) -> Result<Vec<Physical>> {
+    let (mut there, mut names) = (Vec::new(), Vec::new());
     for raw in instance.physical_devices()? {
         // SAFETY: the device is of this instance, which the caller keeps for as long as the result.
-        there.push(unsafe { Physical::new(instance.raw.clone(), raw) }?);
-    }
-    let names: Vec<_> = there.iter().map(|physical| physical.info.name.clone()).collect();
-    let chosen = match name {
-        Some(name) => {
-            let mut chosen = None;
-            for physical in there {
-                if chosen.is_none() && physical.is_called(name)? {
-                    chosen = Some(physical);
-                }
-            }
-            chosen
+        let physical = unsafe { Physical::new(instance.raw.clone(), raw) }?;
+        names.push(physical.info.name.clone());
+        let is_meant = request.name.as_deref().map_or(Ok(true), |name| physical.is_called(name));
+        if is_meant? {
+            there.push(physical);
         }
-        // The first of the best; one that cannot import last, to say why.
-        None => there
-            .into_iter()
-            .min_by_key(|physical| (physical.can_import().is_err(), physical.info.kind)),
-    };
-    chosen.ok_or_else(|| {
-        let subject = name.map_or_else(|| "a GPU".to_owned(), |name| format!("a GPU called \"{name}\""));
-        Error::new(Kind::NotFound, "find", subject).repair(match names.as_slice() {
-            [] => "install a Vulkan driver (Debian: mesa-vulkan-drivers)".to_owned(),
-            _ => format!("there is {}", names.join(", ")),
-        })
+    }
+    if there.is_empty() {
+        return Err(none(request, &names));
+    }
+    there.sort_by_cached_key(|physical| {
+        // A display without a node is near to none.
+        let near = request
+            .near
+            .as_deref()
+            .is_some_and(|node| physical.is_at(node).unwrap_or(false));
+        rank(physical.can_import().is_ok(), near, physical.info.kind)
+    });
+    Ok(there)
+}
+
+fn none(request: &GpuRequest, names: &[String]) -> Error {
+    let name = request.name.as_deref();
+    let subject = name.map_or_else(|| "a GPU".to_owned(), |name| format!("a GPU called \"{name}\""));
+    Error::new(Kind::NotFound, "find", subject).repair(match names {
+        [] => "install a Vulkan driver (Debian: mesa-vulkan-drivers)".to_owned(),
+        _ => format!("there is {}", names.join(", ")),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_of_several() {
+        use GpuKind::{Discrete, Integrated, Software};
+        // What can import, whether it is near, of what sort.
+        let best_first = [
+            (true, true, Integrated),
+            (true, false, Discrete),
+            (true, false, Integrated),
+            (true, false, Software),
+            (false, true, Discrete),
+            (false, false, Discrete),
+        ];
+        for pair in best_first.windows(2) {
+            let [(imports, near, kind), (other_imports, other_near, other_kind)] = [pair[0], pair[1]];
+            assert!(rank(imports, near, kind) < rank(other_imports, other_near, other_kind), "{pair:?}");
+        }
+    }
+
+    #[test]
+    fn families() {
+        let family = |flags| vk::QueueFamilyProperties { queue_flags: flags, ..Default::default() };
+        let (graphics, compute) = (vk::QueueFlags::GRAPHICS, vk::QueueFlags::COMPUTE);
+        let families = [family(graphics | compute), family(vk::QueueFlags::TRANSFER), family(compute)];
+        let all: Vec<_> = (0..4).map(|index| computes(&families, index)).collect();
+        assert_eq!(all, [Some(true), Some(false), Some(true), None]);
+    }
 }

@@ -62,7 +62,7 @@ pub struct RawImage {
 }
 
 impl GpuImporter {
-    /// An importer of images that are used so: `SAMPLED`, and perhaps `TRANSFER_SRC`, `STORAGE` and so on.
+    /// An importer of images that are used so: `SAMPLED`, `STORAGE`, transfers, attachments of colour. Others are refused with each import.
     pub fn new(gpu: Gpu, usage: vk::ImageUsageFlags) -> GpuImporter {
         GpuImporter { gpu, usage }
     }
@@ -462,6 +462,9 @@ impl Image {
 
 impl Drop for Image {
     fn drop(&mut self) {
+        if self.gpu.is_stuck() {
+            return;
+        }
         // SAFETY: both are ours, or null and empty, which is allowed; who used them has waited (see the type's documentation). The
         // image goes before its memory.
         unsafe {

@@ -174,15 +174,17 @@ impl Pass {
         Ok(sum.fold(0, u32::wrapping_add))
     }
 
-    /// Waits for the end of what a failure has left with the GPU.
-    pub(super) fn settle(&self) {
-        self.submission.settle();
+    /// Waits for the end of what a failure has left with the GPU; false if it does not come, and nothing may be destroyed.
+    pub(super) fn settle(&self) -> bool {
+        self.submission.settle()
     }
 }
 
 impl Drop for Pass {
     fn drop(&mut self) {
-        self.settle();
+        if !self.settle() {
+            return;
+        }
         let device = self.gpu.device();
         // SAFETY: all are ours or null, which is allowed, and no submission that uses them is left.
         unsafe {

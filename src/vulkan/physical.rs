@@ -172,13 +172,22 @@ impl Physical {
     /// If a path cannot be looked at.
     pub(super) fn is_called(&self, name: &str) -> Result<bool> {
         if name.contains('/') {
-            let stat = stat(Path::new(name)).map_err(|errno| Error::from_io("look at", name, errno.into()))?;
-            return Ok(self.numbers.contains(&stat.st_rdev));
+            return self.is_at(Path::new(name));
         }
         let name = name.to_lowercase();
         Ok([&self.info.name, &self.info.driver]
             .iter()
             .any(|text| text.to_lowercase().contains(&name)))
+    }
+
+    /// Whether this is the device of a DRM node, primary or render.
+    ///
+    /// # Errors
+    /// If the path cannot be looked at.
+    pub(super) fn is_at(&self, node: &Path) -> Result<bool> {
+        let stat = stat(node);
+        let stat = stat.map_err(|errno| Error::from_io("look at", node.display().to_string(), errno.into()))?;
+        Ok(self.numbers.contains(&stat.st_rdev))
     }
 
     /// Whether dma-bufs can be imported at all.

@@ -20,11 +20,17 @@ use crate::frame::Buffer;
 pub(super) struct Sampler {
     importer: GpuImporter,
     pass: Arc<Pass>,
+    /// Why the planes of the newest buffer were imported one by one, if they were.
+    apart: Option<Refusal>,
 }
 
 impl Sampler {
     pub(super) fn new(pass: Arc<Pass>) -> Sampler {
-        Sampler { importer: GpuImporter::new(pass.gpu.clone(), vk::ImageUsageFlags::SAMPLED), pass }
+        Sampler { importer: GpuImporter::new(pass.gpu.clone(), vk::ImageUsageFlags::SAMPLED), pass, apart: None }
+    }
+
+    pub(super) fn apart(&self) -> Option<&Refusal> {
+        self.apart.as_ref()
     }
 }
 
@@ -50,12 +56,16 @@ impl Importer for Sampler {
 
     fn import(&mut self, buffer: &Buffer) -> Result<Sampled, Refusal> {
         // As one image where the driver has such; else, and in odd sizes, plane by plane.
+        self.apart = None;
         let images = match self.importer.import(buffer) {
             Ok(image) => vec![image],
-            Err(refusal) if buffer.layout().planes().len() > 1 => self
-                .importer
-                .import_planes(buffer)
-                .map_err(|apart| if is_of_memory(&apart) { apart } else { refusal })?,
+            Err(refusal) if buffer.layout().planes().len() > 1 => match self.importer.import_planes(buffer) {
+                Ok(images) => {
+                    self.apart = Some(refusal);
+                    images
+                }
+                Err(apart) => return Err(if is_of_memory(&apart) { apart } else { refusal }),
+            },
             Err(refusal) => return Err(refusal),
         };
         // One workgroup reads a row.
@@ -239,7 +249,9 @@ impl Sampled {
 
 impl Drop for Sampled {
     fn drop(&mut self) {
-        self.pass.settle();
+        if !self.pass.settle() {
+            return;
+        }
         let device = self.pass.gpu.device();
         // SAFETY: all are ours or null, which is allowed, and no submission that uses them is left.
         unsafe {

@@ -12,7 +12,7 @@ use super::messages::Messages;
 use super::pass::Pass;
 use super::sampled::{Sampled, Sampler};
 use crate::clock::now_us;
-use crate::endpoint::{ImportCache, JoinError, Rung, Shown, Sink, Verdict};
+use crate::endpoint::{ImportCache, JoinError, Refusal, Rung, Shown, Sink, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::format::{Format, Layout, Modifier};
 use crate::frame::{Buffer, Frame, FrameMeta, Room};
@@ -94,6 +94,11 @@ impl Vulkan {
         &self.gpu
     }
 
+    /// Why each colour plane of the frames is an image of its own, where the GPU takes no image of all of them.
+    pub fn planes_apart(&self) -> Option<&Refusal> {
+        self.sampler.apart()
+    }
+
     /// The checksums of the newest frames, oldest first: 256 at most.
     pub fn checksums(&self) -> impl ExactSizeIterator<Item = &Checksum> {
         self.newest.iter()
@@ -116,6 +121,13 @@ impl Sink for Vulkan {
 
     fn formats(&self) -> Option<Vec<Format>> {
         Some(self.formats.clone())
+    }
+
+    fn gpu_name(&self) -> Option<&str> {
+        let info = self.gpu.info();
+        // Two GPUs may be of one name; the nodes tell them apart.
+        let node = info.nodes.last().and_then(|node| node.to_str());
+        Some(node.unwrap_or(&info.name))
     }
 
     fn join(&mut self, layout: &Layout, _: Option<f64>, buffers: &[Buffer]) -> Result<Rung, JoinError> {

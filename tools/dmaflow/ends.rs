@@ -8,6 +8,7 @@ use dmaflow::format::{Format, Fourcc};
 #[cfg(feature = "gbm")]
 use dmaflow::gbm;
 use dmaflow::kms::{Card, Display, DisplayRequest, Present};
+use dmaflow::ladder::Watch;
 use dmaflow::pattern::{Pattern, PatternRequest};
 use dmaflow::sink::{Null, Png, Raw, Y4m};
 use dmaflow::v4l2::{Camera, CameraRequest, Control, ControlKind, Device, RateRequest};
@@ -165,8 +166,20 @@ pub const NO_GBM: &str = "this dmaflow was built without GBM (cargo feature gbm)
 /// As [`Gpu::open`].
 #[cfg(feature = "vulkan")]
 pub fn find_gpu(name: Option<&str>) -> dmaflow::Result<Gpu> {
-    let validation = std::env::var_os(VALIDATION).is_some_and(|value| value != "0");
-    Gpu::open(&GpuRequest { name: name.map(str::to_owned), validation })
+    Gpu::open(&GpuRequest { name: name.map(str::to_owned), validation: validates(), ..GpuRequest::default() })
+}
+
+#[cfg(feature = "vulkan")]
+fn validates() -> bool {
+    std::env::var_os(VALIDATION).is_some_and(|value| value != "0")
+}
+
+/// What watches the GPUs that the ladder opens, if the validation layer is to.
+pub fn watch() -> Option<Watch> {
+    #[cfg(feature = "vulkan")]
+    return validates().then(Watch::default);
+    #[cfg(not(feature = "vulkan"))]
+    None
 }
 
 #[cfg(feature = "vulkan")]

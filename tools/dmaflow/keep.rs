@@ -45,6 +45,10 @@ impl Sink for Keeper<'_> {
         self.inner.card_node()
     }
 
+    fn gpu_name(&self) -> Option<&str> {
+        self.inner.gpu_name()
+    }
+
     fn inspect(&mut self, frame: &Frame, place: u64) -> Result<()> {
         self.inner.inspect(frame, place)
     }

@@ -8,7 +8,7 @@ use anyhow::{anyhow, bail};
 use dmaflow::endpoint::{Refusal, Sink, Source};
 use dmaflow::error::Kind;
 use dmaflow::frame::ViewPolicy;
-use dmaflow::ladder::{Maker, NoWay, Path};
+use dmaflow::ladder::{Maker, NoWay, Path, Watch};
 use dmaflow::memory::Allocator;
 use dmaflow::pipe::{Limits, Pipe};
 use dmaflow::sink::write_png;
@@ -16,7 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 
 use crate::args::{MakerChoice, PathChoice, PipeArgs, PolicyChoice};
-use crate::ends::{AnySink, open_sink, open_source, takes_stdout};
+use crate::ends::{AnySink, open_sink, open_source, takes_stdout, watch};
 use crate::failure::{NotPutBack, Usage, WRONG_FRAME, ZeroCopyRefused};
 use crate::keep::Keeper;
 use crate::live::Live;
@@ -39,7 +39,8 @@ pub fn run(args: &PipeArgs) -> anyhow::Result<ExitCode> {
     report.rated(source.rate());
     #[cfg(feature = "vulkan")]
     let messages = sink.messages();
-    let flowed = flow(args, limits, source.as_mut(), &mut sink, &stop, &mut report);
+    let mut said = Vec::new();
+    let flowed = flow(args, limits, source.as_mut(), &mut sink, &stop, &mut report, &mut said);
     // Also after a failure, and before anything else is said: the screen first.
     let restored = sink.restore();
     let (status, restored) = match (flowed, restored) {
@@ -53,11 +54,12 @@ pub fn run(args: &PipeArgs) -> anyhow::Result<ExitCode> {
     if let Some(messages) = messages {
         // What is said at the GPU's end counts too.
         drop(sink);
-        if let Some(first) = messages.all().first() {
-            bail!("the Vulkan validation layer said: {first}");
-        }
+        said.extend(messages.all());
     }
-    Ok(status)
+    match said.first() {
+        Some(first) => bail!("the Vulkan validation layer said: {first}"),
+        None => Ok(status),
+    }
 }
 
 fn flow(
@@ -67,6 +69,7 @@ fn flow(
     sink: &mut AnySink,
     stop: &SignalFd,
     report: &mut Report,
+    said: &mut Vec<String>,
 ) -> anyhow::Result<ExitCode> {
     let path = path(args);
     source.set_view_policy(match args.view_policy {
@@ -79,7 +82,7 @@ fn flow(
         Some(keeper) => keeper,
         None => sink.as_dyn(),
     };
-    let mut pipe = match Pipe::join(source, target, path, limits) {
+    let mut pipe = match Pipe::join_watched(source, target, path, limits, watch()) {
         Ok(pipe) => pipe,
         // While a sink waited for its reader.
         Err(NoWay::Failed(error)) if error.kind() == Kind::Ended && is_told(stop) => return Ok(ExitCode::SUCCESS),
@@ -101,6 +104,7 @@ fn flow(
             };
         }
     };
+    said.extend(account.watch.iter().flat_map(Watch::said));
     if let Some(place) = args.corrupt_frame.filter(|&place| place >= account.captured) {
         bail!("frame {place} was not changed: {} came (--corrupt-frame counts from 0)", account.captured);
     }

@@ -37,6 +37,9 @@ struct GpuReport {
     name: String,
     /// Whether the CPU does its work.
     software: bool,
+    /// Why it reads each colour plane as an image of its own, where it does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    planes_apart: Option<String>,
     /// Of the newest frames, oldest first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     checksums: Vec<ChecksumReport>,
@@ -200,7 +203,8 @@ impl Report {
             checksum: format!("{:#010x}", found.checksum),
         };
         let checksums = vulkan.checksums().map(checksum).collect();
-        self.gpu = Some(GpuReport { name: info.name.clone(), software: info.is_software(), checksums });
+        let planes_apart = vulkan.planes_apart().map(|refusal| refusal.why.clone());
+        self.gpu = Some(GpuReport { name: info.name.clone(), software: info.is_software(), planes_apart, checksums });
     }
 
     pub fn flowed(&mut self, account: &Account, sink: &SinkSays<'_>, buffers: usize) {
@@ -209,7 +213,9 @@ impl Report {
         let mut copies = sink.ledger.clone();
         account.copies.entries().iter().for_each(|copied| copies.add(copied));
         if let Some(ByGpu { name, software }) = account.gpu.clone() {
-            self.gpu = Some(GpuReport { name, software, checksums: Vec::new() });
+            // Of a sink that is a GPU it is the same, and what that has read is said already.
+            self.gpu
+                .get_or_insert_with(|| GpuReport { name, software, planes_apart: None, checksums: Vec::new() });
         }
         self.path = Some(account.rung.to_string());
         self.flow = Some(Flow {
@@ -306,7 +312,7 @@ impl Report {
                 rows.push(("verify", format!("{} checked, {} wrong{wrong}", verify.checked, verify.wrong)));
             }
         }
-        if let Some(GpuReport { name, software, checksums }) = &self.gpu {
+        if let Some(GpuReport { name, software, checksums, .. }) = &self.gpu {
             let software = if *software { ", in software" } else { "" };
             rows.push(("gpu", format!("{name}{software}")));
             if let Some(newest) = checksums.last() {

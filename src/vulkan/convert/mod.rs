@@ -74,7 +74,7 @@ impl GpuConverter {
     /// The first on a GPU compiles the shader, tens of milliseconds; others share it.
     ///
     /// # Errors
-    /// [`Kind::Unsupported`] with what does not fit ([`NotByGpu`]); what the driver says.
+    /// [`Kind::Unsupported`] with what does not fit ([`NotByGpu`]), or if the GPU's queue does not compute; what the driver says.
     pub fn new(gpu: &Gpu, from: &Layout, to: &Layout, crop: Crop) -> Result<GpuConverter> {
         let limits = gpu.limits();
         let bad = || Error::new(Kind::Unsupported, "convert", from.to_string());
@@ -85,7 +85,9 @@ impl GpuConverter {
         if across > most_across || down > most_down {
             return Err(bad().because(format!("{to} is larger than {} computes at once", gpu.info().name)));
         }
-        let (pipeline, submission) = (Pipeline::of(gpu)?, Arc::new(Submission::new(gpu)?));
+        // In this order: one that does not compute is not to compile anything.
+        let submission = Arc::new(Submission::new(gpu)?);
+        let pipeline = Pipeline::of(gpu)?;
         let (imports, importer) = (ImportCache::new(), Bytes(gpu.clone()));
         let (gpu, pairs) = (gpu.clone(), Vec::new());
         Ok(GpuConverter { gpu, from: *from, to: *to, job, pairs, imports, importer, pipeline, submission })
@@ -131,7 +133,8 @@ impl GpuConverter {
     ///
     /// # Errors
     /// As [`GpuConverter::prepare`] for buffers that were not prepared; [`Kind::Disconnected`] if the GPU is lost,
-    /// [`Kind::Timeout`] if it does not end within 30 s.
+    /// [`Kind::Timeout`] if it does not end within 30 s. After that nothing more is made on this `Gpu`, and what the GPU may still be at
+    /// (memory, its dma-bufs, the device) is kept until the process ends: it cannot be taken back.
     pub fn convert(&mut self, source: &Buffer, target: &Buffer) -> Result<(), JoinError> {
         let index = self.pair(source, target)?;
         Ok(self.pairs[index].recorded.run()?)

@@ -113,6 +113,9 @@ impl Pipeline {
 
 impl Drop for Pipeline {
     fn drop(&mut self) {
+        if self.gpu.is_stuck() {
+            return;
+        }
         let device = self.gpu.device();
         // SAFETY: all are ours or null, which is allowed, and no submission that uses them is left: whoever has recorded some keeps
         // this, and has settled (`Recorded`).

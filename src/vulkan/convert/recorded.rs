@@ -199,7 +199,9 @@ impl Recorded {
 
 impl Drop for Recorded {
     fn drop(&mut self) {
-        self.submission.settle();
+        if !self.submission.settle() {
+            return;
+        }
         let device = self.pipeline.gpu.device();
         // SAFETY: both are ours or null, which is allowed, and no submission that uses them is left.
         unsafe {
