@@ -1,21 +1,27 @@
 //! Conversion by the GPU: every pixel compared with what the CPU makes of the same bytes.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, ensure};
-use dmaflow::endpoint::{JoinError, Rung};
-use dmaflow::format::{Colour, Encoding, Format, Kind, Layout, Modifier, Pixels, Range};
+use dmaflow::endpoint::{JoinError, Rung, Sink};
+use dmaflow::error;
+use dmaflow::format::{Colour, Encoding, Format, Kind, Layout, Modifier, Range};
 use dmaflow::frame::{Buffer, Room};
-use dmaflow::memory::Allocator;
+use dmaflow::kms::{Display, DisplayRequest};
+use dmaflow::memory::{Allocator, Memory};
 use dmaflow::vulkan::ash::vk;
-use dmaflow::vulkan::{Crop, Gpu, GpuConverter};
+use dmaflow::vulkan::{Crop, Gpu, GpuBuffer, GpuConverter, GpuRequest};
 
 use crate::camera::format;
-use crate::gpu::{silent, watched};
+use crate::gpu::{LAVAPIPE, is_tested, silent, watched};
 use crate::harness::{Outcome, PASSED, Test, note};
 use crate::modules::kernel;
+use crate::picture::{Picture, made, noise};
 use crate::process::{State, finish, number, pipe};
-use crate::vulkan::MANY;
+use crate::vulkan::{MANY, pipe as to_gpu};
 
 const NEEDS: &[&str] = &["udmabuf", "vulkaninfo"];
+const TILING: &[&str] = &["vkms", "udmabuf", "vulkaninfo"];
 const LADDER: &[&str] = &["vivid", "vkms", "udmabuf", "vulkaninfo"];
 
 pub const TESTS: &[Test] = &[
@@ -24,187 +30,14 @@ pub const TESTS: &[Test] = &[
     Test { name: "convert::very_small", needs: NEEDS, seconds: 120, run: very_small },
     Test { name: "convert::several_memory_planes", needs: NEEDS, seconds: 120, run: several_memory_planes },
     Test { name: "convert::into_memory_of_the_gpu", needs: NEEDS, seconds: 120, run: into_memory_of_the_gpu },
+    Test { name: "convert::memory_that_ends_within_a_word", needs: NEEDS, seconds: 120, run: ends_within_a_word },
+    Test { name: "convert::unstated_tiling", needs: TILING, seconds: 120, run: unstated_tiling },
+    Test { name: "convert::buffers_that_come_and_go", needs: NEEDS, seconds: 120, run: buffers_that_come_and_go },
     Test { name: "convert::refusals", needs: NEEDS, seconds: 120, run: refusals },
+    Test { name: "convert::a_gpu_that_hangs", needs: NEEDS, seconds: 240, run: a_gpu_that_hangs },
     Test { name: "convert::a_thousand_pictures", needs: NEEDS, seconds: 300, run: a_thousand_pictures },
     Test { name: "convert::on_the_ladder", needs: LADDER, seconds: 400, run: on_the_ladder },
 ];
-
-/// Bytes that look random, the same in each run (xorshift32).
-struct Noise(u32);
-
-impl Noise {
-    fn fill(&mut self, bytes: &mut [u8]) {
-        for byte in bytes {
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 17;
-            self.0 ^= self.0 << 5;
-            *byte = self.0.to_le_bytes()[1];
-        }
-    }
-}
-
-fn made(layout: &Layout) -> Result<Buffer> {
-    Ok(Buffer::allocate(Allocator::Udmabuf, layout, &Room::default())?)
-}
-
-/// A picture in which every sample has some value, none of them outside its bits.
-fn noise(layout: &Layout, seed: u32) -> Result<Buffer> {
-    let buffer = made(layout)?;
-    let mut writer = buffer.write()?;
-    let mut noise = Noise(seed);
-    let form = layout.format();
-    let deep = match form.kind() {
-        Kind::Bayer { bits, .. } | Kind::DeepGrey { bits } if bits > 8 => Some(bits),
-        _ => None,
-    };
-    for plane in 0..form.planes() {
-        let mut row = vec![0; form.row_bytes(plane, layout.width()) as usize];
-        for y in 0..form.rows(plane, layout.height()) {
-            noise.fill(&mut row);
-            if let Some(bits) = deep {
-                row.as_chunks_mut::<2>()
-                    .0
-                    .iter_mut()
-                    .for_each(|sample| sample[1] &= 0xff >> (16 - bits));
-            }
-            writer.row(plane, y, &row);
-        }
-    }
-    writer.end()?;
-    Ok(buffer)
-}
-
-/// The bytes of the memory planes.
-fn bytes(buffer: &Buffer) -> Result<Vec<Vec<u8>>> {
-    let reader = buffer.read()?;
-    let planes = (0u32..).zip(buffer.memory_lens());
-    planes
-        .map(|(plane, &len)| {
-            let mut all = vec![0; len];
-            reader.memory(plane).context("no such memory plane")?.read(0, &mut all);
-            Ok(all)
-        })
-        .collect()
-}
-
-/// The colours of a picture, by the CPU: white is 1.
-struct Picture {
-    size: (u32, u32),
-    pixels: Vec<[f64; 3]>,
-}
-
-impl Picture {
-    fn of(buffer: &Buffer) -> Result<Picture> {
-        let (layout, memory) = (buffer.layout(), bytes(buffer)?);
-        let memory: Vec<_> = memory.iter().map(Vec::as_slice).collect();
-        let (width, height) = layout.size();
-        let mut pixels = Vec::new();
-        for y in 0..height {
-            let row = Pixels::at(layout, &memory, y);
-            for x in 0..width {
-                let colour = row.rgb(x, layout.colour());
-                pixels.push([colour.r, colour.g, colour.b].map(|value| f64::from(value) / 255.0));
-            }
-        }
-        let samples = Picture { size: (width, height), pixels };
-        Ok(match layout.format().kind() {
-            Kind::Bayer { red, bits } => samples.demosaiced(red, bits, layout, &memory),
-            _ => samples,
-        })
-    }
-
-    fn at(&self, x: i64, y: i64) -> [f64; 3] {
-        self.pixels[(y * i64::from(self.size.0) + x) as usize]
-    }
-
-    /// By the tables of Malvar, He and Cutler, as weights of the five by five samples around a pixel, in sixteenths.
-    fn demosaiced(self, red: [u8; 2], bits: u8, layout: &Layout, memory: &[&[u8]]) -> Picture {
-        #[rustfmt::skip]
-        const GREEN: [i32; 25] = [0, 0, -2, 0, 0,  0, 0, 4, 0, 0,  -2, 4, 8, 4, -2,  0, 0, 4, 0, 0,  0, 0, -2, 0, 0];
-        #[rustfmt::skip]
-        const BESIDE: [i32; 25] = [0, 0, 1, 0, 0,  0, -2, 0, -2, 0,  -2, 8, 10, 8, -2,  0, -2, 0, -2, 0,  0, 0, 1, 0, 0];
-        #[rustfmt::skip]
-        const CORNERS: [i32; 25] = [0, 0, -3, 0, 0,  0, 4, 0, 4, 0,  -3, 0, 12, 0, -3,  0, 4, 0, 4, 0,  0, 0, -3, 0, 0];
-        let (width, height) = (i64::from(self.size.0), i64::from(self.size.1));
-        let place = layout.planes()[0];
-        let top = f64::from((1u32 << bits) - 1);
-        let fold = |at: i64, size: i64| ((size - 1) - ((size - 1) - at.abs()).abs()).max(0);
-        let sample = |x: i64, y: i64| {
-            let size = if bits > 8 { 2 } else { 1 };
-            let at = place.offset as usize
-                + fold(y, height) as usize * place.stride as usize
-                + fold(x, width) as usize * size;
-            let value =
-                if size == 1 { memory[0][at].into() } else { u16::from_le_bytes([memory[0][at], memory[0][at + 1]]) };
-            f64::from(value) / top
-        };
-        let weighed = |table: &[i32; 25], turned: bool, x: i64, y: i64| {
-            let sum = (0..25).map(|index| {
-                let (column, row) = (index % 5 - 2, index / 5 - 2);
-                let (column, row) = if turned { (row, column) } else { (column, row) };
-                f64::from(table[index as usize]) * sample(x + column, y + row)
-            });
-            (sum.sum::<f64>() / 16.0).clamp(0.0, 1.0)
-        };
-        let mut pixels = Vec::new();
-        for y in 0..height {
-            for x in 0..width {
-                let own = sample(x, y);
-                let (odd_column, odd_row) = ((x ^ i64::from(red[0])) & 1 == 1, (y ^ i64::from(red[1])) & 1 == 1);
-                pixels.push(match (odd_column, odd_row) {
-                    (false, false) => [own, weighed(&GREEN, false, x, y), weighed(&CORNERS, false, x, y)],
-                    (true, true) => [weighed(&CORNERS, false, x, y), weighed(&GREEN, false, x, y), own],
-                    // Green with red beside it; green with blue beside it.
-                    (true, false) => [weighed(&BESIDE, false, x, y), own, weighed(&BESIDE, true, x, y)],
-                    (false, true) => [weighed(&BESIDE, true, x, y), own, weighed(&BESIDE, false, x, y)],
-                });
-            }
-        }
-        Picture { pixels, ..self }
-    }
-
-    /// A part of it in another size: between the four nearest pixels, those at the edge standing for what is outside.
-    fn scaled(&self, crop: Crop, (width, height): (u32, u32)) -> Picture {
-        let mut pixels = Vec::new();
-        let nearest = |at: f64, first: u32, count: u32| {
-            let (low, high) = (i64::from(first), i64::from(first + count) - 1);
-            let corner = at.floor();
-            ((corner as i64).clamp(low, high), (corner as i64 + 1).clamp(low, high), at - corner)
-        };
-        for y in 0..height {
-            let down = f64::from(crop.y) + (f64::from(y) + 0.5) * f64::from(crop.height) / f64::from(height) - 0.5;
-            let (above, below, part_down) = nearest(down, crop.y, crop.height);
-            for x in 0..width {
-                let along = f64::from(crop.x) + (f64::from(x) + 0.5) * f64::from(crop.width) / f64::from(width) - 0.5;
-                let (left, right, part) = nearest(along, crop.x, crop.width);
-                pixels.push(std::array::from_fn(|channel| {
-                    let at = |x, y| self.at(x, y)[channel];
-                    let upper = at(left, above) * (1.0 - part) + at(right, above) * part;
-                    let lower = at(left, below) * (1.0 - part) + at(right, below) * part;
-                    upper * (1.0 - part_down) + lower * part_down
-                }));
-            }
-        }
-        Picture { size: (width, height), pixels }
-    }
-
-    /// The largest difference to a picture of words, in steps of 8 bits, and where it is.
-    fn furthest(&self, words: &Buffer) -> Result<(f64, String)> {
-        let converted = Picture::of(words)?;
-        ensure!(converted.size == self.size, "{:?} instead of {:?}", converted.size, self.size);
-        let mut worst = (0.0, String::new());
-        for (index, (one, other)) in self.pixels.iter().zip(&converted.pixels).enumerate() {
-            for (expected, found) in one.iter().zip(other) {
-                let steps = (expected - found).abs() * 255.0;
-                if steps > worst.0 {
-                    let (x, y) = (index as u32 % self.size.0, index as u32 / self.size.0);
-                    worst = (steps, format!("({x}, {y}): {one:?} became {other:?}"));
-                }
-            }
-        }
-        Ok(worst)
-    }
-}
 
 fn convert(gpu: &Gpu, source: &Buffer, crop: Crop, to: &Layout) -> Result<Buffer> {
     let target = made(to)?;
@@ -374,6 +207,84 @@ fn refusals() -> anyhow::Result<Outcome> {
     PASSED
 }
 
+/// Work that never ends, on a driver that does not reset: a failure after 30 s, and from then on no wait of more than a few.
+fn a_gpu_that_hangs() -> anyhow::Result<Outcome> {
+    let (from, to) = (Layout::packed(format("YUYV"), SIZE, 1)?, Layout::packed(format("XR24"), SIZE, 1)?);
+    let (source, target) = (noise(&from, 1)?, made(&to)?);
+    let timed_out = |converter: &mut GpuConverter| -> Result<Duration> {
+        let start = Instant::now();
+        match converter.convert(&source, &target) {
+            Err(JoinError::Failed(error)) if error.kind() == error::Kind::Timeout => Ok(start.elapsed()),
+            other => anyhow::bail!("{other:?}"),
+        }
+    };
+    let gpu = Gpu::open(&GpuRequest { name: Some(LAVAPIPE.into()), ..GpuRequest::default() })?;
+    let mut converter = GpuConverter::new(&gpu, &from, &to, ALL)?;
+    converter.convert(&source, &target)?;
+    let stuck = Stuck::new(&gpu)?;
+    let waited = timed_out(&mut converter)?;
+    ensure!((28..45).contains(&waited.as_secs()), "gave up after {waited:?}");
+    let start = Instant::now();
+    timed_out(&mut converter)?;
+    let mut next = GpuConverter::new(&gpu, &from, &to, ALL)?;
+    timed_out(&mut next)?;
+    drop((converter, next));
+    ensure!(start.elapsed().as_secs() < 10, "{:?} for what cannot end", start.elapsed());
+    // Opened again it is another device, and works.
+    let again = watched()?;
+    GpuConverter::new(&again, &from, &to, ALL)?.convert(&source, &target)?;
+    let (steps, place) = Picture::of(&source)?.furthest(&target)?;
+    ensure!(steps <= 1.001, "{steps:.2} steps at {place}");
+    silent(again)?;
+    // Nothing that it used was destroyed: it ends now as if nothing had been.
+    stuck.end()?;
+    PASSED
+}
+
+/// Work of a GPU that waits for the CPU.
+struct Stuck {
+    gpu: Gpu,
+    event: vk::Event,
+    pool: vk::CommandPool,
+}
+
+impl Stuck {
+    fn new(gpu: &Gpu) -> Result<Stuck> {
+        let device = gpu.device();
+        // SAFETY: handles of one device, each used as it was made for; `end` waits before anything is destroyed.
+        unsafe {
+            let event = device.create_event(&vk::EventCreateInfo::default(), None)?;
+            let info = vk::CommandPoolCreateInfo::default().queue_family_index(gpu.queue_family());
+            let pool = device.create_command_pool(&info, None)?;
+            let info = vk::CommandBufferAllocateInfo::default()
+                .command_pool(pool)
+                .command_buffer_count(1);
+            let commands = device.allocate_command_buffers(&info)?;
+            device.begin_command_buffer(commands[0], &vk::CommandBufferBeginInfo::default())?;
+            let (host, all) = (vk::PipelineStageFlags::HOST, vk::PipelineStageFlags::ALL_COMMANDS);
+            device.cmd_wait_events(commands[0], &[event], host, all, &[], &[], &[]);
+            device.end_command_buffer(commands[0])?;
+            let queue = gpu.queue().lock().expect("nobody panics");
+            let submit = vk::SubmitInfo::default().command_buffers(&commands);
+            device.queue_submit(*queue, &[submit], vk::Fence::null())?;
+            drop(queue);
+            Ok(Stuck { gpu: gpu.clone(), event, pool })
+        }
+    }
+
+    fn end(self) -> Result<()> {
+        let device = self.gpu.device();
+        // SAFETY: as above; the queue is locked.
+        unsafe {
+            device.set_event(self.event)?;
+            device.queue_wait_idle(*self.gpu.queue().lock().expect("nobody panics"))?;
+            device.destroy_command_pool(self.pool, None);
+            device.destroy_event(self.event, None);
+        }
+        Ok(())
+    }
+}
+
 fn a_thousand_pictures() -> anyhow::Result<Outcome> {
     let before = State::read();
     let gpu = watched()?;
@@ -403,10 +314,103 @@ fn a_thousand_pictures() -> anyhow::Result<Outcome> {
     PASSED
 }
 
+/// The first memory plane of a buffer as if it were another's.
+fn shared(buffer: &Buffer, layout: Layout, lens: &[usize]) -> Result<Buffer> {
+    let dma_buf = buffer.dma_buf(0).context("no dma-buf")?.clone();
+    Ok(Buffer::new(layout, vec![Memory::DmaBuf(dma_buf)], lens)?)
+}
+
+/// A camera's driver says how long a picture is (`sizeimage`), and that need not be a whole number of words: the last samples are read all
+/// the same.
+fn ends_within_a_word() -> anyhow::Result<Outcome> {
+    let gpu = watched()?;
+    for (name, size) in [("NV12", SIZE), ("YU12", SIZE), ("GREY", (33, 17)), ("BA81", (33, 17)), ("BG10", (33, 17))] {
+        let layout = Layout::packed(format(name), size, 1)?;
+        let len = layout.memory_len(0);
+        ensure!(!len.is_multiple_of(4), "{layout} ends with a word");
+        let all = noise(&layout, 0x0dd5_0de0)?;
+        let source = shared(&all, layout, &[len])?;
+        let imported = GpuBuffer::import(&gpu, &source, 0, vk::BufferUsageFlags::STORAGE_BUFFER)?;
+        ensure!(imported.len() == len.next_multiple_of(4) as u64, "{} for {len}", imported.len());
+        drop(imported);
+        let words = convert(&gpu, &source, Crop::all(size), &Layout::packed(format("XR24"), size, 1)?)?;
+        let (steps, place) = Picture::of(&all)?.furthest(&words)?;
+        ensure!(steps <= 1.001, "{name}: {steps:.2} steps at {place}");
+    }
+    silent(gpu)?;
+    PASSED
+}
+
+/// Of a DRM driver's buffer nobody knows how it is tiled until somebody states it: neither read nor written before.
+fn unstated_tiling() -> anyhow::Result<Outcome> {
+    let gpu = watched()?;
+    let size = (320, 180);
+    let (yuyv, words) = (Layout::packed(format("YUYV"), size, 1)?, Layout::packed(format("XR24"), size, 1)?);
+    let source = noise(&yuyv, 0x0711_1e50)?;
+    let mut display = Display::find("vkms", DisplayRequest::default())?;
+    let dumb = display.allocate(&words, &Room::default(), 1)?.pop().context("no buffer")?;
+    let to = *dumb.layout();
+    ensure!(to.modifier().is_none(), "{to}");
+    let refused = |result: Result<(), JoinError>| -> Result<()> {
+        match result {
+            Err(JoinError::Refused(refusal)) => {
+                ensure!(refusal.rung == Rung::Converted && refusal.step == "modifiers", "{refusal}");
+                ensure!(refusal.why.contains("nobody stated") && refusal.why.contains("drm"), "{refusal}");
+                Ok(())
+            }
+            other => anyhow::bail!("{other:?}"),
+        }
+    };
+    refused(GpuConverter::new(&gpu, &yuyv, &to, Crop::all(size))?.convert(&source, &dumb))?;
+    // As a source: the same memory, as if it were of YUYV.
+    let from = Layout::packed(format("YUYV"), size, 4)?;
+    let unknown = shared(&dumb, from, dumb.memory_lens())?;
+    refused(GpuConverter::new(&gpu, &from, &words, Crop::all(size))?.convert(&unknown, &made(&words)?))?;
+    // Stated by who knows: in the converter's layout, or in the buffer's.
+    let linear = to.with_modifier(Some(Modifier::LINEAR));
+    let mut converter = GpuConverter::new(&gpu, &yuyv, &linear, Crop::all(size))?;
+    converter.convert(&source, &dumb)?;
+    let (steps, place) = Picture::of(&source)?.furthest(&dumb)?;
+    ensure!(steps <= 1.001, "{steps:.2} steps at {place}");
+    converter.convert(&source, &dumb.with_layout(linear)?)?;
+    // What a buffer states stands against what the converter was made for.
+    let other = Modifier::from_drm((1 << 56) | 1).context("a modifier")?;
+    match converter.convert(&source, &dumb.with_layout(to.with_modifier(Some(other)))?) {
+        Err(JoinError::Refused(refusal)) => ensure!(refusal.step == "layout", "{refusal}"),
+        done => anyhow::bail!("{done:?}"),
+    }
+    drop((converter, display, dumb, unknown));
+    silent(gpu)?;
+    PASSED
+}
+
+/// A program that has new buffers for each picture, and prepares none: what is gone is forgotten.
+fn buffers_that_come_and_go() -> anyhow::Result<Outcome> {
+    let gpu = watched()?;
+    let (from, to) = (Layout::packed(format("YUYV"), SIZE, 1)?, Layout::packed(format("XR24"), SIZE, 1)?);
+    let mut converter = GpuConverter::new(&gpu, &from, &to, ALL)?;
+    let before = State::read();
+    for seed in 1..=20 {
+        let (source, target) = (noise(&from, seed)?, made(&to)?);
+        converter.convert(&source, &target)?;
+        let (steps, place) = Picture::of(&source)?.furthest(&target)?;
+        ensure!(steps <= 1.001, "{steps:.2} steps at {place}");
+        let there = before.new_dma_bufs().len();
+        // Those of this picture, and those of the one before, which the kernel may free a moment later.
+        ensure!((2..=4).contains(&there), "{there} dma-bufs after {seed} pictures");
+    }
+    ensure!(converter.imports() == 40, "{} imports", converter.imports());
+    drop(converter);
+    before.is_back()?;
+    silent(gpu)?;
+    PASSED
+}
+
 /// A run in which the GPU made every picture, each of them right, and the CPU copied nothing.
 fn converted(options: &str, frames: u64) -> Result<()> {
-    let options = format!("{options} --frames {frames} --path convert --verify");
-    let result = finish(&mut pipe(&options))?.json(0)?;
+    // Under the eyes of the validation layer: a message makes it fail.
+    let mut command = pipe(&format!("{options} --frames {frames} --path convert --verify"));
+    let result = finish(command.env("DMAFLOW_VULKAN_VALIDATION", "1"))?.json(0)?;
     ensure!(result["path"] == "converted", "{result}");
     for (what, expected) in [
         ("bytes_copied", 0),
@@ -417,8 +421,7 @@ fn converted(options: &str, frames: u64) -> Result<()> {
     ] {
         ensure!(number(&result, what)? == expected, "{what} is not {expected}: {result}");
     }
-    ensure!(result["gpu"]["name"].as_str().is_some_and(|name| name.contains("llvmpipe")), "{result}");
-    ensure!(result["gpu"]["software"] == true, "{result}");
+    ensure!(is_tested(&result["gpu"]), "{result}");
     Ok(())
 }
 
@@ -434,6 +437,21 @@ fn on_the_ladder() -> anyhow::Result<Outcome> {
     let result = finish(&mut pipe(&format!("--format BA81 {MANY} --frames 8 --path convert --verify")))?.json(0)?;
     ensure!(result["path"] == "converted" && number(&result, "verify/wrong")? == 0, "{result}");
     ensure!(number(&result, "bytes_copied")? == 0 && number(&result, "verify/checked")? == 8, "{result}");
+
+    // The layer watches the GPU that the ladder opens: without it there is none.
+    let mut unwatched = pipe(&format!("--format YUYV {MANY} --frames 2 --path convert"));
+    unwatched
+        .env("DMAFLOW_VULKAN_VALIDATION", "1")
+        .env("VK_LAYER_PATH", "/nonexistent");
+    finish(&mut unwatched)?.one_line(1, &["converted", "validation layer", "install"])?;
+
+    // Into a GPU: the one that reads converts, and says both.
+    let mut command = to_gpu(&format!("--format YUYV {MANY} --frames 5 --path convert --verify"));
+    let result = finish(&mut command)?.json(0)?;
+    ensure!(result["path"] == "converted" && number(&result, "verify/checked")? == 5, "{result}");
+    ensure!(number(&result, "verify/wrong")? == 0 && number(&result, "bytes_copied")? == 0, "{result}");
+    ensure!(is_tested(&result["gpu"]), "{result}");
+    ensure!(result["gpu"]["checksums"].as_array().is_some_and(|all| all.len() == 5), "{result}");
 
     // One byte of a converted picture is changed: found.
     let options = format!("--format YUYV {MANY} --frames 5 --path convert --verify --corrupt-frame 3");

@@ -1,4 +1,4 @@
-//! The module `vulkan` from a program's side: imports, their refusals, a device that is the program's own.
+//! The module `vulkan` from a program's side: imports, and their refusals.
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use anyhow::{Context, Result, ensure};
 use dmaflow::dmabuf::DmaBuf;
 use dmaflow::endpoint::{ImportCache, Importer, Ready, Refusal, Rung, Sink, Source, SourceCounts};
+use dmaflow::error::Kind;
 use dmaflow::format::{Layout, Modifier, PlaneLayout};
 use dmaflow::frame::{Buffer, Frame, Room};
 use dmaflow::kms::{Display, DisplayRequest};
@@ -13,13 +14,13 @@ use dmaflow::ladder::Path;
 use dmaflow::memory::{Allocator, Memory};
 use dmaflow::pipe::{Limits, Pipe};
 use dmaflow::v4l2::Camera;
-use dmaflow::vulkan::ash::{self, vk};
-use dmaflow::vulkan::{Gpu, GpuBuffer, GpuImporter, GpuRequest, RawGpu, Vulkan};
+use dmaflow::vulkan::ash::vk;
+use dmaflow::vulkan::{Gpu, GpuBuffer, GpuImporter, GpuRequest, Vulkan};
 
-use crate::alloc::held;
 use crate::camera::{format, open};
+use crate::growth::{KEPT, comes_to_a_level, cycles};
 use crate::harness::{Outcome, PASSED, Test, note};
-use crate::process::{State, dma_bufs};
+use crate::process::State;
 use crate::sinks::read_png;
 
 const NEEDS: &[&str] = &["vivid", "vkms", "udmabuf", "vulkaninfo"];
@@ -28,14 +29,32 @@ pub const TESTS: &[Test] = &[
     Test { name: "gpu::refusals", needs: NEEDS, seconds: 120, run: refusals },
     Test { name: "gpu::read_only_exports", needs: NEEDS, seconds: 180, run: read_only_exports },
     Test { name: "gpu::bytes_of_a_buffer", needs: NEEDS, seconds: 120, run: bytes_of_a_buffer },
-    Test { name: "gpu::a_device_of_the_program", needs: NEEDS, seconds: 120, run: a_device_of_the_program },
+    Test { name: "gpu::several_planes", needs: NEEDS, seconds: 120, run: several_planes },
+    Test { name: "gpu::uses", needs: NEEDS, seconds: 120, run: uses },
+    Test { name: "gpu::what_is_passed_over", needs: NEEDS, seconds: 120, run: what_is_passed_over },
+    Test { name: "gpu::one_after_the_other", needs: NEEDS, seconds: 120, run: one_after_the_other },
     Test { name: "gpu::a_texture", needs: NEEDS, seconds: 120, run: a_texture },
     Test { name: "gpu::a_thousand_imports", needs: NEEDS, seconds: 600, run: a_thousand_imports },
 ];
 
+/// lavapipe, which every machine has.
+pub const LAVAPIPE: &str = "llvmpipe";
+
+/// A part of the name of the GPU that the tests are for.
+pub fn tested() -> String {
+    std::env::var("DMAFLOW_TEST_GPU").unwrap_or_else(|_| LAVAPIPE.to_owned())
+}
+
+/// Whether this is what the command says of that GPU.
+pub fn is_tested(said: &serde_json::Value) -> bool {
+    let name = said["name"].as_str().unwrap_or_default().to_lowercase();
+    let software = said["software"].as_bool();
+    name.contains(&tested().to_lowercase()) && software == Some(tested() == LAVAPIPE)
+}
+
 /// A GPU under the eyes of the validation layer.
 pub fn watched() -> Result<Gpu> {
-    Ok(Gpu::open(&GpuRequest { name: Some("llvmpipe".into()), validation: true })?)
+    Ok(Gpu::open(&GpuRequest { name: Some(tested()), validation: true, ..GpuRequest::default() })?)
 }
 
 /// The layer has said nothing, also at the end of the GPU, which must be the last of its clones.
@@ -298,43 +317,110 @@ fn bytes_of_a_buffer() -> anyhow::Result<Outcome> {
     PASSED
 }
 
-/// A program hands its device in, gets an image, and destroys all of it itself.
-fn a_device_of_the_program() -> anyhow::Result<Outcome> {
-    let camera = open("XR24", (320, 180))?;
-    let fds = fs::read_dir("/proc/self/fd")?.count();
-    // SAFETY: handles are used with what they were made of, and destroyed once, children first.
-    unsafe {
-        let entry = ash::Entry::load()?;
-        let application = vk::ApplicationInfo::default().api_version(vk::API_VERSION_1_2);
-        let instance =
-            entry.create_instance(&vk::InstanceCreateInfo::default().application_info(&application), None)?;
-        let physical = instance.enumerate_physical_devices()?[0];
-        let names: Vec<_> = Gpu::EXTENSIONS.iter().map(|name| name.as_ptr()).collect();
-        let priorities = [1.0];
-        let queues = [vk::DeviceQueueCreateInfo::default()
-            .queue_family_index(0)
-            .queue_priorities(&priorities)];
-        let mut ycbcr = vk::PhysicalDeviceSamplerYcbcrConversionFeatures::default().sampler_ycbcr_conversion(true);
-        let info = vk::DeviceCreateInfo::default()
-            .queue_create_infos(&queues)
-            .enabled_extension_names(&names)
-            .push_next(&mut ycbcr);
-        let device = instance.create_device(physical, &info, None)?;
-        let queue = device.get_device_queue(0, 0);
-        let raw = RawGpu { instance: instance.clone(), physical, device: device.clone(), queue_family: 0, queue };
-        let gpu = Gpu::from_raw(raw)?;
-        ensure!(gpu.info().is_software() && gpu.messages().is_none(), "{:?}", gpu.info());
-        let image = GpuImporter::new(gpu.clone(), vk::ImageUsageFlags::SAMPLED).import(&camera.buffers()[0])?;
-        let raw = image.into_raw();
-        ensure!(raw.image != vk::Image::null() && raw.memory.len() == 1 && raw.size == (320, 180), "{raw:?}");
-        // Nothing of the program's is destroyed with the last of ours.
-        drop(gpu);
-        device.destroy_image(raw.image, None);
-        raw.memory.iter().for_each(|&memory| device.free_memory(memory, None));
-        device.destroy_device(None);
-        instance.destroy_instance(None);
+/// NV12 in one dma-buf and in two, as one image where the driver lists such, and plane by plane.
+fn several_planes() -> anyhow::Result<Outcome> {
+    let gpu = watched()?;
+    let nv12 = format("NV12");
+    let offers = gpu.offers(vk::ImageUsageFlags::SAMPLED);
+    let offer = offers.iter().find(|offer| offer.format == nv12).context("no NV12")?;
+    let linear = offer
+        .modifiers
+        .iter()
+        .find(|one| one.modifier == Modifier::LINEAR)
+        .context("no LINEAR")?;
+    note(&format!("as one {}, disjoint {}", linear.as_one, linear.disjoint));
+    let mut importer = GpuImporter::new(gpu.clone(), vk::ImageUsageFlags::SAMPLED);
+    let layouts = [(Layout::packed(nv12, (64, 48), 1)?, false), (Layout::separate(nv12, (64, 48), &[64, 64])?, true)];
+    for (layout, apart) in layouts {
+        let buffer = Buffer::allocate(Allocator::Udmabuf, &layout, &Room::default())?;
+        match importer.import(&buffer) {
+            Ok(image) => {
+                ensure!(linear.as_one && (linear.disjoint || !apart), "imported, and not listed: {linear:?}");
+                ensure!(image.is_disjoint() == apart && image.size() == (64, 48), "{image:?}");
+                ensure!(image.format() == vk::Format::G8_B8R8_2PLANE_420_UNORM, "{image:?}");
+                let device = gpu.device().clone();
+                let raw = image.into_raw();
+                ensure!(raw.memory.len() == if apart { 2 } else { 1 }, "{raw:?}");
+                // SAFETY: ours now, and used by nothing.
+                unsafe {
+                    device.destroy_image(raw.image, None);
+                    raw.memory.iter().for_each(|&memory| device.free_memory(memory, None));
+                }
+            }
+            Err(refusal) => {
+                ensure!(!linear.as_one || (apart && !linear.disjoint), "listed, and refused: {refusal}");
+                ensure!(!refusal.repair.is_empty(), "{refusal}");
+            }
+        }
+        let planes = importer.import_planes(&buffer)?;
+        let sizes: Vec<_> = planes
+            .iter()
+            .map(|image| (image.size(), image.format(), image.is_disjoint()))
+            .collect();
+        let wanted = [((64, 48), vk::Format::R8_UNORM, false), ((32, 24), vk::Format::R8G8_UNORM, false)];
+        ensure!(sizes == wanted, "{sizes:?}");
     }
-    ensure!(fs::read_dir("/proc/self/fd")?.count() == fds, "descriptors are left");
+    silent(gpu)?;
+    PASSED
+}
+
+/// Uses that the specification has no place for, or wants more for, do not reach the driver.
+fn uses() -> anyhow::Result<Outcome> {
+    let gpu = watched()?;
+    let layout = Layout::packed(format("XR24"), (64, 48), 1)?;
+    let buffer = Buffer::allocate(Allocator::Udmabuf, &layout, &Room::default())?;
+    let room = Room::default();
+    let transient = vk::ImageUsageFlags::SAMPLED | vk::ImageUsageFlags::TRANSIENT_ATTACHMENT;
+    for usage in [vk::ImageUsageFlags::empty(), transient] {
+        refused(&mut GpuImporter::new(gpu.clone(), usage), &buffer, "usage", "used as")?;
+        let error = gpu.make_buffer(&layout, &room, usage, &[]).err().context("made")?;
+        ensure!(error.kind() == Kind::Invalid && error.line().contains("used as"), "{}", error.line());
+        ensure!(gpu.offers(usage).is_empty(), "{usage:?} is offered");
+    }
+    let address = vk::BufferUsageFlags::STORAGE_BUFFER | vk::BufferUsageFlags::SHADER_DEVICE_ADDRESS;
+    for usage in [vk::BufferUsageFlags::empty(), address] {
+        let refusal = GpuBuffer::import(&gpu, &buffer, 0, usage).err().context("imported")?;
+        ensure!(refusal.step == "usage" && refusal.why.contains("used as"), "{refusal}");
+        let error = gpu.make_bytes(&layout, &room, usage).err().context("made")?;
+        ensure!(error.kind() == Kind::Invalid && error.line().contains("used as"), "{}", error.line());
+    }
+    silent(gpu)?;
+    PASSED
+}
+
+/// Of all that the layer says, one rule is left out, once for each view: with lavapipe it is wrong.
+fn what_is_passed_over() -> anyhow::Result<Outcome> {
+    let gpu = watched()?;
+    let messages = gpu.messages().context("nobody watches")?;
+    let camera = open("XR24", (320, 180))?;
+    let mut sink = Vulkan::new(gpu.clone(), false)?;
+    for count in 1..=3 {
+        sink.join(camera.layout(), camera.rate(), &camera.buffers()[..count])?;
+        ensure!(messages.passed_over() == count, "{} for {count} views", messages.passed_over());
+    }
+    drop((sink, camera));
+    silent(gpu)?;
+    ensure!(messages.passed_over() == 3, "{} in all", messages.passed_over());
+    PASSED
+}
+
+/// All GPUs that a request can mean, each opened in its turn.
+fn one_after_the_other() -> anyhow::Result<Outcome> {
+    let named = |name: &str| GpuRequest { name: Some(name.to_owned()), ..GpuRequest::default() };
+    for request in [GpuRequest::default(), named(&tested())] {
+        let gpus = Gpu::open_each(&request).collect::<Result<Vec<_>, _>>()?;
+        let best = Gpu::open(&request)?;
+        ensure!(gpus.first().is_some_and(|gpu| gpu.info() == best.info()), "{gpus:?} and {best:?}");
+    }
+    let lavapipes = Gpu::open_each(&named(LAVAPIPE)).collect::<Result<Vec<_>, _>>()?;
+    ensure!(lavapipes.len() == 1, "one, opened once: {lavapipes:?}");
+    let none: Vec<_> = Gpu::open_each(&named("nosuch")).collect();
+    ensure!(none.len() == 1, "{} answers", none.len());
+    let error = none.into_iter().next().and_then(Result::err).context("a GPU called nosuch")?;
+    ensure!(error.line().contains("nosuch") && error.line().contains(LAVAPIPE), "{}", error.line());
+    // A display's node that no GPU has changes nothing.
+    let near = GpuRequest { near: Some("/dev/dri/nosuch".into()), ..GpuRequest::default() };
+    ensure!(Gpu::open(&near)?.info() == Gpu::open(&GpuRequest::default())?.info(), "another GPU");
     PASSED
 }
 
@@ -364,64 +450,6 @@ fn a_texture() -> anyhow::Result<Outcome> {
     ensure!(middle.len() >= 4, "no bars in the middle: {middle:?}");
     silent(gpu)?;
     PASSED
-}
-
-/// Resident memory in KiB: anonymous (heaps and stacks), and of files (libraries' pages, which the kernel maps and drops as it likes).
-fn resident_kib() -> Result<[u64; 2]> {
-    let status = fs::read_to_string("/proc/self/status")?;
-    let of = |key: &str| -> Result<u64> {
-        let line = status.lines().find_map(|line| line.strip_prefix(key)).context(key.to_owned())?;
-        Ok(line.trim().trim_end_matches(" kB").trim().parse()?)
-    };
-    Ok([of("RssAnon:")?, of("RssFile:")?])
-}
-
-/// What a cycle must not leave behind: descriptors, dma-bufs, mappings of them, and bytes of Rust's heap.
-fn left() -> Result<[u64; 4]> {
-    let mappings = fs::read_to_string("/proc/self/maps")?
-        .lines()
-        .filter(|line| line.contains("dmabuf"))
-        .count();
-    let (fds, buffers) = (fs::read_dir("/proc/self/fd")?.count(), dma_bufs().len());
-    // Last: nothing of the above is on the heap any more.
-    Ok([fds as u64, buffers as u64, mappings as u64, held()])
-}
-
-/// From the tenth cycle on everything is as it was after it, but for KiB that the driver keeps by itself, which are given back.
-fn cycles(what: &str, count: u32, once: &mut dyn FnMut() -> Result<()>) -> Result<u64> {
-    (0..10).try_for_each(|_| once())?;
-    let (before, resident) = (left()?, resident_kib()?);
-    (10..count).try_for_each(|_| once())?;
-    let after = left()?;
-    let [grown, files] =
-        std::array::from_fn(|which| resident_kib().map(|now| now[which].saturating_sub(resident[which])));
-    let (grown, files) = (grown?, files?);
-    note(&format!("{what}: {grown} KiB more after {count} cycles than after 10, and {files} KiB of files"));
-    ensure!(
-        before == after,
-        "{what}: descriptors, dma-bufs, mappings, heap: {before:?} after 10, {after:?} after {count}"
-    );
-    Ok(grown)
-}
-
-/// KiB by which a thousand cycles may grow after the thousand before them.
-///
-/// Without the kernel's transparent huge pages, that is: khugepaged puts one in the place of a few small pages of a heap whenever it comes by
-/// (Debian has them `always` on), which shows as a jump. Seen on lavapipe (Mesa 25.0.7, Linux 6.12): 1.4 to 12 MiB of anonymous memory
-/// after 1,000 cycles in one loop and 0 in the next, in this library's loops and likewise in loops of bare Vulkan calls (`vkCreateImage`,
-/// an import, `vkFreeMemory`; or `vkAllocateMemory` of memory to be exported); 0 in every loop of three runs without huge pages.
-const KEPT: u64 = 1024;
-
-/// A thousand cycles, and as many more in which nothing grows.
-pub fn comes_to_a_level(what: &str, once: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-    const CYCLES: u32 = 1000;
-    // See `KEPT`. SAFETY: this option takes numbers alone.
-    let disabled = unsafe { nix::libc::prctl(nix::libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) };
-    ensure!(disabled == 0, "huge pages cannot be done without: {}", std::io::Error::last_os_error());
-    cycles(what, CYCLES, once)?;
-    let grown = cycles(&format!("{what}, once more"), CYCLES, once)?;
-    ensure!(grown <= KEPT, "{what}: {grown} KiB more in the second {CYCLES} cycles");
-    Ok(())
 }
 
 fn a_thousand_imports() -> anyhow::Result<Outcome> {

@@ -12,7 +12,8 @@ use dmaflow::vulkan::ash::vk;
 use dmaflow::vulkan::{Gpu, GpuBuffer, GpuImporter, GpuRequest};
 
 use crate::camera::{format, open};
-use crate::gpu::{comes_to_a_level, silent, watched};
+use crate::gpu::{silent, watched};
+use crate::growth::comes_to_a_level;
 use crate::harness::{Outcome, PASSED, Test};
 use crate::process::{State, finish, number};
 use crate::vulkan::{MANY, pipe};

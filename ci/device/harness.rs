@@ -43,7 +43,8 @@ usage: device [--list] [NAME…]
 Runs the tests whose names contain one of NAME, or all. Prints a line for each and a summary; exits with 1 if one failed.
 REQUIRE=vivid,vkms,strace   what must not be missing: a test skipped for it fails
 DMAFLOW_LONG=1              every combination, and 600 frames where else a few must do (ci/test --long sets it)
-DMAFLOW_SEED=N              the seed of the random moments";
+DMAFLOW_SEED=N              the seed of the random moments
+DMAFLOW_TEST_GPU=radv       a part of the name of the GPU that the tests of Vulkan are for, instead of lavapipe";
 
 pub fn main(tests: &[Test]) -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

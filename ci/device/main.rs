@@ -28,6 +28,8 @@ mod gbm;
 mod gone;
 mod gpu;
 mod gpu_made;
+mod gpu_program;
+mod growth;
 mod harness;
 mod inputs;
 mod ladder;
@@ -35,6 +37,7 @@ mod modules;
 mod moves;
 mod nonblocking;
 mod outputs;
+mod picture;
 mod probe;
 mod process;
 mod screen;
@@ -78,6 +81,7 @@ fn main() -> std::process::ExitCode {
         vulkan::TESTS,
         gpu::TESTS,
         gpu_made::TESTS,
+        gpu_program::TESTS,
         convert::TESTS,
         cycles::TESTS,
     ];
