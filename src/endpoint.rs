@@ -2,9 +2,11 @@
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::{Error, Kind, Result};
+use crate::fence::{FenceUse, SyncFile};
 use crate::format::{Format, Layout};
 use crate::frame::{Buffer, Frame, FrameMeta, Room, ViewPolicy, WeakBuffer};
 use crate::ledger::{Copies, Ledger};
@@ -65,12 +67,18 @@ pub trait Source: AsFd {
     /// [`Disconnected`](crate::error::Kind::Disconnected) when it is gone.
     fn try_next(&mut self, ready: Ready) -> Result<Option<Frame>>;
 
-    /// Gives slots whose last lease was dropped back to the source. [`try_next`](Source::try_next) does so too; calling it
-    /// before waiting lets the source fill them meanwhile.
+    /// Gives slots whose last lease was dropped, and whose release fences have signalled, back to the source.
+    /// [`try_next`](Source::try_next) does so too; calling it before waiting lets the source fill them meanwhile.
     ///
     /// # Errors
     /// The device's refusal.
     fn recycle(&mut self) -> Result<()>;
+
+    /// The release fences that keep slots which nobody holds: when one signals, [`recycle`](Source::recycle) may have something to give
+    /// back. Without one no allocation and no system call.
+    fn release_fences(&self) -> Vec<Arc<SyncFile>> {
+        Vec::new()
+    }
 
     /// Stops the flow; frames that are leased stay valid.
     ///
@@ -408,7 +416,18 @@ pub trait Sink {
         false
     }
 
-    /// Handles what [`event_fd`](Sink::event_fd) announced.
+    /// The acquire fences of frames that it holds back until one signals: to poll for input, for [`dispatch`](Sink::dispatch). Without
+    /// one no allocation and no system call.
+    fn acquire_fences(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+
+    /// How it waited for the acquire fences of its frames, as far as it was not by reading the frames itself.
+    fn fence_use(&self) -> FenceUse {
+        FenceUse::default()
+    }
+
+    /// Handles what [`event_fd`](Sink::event_fd) or one of [`acquire_fences`](Sink::acquire_fences) announced.
     ///
     /// # Errors
     /// The device's failure.

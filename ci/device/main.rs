@@ -21,6 +21,8 @@ mod cow;
 mod cycles;
 mod display;
 mod faults;
+mod fences;
+mod fences_shown;
 mod formats;
 mod harness;
 mod ladder;
@@ -35,6 +37,7 @@ mod snap;
 mod streams;
 mod syscalls;
 mod verify;
+mod vgem;
 
 fn main() -> std::process::ExitCode {
     // Cheap and telling first; what takes minutes last.
@@ -43,7 +46,9 @@ fn main() -> std::process::ExitCode {
         streams::TESTS,
         capture::TESTS,
         cow::TESTS,
+        fences::TESTS,
         display::TESTS,
+        fences_shown::TESTS,
         screen::TESTS,
         commands::TESTS,
         sinks::TESTS,

@@ -16,8 +16,9 @@ const DEFAULT: &[&str] = &["multiplanar=1", "allocators=0"];
 /// Whether a module is loaded, a program is there, or this process is root.
 pub fn has(what: &str) -> bool {
     match what {
-        "vivid" | "vkms" => fs::metadata(format!("/sys/module/{what}")).is_ok() && is_root(),
+        "vivid" | "vkms" | "vgem" => fs::metadata(format!("/sys/module/{what}")).is_ok() && is_root(),
         "root" => is_root(),
+        "sw_sync" => fs::metadata("/sys/kernel/debug/sync/sw_sync").is_ok() && is_root(),
         "udmabuf" => fs::metadata("/dev/udmabuf").is_ok(),
         program => {
             let path = std::env::var("PATH").unwrap_or_default();

@@ -14,7 +14,8 @@
 //! its last [`Lease`] is dropped or the driver gives it back unfilled. A display holds the lease of the frame that it shows
 //! or is about to show, so a buffer that is pending or on screen cannot be queued: there is no value to do it with.
 //!
-//! The free list is one word with a bit a slot. Returning a slot is one atomic OR, from any thread, without a system call.
+//! The free list is one word with a bit a slot. Returning a slot is one atomic OR, from any thread, without a system call. A slot with
+//! release fences stays in it until they have signalled: no `FreeSlot` comes of it before.
 
 use std::fmt;
 
@@ -24,6 +25,8 @@ use loom::sync::{Arc, atomic};
 use std::sync::{Arc, atomic};
 
 use super::Views;
+use super::release::Releases;
+use crate::fence::SyncFile;
 use atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 
 /// The most slots a queue can have: a bit each in the free list. (V4L2 stopped at 32 until Linux 6.8.)
@@ -58,12 +61,15 @@ pub struct SlotCounts {
     pub pending: u32,
     /// Leased by a display for the picture that it shows.
     pub on_screen: u32,
+    /// Used by nobody, and not to be filled before a release fence has signalled.
+    pub fenced: u32,
 }
 
 impl fmt::Display for SlotCounts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let SlotCounts { free, queued, dequeued, pending, on_screen } = self;
-        write!(f, "{queued} queued, {dequeued} leased, {pending} pending, {on_screen} on screen, {free} free")
+        let SlotCounts { free, queued, dequeued, pending, on_screen, fenced } = self;
+        write!(f, "{queued} queued, {dequeued} leased, {pending} pending, {on_screen} on screen, {free} free")?;
+        if *fenced == 0 { Ok(()) } else { write!(f, ", {fenced} behind a fence") }
     }
 }
 
@@ -71,6 +77,7 @@ impl fmt::Display for SlotCounts {
 pub(crate) struct Slots {
     slots: Box<[Slot]>,
     free: AtomicU64,
+    releases: Releases,
     views: Views,
 }
 
@@ -88,14 +95,20 @@ impl Slots {
         let count = count.min(MAX_SLOTS);
         let free = if count == MAX_SLOTS { u64::MAX } else { (1 << count) - 1 };
         let slot = |_| Slot { leases: AtomicU32::new(0), stage: AtomicU8::new(Stage::Free as u8) };
-        Arc::new(Slots { slots: (0..count).map(slot).collect(), free: AtomicU64::new(free), views: Views::new() })
+        Arc::new(Slots {
+            slots: (0..count).map(slot).collect(),
+            free: AtomicU64::new(free),
+            releases: Releases::new(count),
+            views: Views::new(),
+        })
     }
 
-    /// Takes every free slot. Those not taken out of the iterator stay free.
+    /// Takes every free slot that no release fence keeps. Those not taken out of the iterator stay free. Without release fences no
+    /// system call.
     pub(crate) fn take_free(&self) -> FreeSlots<'_> {
         // The plain load keeps the common answer "none" free of a locked instruction.
         let bits = if self.free.load(Ordering::Relaxed) == 0 { 0 } else { self.free.swap(0, Ordering::Acquire) };
-        FreeSlots { slots: self, bits }
+        FreeSlots { slots: self, bits, kept: 0 }
     }
 
     /// The driver gave slot `index` back filled: the first lease on it. `None` if the driver did not have that slot.
@@ -130,7 +143,18 @@ impl Slots {
                 _ => &mut counts.free,
             } += 1;
         }
+        counts.fenced = self
+            .releases
+            .among(self.free.load(Ordering::Relaxed))
+            .count_ones()
+            .min(counts.free);
+        counts.free -= counts.fenced;
         counts
+    }
+
+    /// The release fences that keep slots which nobody uses, with the slots' indices. Neither a system call nor an allocation without one.
+    pub(crate) fn release_fences(&self) -> Vec<(u32, std::sync::Arc<SyncFile>)> {
+        self.releases.of(self.free.load(Ordering::Acquire))
     }
 
     /// How many slots the driver has.
@@ -163,25 +187,31 @@ impl Slots {
 pub(crate) struct FreeSlots<'a> {
     slots: &'a Slots,
     bits: u64,
+    /// Those that a release fence keeps.
+    kept: u64,
 }
 
 impl<'a> Iterator for FreeSlots<'a> {
     type Item = FreeSlot<'a>;
 
     fn next(&mut self) -> Option<FreeSlot<'a>> {
-        if self.bits == 0 {
-            return None;
+        while self.bits != 0 {
+            let index = self.bits.trailing_zeros();
+            self.bits &= self.bits - 1;
+            if self.slots.releases.is_done(index) {
+                return Some(FreeSlot { slots: self.slots, index, taken: false });
+            }
+            self.kept |= 1 << index;
         }
-        let index = self.bits.trailing_zeros();
-        self.bits &= self.bits - 1;
-        Some(FreeSlot { slots: self.slots, index, taken: false })
+        None
     }
 }
 
 impl Drop for FreeSlots<'_> {
     fn drop(&mut self) {
-        if self.bits != 0 {
-            self.slots.free.fetch_or(self.bits, Ordering::Release);
+        let back = self.bits | self.kept;
+        if back != 0 {
+            self.slots.free.fetch_or(back, Ordering::Release);
         }
     }
 }
@@ -239,6 +269,12 @@ impl Lease {
             Some(stage) if stage == Stage::Free as u8 => Stage::Free,
             _ => Stage::Dequeued,
         }
+    }
+
+    /// The slot is not filled again before this fence has signalled, however early its last lease is dropped: a device goes on reading
+    /// the memory until then. Several add up. One that takes a sync file is closed by the queue when it looks at its free slots.
+    pub fn release_after(&self, fence: impl Into<std::sync::Arc<SyncFile>>) {
+        self.slots.releases.add(self.index, fence.into());
     }
 
     /// A display was told to show the frame.
@@ -363,6 +399,30 @@ mod tests {
         assert_eq!(free(&slots).len(), 64);
     }
 
+    #[test]
+    fn a_slot_behind_a_fence_is_not_given_out() {
+        let slots = Slots::new(2);
+        queue_all(&slots);
+        let (fences, ends): (Vec<_>, Vec<_>) = (0..2)
+            .map(|_| nix::unistd::pipe().map(|(read, write)| (SyncFile::from(read), write)).unwrap())
+            .unzip();
+        let lease = Slots::dequeued(&slots, 1).unwrap();
+        fences.into_iter().for_each(|fence| lease.clone().release_after(fence));
+        assert!(slots.release_fences().is_empty(), "it is leased: no fence keeps it yet");
+        drop(lease);
+        let taken = || slots.take_free().map(|slot| slot.index()).collect::<Vec<_>>();
+        assert_eq!(taken(), [0; 0]);
+        assert_eq!(slots.release_fences().iter().map(|(index, _)| *index).collect::<Vec<_>>(), [1, 1]);
+        assert_eq!(slots.counts(), SlotCounts { queued: 1, fenced: 1, ..SlotCounts::default() });
+        nix::unistd::write(&ends[1], b"x").unwrap();
+        assert_eq!(taken(), [0; 0], "one of two has signalled");
+        assert_eq!(slots.release_fences().len(), 1, "and is closed");
+        nix::unistd::write(&ends[0], b"x").unwrap();
+        assert_eq!(taken(), [1]);
+        assert!(slots.release_fences().is_empty());
+        assert_eq!(slots.counts(), SlotCounts { queued: 1, free: 1, ..SlotCounts::default() });
+    }
+
     /// Leases may outlive every handle to the queue.
     #[test]
     fn a_lease_outlives_its_queue() {
@@ -426,6 +486,29 @@ mod loom_tests {
             }
             assert!(early || queue(&slots, &memory), "the slot was lost");
             assert!(Slots::dequeued(&slots, 0).is_some());
+        });
+    }
+
+    /// A fence that a holder adds is seen by the queue that finds the slot free, whichever holder was the last.
+    #[test]
+    fn a_release_fence_is_seen_with_the_free_slot() {
+        loom::model(|| {
+            let slots = Slots::new(1);
+            slots.take_free().for_each(FreeSlot::queued);
+            let lease = Slots::dequeued(&slots, 0).unwrap();
+            let (read, end) = nix::unistd::pipe().unwrap();
+            let other = lease.clone();
+            let reader = thread::spawn(move || {
+                lease.release_after(SyncFile::from(read));
+                drop(lease);
+            });
+            let holder = thread::spawn(move || drop(other));
+            assert_eq!(slots.take_free().count(), 0, "filled while it is read");
+            reader.join().unwrap();
+            holder.join().unwrap();
+            assert_eq!(slots.take_free().count(), 0, "filled while it is read");
+            nix::unistd::write(&end, b"x").unwrap();
+            assert_eq!(slots.take_free().map(FreeSlot::queued).count(), 1, "the slot was lost");
         });
     }
 

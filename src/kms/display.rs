@@ -2,13 +2,16 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::libc;
 
-use super::atomic::{CommitFlags, Request};
+use super::atomic::CommitFlags;
+use super::fenced::FlipCommit;
 use super::fifo::Fifo;
 use super::import::{Framebuffer, KmsImporter};
-use super::quirks::{shown_wrong, stride_align};
+use super::mailbox::Mailbox;
+use super::quirks::{fails_with_fences, shown_wrong, stride_align};
 use super::route::Route;
 use super::saved::{Blob, Saved};
 use super::setup::{Setup, mode_bytes};
@@ -17,6 +20,7 @@ use super::{Card, Snapshot};
 use crate::causes::{Call, Cause};
 use crate::endpoint::{ImportCache, JoinError, Refusal, Rung, Shown, Sink, Verdict};
 use crate::error::{Error, Kind, Result};
+use crate::fence::{CpuWait, FenceUse, SyncFile};
 use crate::format::{Format, Layout};
 use crate::frame::{Buffer, Frame, Room};
 use crate::ledger::Ledger;
@@ -25,10 +29,13 @@ use crate::ledger::Ledger;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub enum Present {
     /// Every frame is shown. Presenting waits until the frame *before* is on screen, which it is unless frames come faster than
-    /// the display shows them; what was shown is told some frames later, with the time at which it was.
+    /// the display shows them; what was shown is told some frames later, with the time at which it was. A frame whose acquire fence has
+    /// not signalled is handed to the driver with it, and the frames after it wait.
     #[default]
     Fifo,
-    /// The newest frame is shown; presenting never waits, and a frame that waits is dropped for a newer one.
+    /// The newest frame is shown; presenting never waits, and a frame that waits is dropped for a newer one. A frame whose acquire fence
+    /// has not signalled is held back, and does not stand in the way of newer ones that are ready. Two such frames are held at most: the
+    /// first in line and the newest.
     Mailbox,
 }
 
@@ -42,12 +49,22 @@ pub struct DisplayRequest {
     /// Strides must be a multiple of so many bytes, whatever the driver says: for displays that show a wrong picture instead of refusing
     /// one. `None` for what is known of the driver (256 for AMD's), 1 for nothing.
     pub stride_align: Option<u32>,
+    /// How long the acquire fence of a frame may take to signal; then it is an error that names it. `None` for
+    /// [`PATIENCE`](crate::fence::PATIENCE), 5 s.
+    pub fence_timeout: Option<Duration>,
+    /// Whether this process waits for acquire fences where it could have the driver wait (`IN_FENCE_FD`): for drivers that fail with
+    /// them. What is known of the driver, or turns out when it refuses one, has the same effect;
+    /// [`fence_use`](Sink::fence_use) tells.
+    pub wait_by_cpu: bool,
+    /// Whether each frame after the first has a fence that signals when it is on screen: [`Display::take_out_fence`]. Costs a descriptor
+    /// for each frame.
+    pub out_fences: bool,
 }
 
 /// A display: one connector of a card, driven by this process.
 ///
 /// It holds the lease of the frame on screen and of the one that is about to be; a lease is given up when the commit that
-/// *replaced* the frame has completed. Dropping the display puts back what was on screen before, also after an error or while a
+/// *replaced* the frame has completed: its frames need no release fences. Dropping the display puts back what was on screen before, also after an error or while a
 /// panic unwinds; when the process is killed, the kernel turns its picture off.
 #[derive(Debug)]
 pub struct Display {
@@ -60,7 +77,7 @@ pub struct Display {
     pub(super) framebuffers: ImportCache<Framebuffer>,
     pub(super) on_screen: Option<Frame>,
     pub(super) pending: Option<Frame>,
-    pub(super) waiting: Option<Frame>,
+    pub(super) mailbox: Mailbox,
     pub(super) fifo: Fifo,
     pub(super) dropped: u64,
     /// Imports made before the join that holds.
@@ -68,6 +85,10 @@ pub struct Display {
     /// What verification found on ways that were left.
     verified: Verdict,
     pub(super) ledger: Ledger,
+    pub(super) fence_use: FenceUse,
+    /// Why fences are not handed to the driver.
+    pub(super) by_cpu: Option<CpuWait>,
+    pub(super) out_fence: Option<SyncFile>,
     /// When the last frame came on screen, and when the pending one is expected to, by the mode's refresh; µs of `CLOCK_MONOTONIC`.
     pub(super) last_flip_us: u64,
     pub(super) flip_due_us: u64,
@@ -80,7 +101,7 @@ pub(super) struct Way {
     /// Everything but the framebuffer and the mode.
     pub setup: Setup,
     /// The framebuffer of the plane: the request of every frame after the first.
-    pub flip: Request,
+    pub flip: FlipCommit,
     saved: Saved,
     /// Whether the screen shows frames of ours that came this way.
     pub lit: bool,
@@ -105,6 +126,10 @@ impl Display {
     pub fn open(card: Card, request: DisplayRequest) -> Result<Display> {
         card.become_master()?;
         let card = Arc::new(card);
+        let by_cpu = match request.wait_by_cpu {
+            true => Some(CpuWait::Asked),
+            false => fails_with_fences(&card).then_some(CpuWait::Driver),
+        };
         Ok(Display {
             name: card.name(),
             request,
@@ -113,12 +138,15 @@ impl Display {
             way: None,
             on_screen: None,
             pending: None,
-            waiting: None,
+            mailbox: Mailbox::default(),
             fifo: Fifo::new(),
             dropped: 0,
             imports_before: 0,
             verified: Verdict::default(),
             ledger: Ledger::new(),
+            fence_use: FenceUse::default(),
+            by_cpu,
+            out_fence: None,
             last_flip_us: 0,
             flip_due_us: 0,
             framebuffers: ImportCache::new(),
@@ -147,9 +175,14 @@ impl Display {
 
     /// Puts back what was on screen before, and gives up every frame. Dropping does the same and cannot report a failure.
     ///
+    /// Where the kernel waits for the fence of a frame that is on its way, which cannot be taken back, this waits for it as well, 15 s at
+    /// most.
+    ///
     /// # Errors
-    /// The kernel's refusal, for example if another process became DRM master.
+    /// The kernel's refusal, for example if another process became DRM master; [`Kind::Timeout`] for such a fence.
     pub fn restore(&mut self) -> Result<()> {
+        self.mailbox.clear();
+        self.can_restore()?;
         let restored = match &mut self.way {
             Some(way) if way.lit || way.left => {
                 if let Some(verifier) = &mut way.verifier {
@@ -164,7 +197,7 @@ impl Display {
         };
         // Otherwise a frame may still be on screen; it is given up after its framebuffer, when the display is dropped.
         if restored.is_ok() {
-            (self.waiting, self.pending, self.on_screen) = (None, None, None);
+            (self.pending, self.on_screen, self.out_fence) = (None, None, None);
             // The event of a flip that was pending is there by now, and is of no frame that comes later.
             while let Ok(Some(_)) = self.card.read_flip() {}
             self.fifo.clear();
@@ -210,8 +243,7 @@ impl Display {
             let flags = CommitFlags { test_only: true, allow_modeset: true, ..CommitFlags::default() };
             match setup.request(&route, framebuffer, blob.id).try_commit(&self.card, flags) {
                 Ok(()) => {
-                    let mut flip = Request::default();
-                    flip.object(route.plane).set(setup.framebuffer, 0);
+                    let flip = FlipCommit::new(&route, &setup, self.request.out_fences);
                     let saved = Saved::read(&self.card, &route)?;
                     return Ok(Way { route, setup, flip, saved, lit: false, left: false, verifier: None });
                 }
@@ -251,7 +283,7 @@ impl Sink for Display {
     }
 
     fn join(&mut self, layout: &Layout, rate: Option<f64>, buffers: &[Buffer]) -> Result<Rung, JoinError> {
-        if self.pending.is_some() || self.waiting.is_some() {
+        if self.pending.is_some() || !self.mailbox.is_empty() {
             let error = Error::new(Kind::Invalid, "join another source to", &self.name);
             return Err(error
                 .because("frames are on their way to it")
@@ -311,7 +343,15 @@ impl Sink for Display {
     }
 
     fn wants_event(&self) -> bool {
-        self.waiting.is_some()
+        self.mailbox.is_ready()
+    }
+
+    fn acquire_fences(&self) -> Vec<BorrowedFd<'_>> {
+        self.mailbox.fences()
+    }
+
+    fn fence_use(&self) -> FenceUse {
+        self.fence_use
     }
 
     fn dispatch(&mut self) -> Result<Option<Shown>> {
@@ -322,27 +362,19 @@ impl Sink for Display {
             }
             return Ok(self.fifo.told());
         }
-        let Some(flip) = self.card.read_flip()? else { return Ok(None) };
-        let Some(frame) = self.pending.take() else { return Ok(None) };
-        let shown = self.arrived(frame, flip)?;
-        if let Some(frame) = self.waiting.take() {
-            self.submit(frame)?;
-        }
-        Ok(Some(shown))
+        let shown = match self.card.read_flip()? {
+            Some(flip) => self.pending.take().map(|frame| self.arrived(frame, flip)).transpose()?,
+            None => None,
+        };
+        self.advance()?;
+        Ok(shown)
     }
 
     fn finish(&mut self) -> Result<Option<Shown>> {
         if self.in_turn() {
             return self.finish_in_turn();
         }
-        if self.pending.is_none() {
-            return Ok(None);
-        }
-        let shown = self.wait_pending()?;
-        if let Some(frame) = self.waiting.take() {
-            self.submit(frame)?;
-        }
-        Ok(Some(shown))
+        self.finish_newest()
     }
 
     fn dropped(&self) -> u64 {

@@ -26,7 +26,7 @@ impl Display {
             .ok_or_else(|| self.about_keeping())?;
         let mut converter =
             Converter::new(&layout, buffer.layout()).map_err(|cause| self.about_keeping().because(cause))?;
-        let reader = frame.buffer().read()?;
+        let reader = frame.read()?;
         let mut writer = buffer.write()?;
         let memory: [Span<'_>; MAX_PLANES] = [0, 1, 2, 3].map(|memory| reader.memory(memory).unwrap_or(Span::EMPTY));
         let bytes = converter.copy(&memory, &mut writer);

@@ -15,6 +15,14 @@ pub(super) fn stride_align(card: &Card) -> u32 {
     }
 }
 
+/// Whether the driver is known to fail with `IN_FENCE_FD`.
+///
+/// nvidia-drm refuses each commit with one before its version 560 (`EPERM`; NVIDIA's open-gpu-kernel-modules, issue 622), and has been seen
+/// to stop showing pictures with one after that (Smithay, pull request 1489). Its version in `DRM_IOCTL_VERSION` does not tell which it is.
+pub(super) fn fails_with_fences(card: &Card) -> bool {
+    card.info().driver == "nvidia-drm"
+}
+
 /// The refusal of a layout that this card's driver is known to show wrong.
 ///
 /// vkms, at least up to Linux 7.2, takes the address of every colour plane from the first memory plane and adds the offset of the

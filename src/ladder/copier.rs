@@ -139,7 +139,7 @@ impl Copier {
                 .copy(&SPANS.map(|memory| view.memory(memory).unwrap_or(Span::EMPTY)), &mut writer)
         } else {
             // A view would be a snapshot, and so a second copy. The lease that the caller holds does for as long as this takes.
-            let reader = frame.buffer().read()?;
+            let reader = frame.read()?;
             self.converter
                 .copy(&SPANS.map(|memory| reader.memory(memory).unwrap_or(Span::EMPTY)), &mut writer)
         };
@@ -195,7 +195,7 @@ impl Check {
     }
 
     fn compare(&mut self, frame: &Frame, copy: &Frame) -> Result<()> {
-        let (before, after) = (frame.buffer().read()?, copy.buffer().read()?);
+        let (before, after) = (frame.read()?, copy.read()?);
         let (from, to) = (*before.layout(), *after.layout());
         let mut right = true;
         let (first, step) = if self.same { (0, 1) } else { ((self.captured % ROWS) as u32, ROWS as usize) };

@@ -1,7 +1,7 @@
 //! The loop from a source to a sink.
 //!
 //! In the steady state it makes four system calls a frame (`epoll_wait`, `DQBUF`, `ATOMIC`, `QBUF`; in mailbox mode one or two
-//! more for the flip event) and allocates nothing.
+//! more for the flip event) and allocates nothing. Fences add to that, and frames without one do not.
 
 mod account;
 mod moves;
@@ -13,13 +13,14 @@ use std::time::Duration;
 use crate::clock::now_us;
 use crate::endpoint::{Refusal, Rung, Shown, Sink, Source, Verdict};
 use crate::error::{Context, Kind, Result};
+use crate::fence::PATIENCE;
 use crate::format;
 use crate::frame::{Clock, Frame};
 use crate::ladder::{self, Joined, NoWay, Path};
 use crate::ledger::Ledger;
 use crate::memory::{Access, CpuAccess};
 use account::cpu_time;
-use wait::{Waiter, Wake};
+use wait::{Fences, Waiter, Wake};
 
 pub use account::{Account, Latency, Progress};
 use moves::Above;
@@ -135,6 +136,7 @@ impl<'a> Pipe<'a> {
             duration,
             fps,
             latency: self.latency,
+            fences: self.sink.fence_use(),
             cpu: cpu.and_then(|before| cpu_time()?.checked_sub(before)),
         })
     }
@@ -159,7 +161,7 @@ impl<'a> Pipe<'a> {
             }
             let Some(wake) = self.wait(&waiter, end)?.filter(|wake| !wake.stop) else { break };
             // With a frame there as well, `present` handles the event: the frame that it shows next is to be the newest.
-            if wake.sink && wake.source.is_none() {
+            if (wake.sink || wake.fence) && wake.source.is_none() {
                 let shown = self.sink.dispatch()?;
                 self.account(shown, progress);
             }
@@ -235,8 +237,9 @@ impl<'a> Pipe<'a> {
         let watchdog = self.source.watchdog();
         let remaining = end.map(|end| Duration::from_micros(end.saturating_sub(now_us())));
         let timeout = [watchdog, remaining].into_iter().flatten().min();
+        let fences = Fences { sink: self.sink.acquire_fences(), source: self.source.release_fences() };
         let wake = waiter
-            .wait(timeout, self.sink.wants_event())
+            .wait(timeout, self.sink.wants_event(), &fences)
             .context("wait for", || self.source.name())?;
         if wake.is_some() || remaining.is_some_and(|remaining| watchdog.is_none_or(|watchdog| remaining <= watchdog)) {
             return Ok(wake);
@@ -286,6 +289,7 @@ fn corrupt(frame: &Frame) -> Result<()> {
     };
     let Some(place) = layout.planes().first() else { return Ok(()) };
     let offset = place.offset as usize + place.stride as usize * row as usize + byte;
+    frame.wait_acquired(PATIENCE)?;
     let mut mappings = frame.buffer().map(Access::ReadWrite)?;
     let bracket = frame
         .buffer()

@@ -4,13 +4,17 @@
 //! them twice, for every frame.
 
 use std::io;
+use std::iter;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use crate::endpoint::Ready;
+use crate::fence::SyncFile;
 
 const SOURCE: u64 = 0;
 const STOP: u64 = 1;
@@ -22,6 +26,17 @@ pub(super) struct Wake {
     pub source: Option<Ready>,
     pub stop: bool,
     pub sink: bool,
+    /// A fence that the sink waits for has signalled.
+    pub fence: bool,
+}
+
+/// Fences to wait for besides.
+#[derive(Default)]
+pub(super) struct Fences<'a> {
+    /// The sink's, each of which is something for it to handle.
+    pub sink: Vec<BorrowedFd<'a>>,
+    /// The source's: the wait ends, and what is free is given back before the next.
+    pub source: Vec<Arc<SyncFile>>,
 }
 
 /// The descriptors to wait for. The kernel forgets one of them when it is closed.
@@ -54,17 +69,42 @@ impl Waiter {
         Ok(Waiter { without_sink: list(None)?, with_sink: sink.map(|sink| list(Some(sink))).transpose()? })
     }
 
-    /// Waits, for ever without a timeout, for the sink only if asked to: one system call. `None` when the time is up; an empty [`Wake`] when a signal came.
+    /// Waits, for ever without a timeout, for the sink only if asked to: one system call, and one more with fences. `None` when the time
+    /// is up; an empty [`Wake`] when a signal came, or a fence of the source has signalled.
     ///
     /// # Errors
-    /// What `epoll_wait` says.
-    pub(super) fn wait(&self, timeout: Option<Duration>, sink: bool) -> io::Result<Option<Wake>> {
-        // Rounded up: a wait that is too short would be taken for a stall.
-        let timeout = timeout.map_or(EpollTimeout::NONE, |time| {
-            EpollTimeout::try_from(time + Duration::from_millis(1)).unwrap_or(EpollTimeout::MAX)
-        });
-        let mut events = [EpollEvent::empty(); 3];
+    /// What `epoll_wait` and `poll` say.
+    pub(super) fn wait(&self, timeout: Option<Duration>, sink: bool, fences: &Fences<'_>) -> io::Result<Option<Wake>> {
         let list = self.with_sink.as_ref().filter(|_| sink).unwrap_or(&self.without_sink);
+        // Rounded up: a wait that is too short would be taken for a stall.
+        let timeout = timeout.map(|time| time.saturating_add(Duration::from_millis(1)));
+        if fences.sink.is_empty() && fences.source.is_empty() {
+            let timeout =
+                timeout.map_or(EpollTimeout::NONE, |time| EpollTimeout::try_from(time).unwrap_or(EpollTimeout::MAX));
+            return Waiter::look(list, timeout);
+        }
+        // A fence is waited for once and no more: to put it on the list and take it off would be two calls.
+        let source = fences.source.iter().map(|fence| fence.as_fd());
+        let all = iter::once(list.0.as_fd()).chain(fences.sink.iter().copied()).chain(source);
+        let mut fds: Vec<_> = all.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        let timeout = timeout.map_or(PollTimeout::NONE, |time| PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX));
+        match poll(&mut fds, timeout) {
+            Ok(0) => return Ok(None),
+            Ok(_) => {}
+            Err(Errno::EINTR) => return Ok(Some(Wake::default())),
+            Err(errno) => return Err(errno.into()),
+        }
+        let ready = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
+        let fence = fds.iter().skip(1).take(fences.sink.len()).any(ready);
+        let wake = match fds.first().is_some_and(ready) {
+            true => Waiter::look(list, EpollTimeout::ZERO)?.unwrap_or_default(),
+            false => Wake::default(),
+        };
+        Ok(Some(Wake { fence, ..wake }))
+    }
+
+    fn look(list: &Epoll, timeout: EpollTimeout) -> io::Result<Option<Wake>> {
+        let mut events = [EpollEvent::empty(); 3];
         let count = match list.wait(&mut events, timeout) {
             Ok(0) => return Ok(None),
             Ok(count) => count,
@@ -100,14 +140,37 @@ mod tests {
     fn each_descriptor_is_told_apart() {
         let [source, stop, sink] = [0; 3].map(|_| pipe().unwrap());
         let waiter = Waiter::new(&source.0, Some(stop.0.as_fd()), Some(sink.0.as_fd())).unwrap();
-        assert_eq!(waiter.wait(Some(Duration::ZERO), true).unwrap(), None);
+        assert_eq!(waiter.wait(Some(Duration::ZERO), true, &Fences::default()).unwrap(), None);
         write(&sink.1, b"x").unwrap();
-        assert_eq!(waiter.wait(None, true).unwrap(), Some(Wake { sink: true, ..Wake::default() }));
-        assert_eq!(waiter.wait(Some(Duration::ZERO), false).unwrap(), None, "nobody asked for the sink");
+        assert_eq!(waiter.wait(None, true, &Fences::default()).unwrap(), Some(Wake { sink: true, ..Wake::default() }));
+        assert_eq!(
+            waiter.wait(Some(Duration::ZERO), false, &Fences::default()).unwrap(),
+            None,
+            "nobody asked for the sink"
+        );
         write(&stop.1, b"x").unwrap();
-        assert_eq!(waiter.wait(None, true).unwrap(), Some(Wake { sink: true, stop: true, source: None }));
+        assert_eq!(
+            waiter.wait(None, true, &Fences::default()).unwrap(),
+            Some(Wake { sink: true, stop: true, ..Wake::default() })
+        );
         write(&source.1, b"x").unwrap();
-        assert_eq!(waiter.wait(None, true).unwrap().unwrap().source, Some(Ready::FRAME));
+        assert_eq!(waiter.wait(None, true, &Fences::default()).unwrap().unwrap().source, Some(Ready::FRAME));
+    }
+
+    #[test]
+    fn fences_end_the_wait() {
+        let [source, sink, acquire, release] = [0; 4].map(|_| pipe().unwrap());
+        let waiter = Waiter::new(&source.0, None, Some(sink.0.as_fd())).unwrap();
+        let held = Arc::new(SyncFile::from(release.0));
+        let fences = Fences { sink: vec![acquire.0.as_fd()], source: vec![held] };
+        assert_eq!(waiter.wait(Some(Duration::ZERO), true, &fences).unwrap(), None);
+        write(&release.1, b"x").unwrap();
+        assert_eq!(waiter.wait(None, true, &fences).unwrap(), Some(Wake::default()), "nothing for the sink");
+        write(&acquire.1, b"x").unwrap();
+        assert_eq!(waiter.wait(None, true, &fences).unwrap(), Some(Wake { fence: true, ..Wake::default() }));
+        write(&source.1, b"x").unwrap();
+        let wake = Wake { source: Some(Ready::FRAME), fence: true, ..Wake::default() };
+        assert_eq!(waiter.wait(None, true, &fences).unwrap(), Some(wake));
     }
 
     #[test]
@@ -115,6 +178,14 @@ mod tests {
         let (source, end) = pipe().unwrap();
         let waiter = Waiter::new(&source, None, None).unwrap();
         drop(end);
-        assert!(waiter.wait(None, true).unwrap().unwrap().source.unwrap().failed);
+        assert!(
+            waiter
+                .wait(None, true, &Fences::default())
+                .unwrap()
+                .unwrap()
+                .source
+                .unwrap()
+                .failed
+        );
     }
 }

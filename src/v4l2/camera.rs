@@ -7,10 +7,11 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::agree::{agree_format, agree_rate, agree_strides, memory_lens};
-use super::queue::{Allocated, Dequeued, Idle, Queue, Streaming, held_by};
+use super::queue::{Allocated, Dequeued, Idle, Queue, Streaming, fences_of, held_by};
 use super::{Device, Event, Rate};
 use crate::endpoint::{Ready, Source, SourceCounts};
 use crate::error::{Context, Error, Kind, Result};
+use crate::fence::SyncFile;
 use crate::format::{Format, Fourcc, Layout};
 use crate::frame::{Buffer, Frame, Room, Slots, ViewInfo, ViewPolicy};
 use crate::ledger::Copies;
@@ -130,16 +131,14 @@ impl Camera {
         }
         loop {
             self.recycle()?;
-            let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN | PollFlags::POLLPRI)];
+            let fences = self.release_fences();
+            let frames = PollFd::new(self.as_fd(), PollFlags::POLLIN | PollFlags::POLLPRI);
             let timeout = PollTimeout::try_from(self.watchdog).unwrap_or(PollTimeout::MAX);
-            let ready = match poll(&mut fds, timeout) {
+            let ready = match wait_for(frames, &fences, timeout) {
                 Err(nix::errno::Errno::EINTR) => continue,
                 other => other.context("wait for", || self.name.clone())?,
             };
-            if ready == 0 {
-                return Err(self.stalled());
-            }
-            let events = fds[0].revents().unwrap_or(PollFlags::empty());
+            let Some(events) = ready else { return Err(self.stalled()) };
             if let Some(frame) = self.try_next(Ready::from(events))? {
                 return Ok(frame);
             }
@@ -288,6 +287,25 @@ impl Camera {
     }
 }
 
+/// What came of a camera's descriptor, which is nothing if one of the fences has signalled first; `None` when the time is up.
+fn wait_for(frames: PollFd<'_>, fences: &[Arc<SyncFile>], timeout: PollTimeout) -> nix::Result<Option<PollFlags>> {
+    let (mut alone, mut all);
+    let fds: &mut [PollFd<'_>] = match fences {
+        [] => {
+            alone = [frames];
+            &mut alone
+        }
+        fences => {
+            let fences = fences.iter().map(|fence| PollFd::new(fence.as_fd(), PollFlags::POLLIN));
+            all = std::iter::once(frames).chain(fences).collect::<Vec<_>>();
+            &mut all
+        }
+    };
+    let ready = poll(fds, timeout)?;
+    let events = fds.first().and_then(PollFd::revents).unwrap_or(PollFlags::empty());
+    Ok((ready > 0).then_some(events))
+}
+
 impl From<PollFlags> for Ready {
     fn from(events: PollFlags) -> Ready {
         Ready {
@@ -420,6 +438,11 @@ impl Source for Camera {
         self.streaming()?.recycle()
     }
 
+    fn release_fences(&self) -> Vec<Arc<SyncFile>> {
+        let fences = self.slots().map(Slots::release_fences).unwrap_or_default();
+        fences.into_iter().map(|(_, fence)| fence).collect()
+    }
+
     fn stop(&mut self) -> Result<()> {
         let (state, result) = match std::mem::replace(&mut self.queue, State::Turning) {
             State::Streaming(queue) => match queue.stop() {
@@ -443,11 +466,15 @@ impl Source for Camera {
         let cause = format!("none came for {} s", self.watchdog.as_secs_f64());
         match &self.queue {
             State::Streaming(queue) if queue.counts().queued == 0 => {
-                let views = queue.views();
-                let cause = format!("{cause}; the camera has no buffer to fill: {}{}", queue.counts(), held_by(&views));
-                error.because(cause).repair(match views.is_empty() {
-                    true => "drop frames sooner, or ask for more buffers",
-                    false => "drop frames and views sooner, let the queue detach views, or ask for more buffers",
+                let (views, fences) = (queue.views(), fences_of(queue.slots()));
+                let held = held_by(&views);
+                let cause = format!("{cause}; the camera has no buffer to fill: {}{held}{fences}", queue.counts());
+                error.because(cause).repair(match (views.is_empty(), fences.is_empty()) {
+                    (true, true) => "drop frames sooner, or ask for more buffers",
+                    (false, true) => {
+                        "drop frames and views sooner, let the queue detach views, or ask for more buffers"
+                    }
+                    (_, false) => "a device that reads the frames does not come to an end; or ask for more buffers",
                 })
             }
             _ => error

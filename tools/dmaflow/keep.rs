@@ -5,6 +5,7 @@ use std::os::fd::BorrowedFd;
 
 use dmaflow::endpoint::{JoinError, Rung, Shown, Sink, Verdict};
 use dmaflow::error::Result;
+use dmaflow::fence::FenceUse;
 use dmaflow::format::{Format, Layout};
 use dmaflow::frame::{Buffer, CowView, Frame, Room};
 use dmaflow::ledger::Ledger;
@@ -58,6 +59,14 @@ impl Sink for Keeper<'_> {
 
     fn wants_event(&self) -> bool {
         self.inner.wants_event()
+    }
+
+    fn acquire_fences(&self) -> Vec<BorrowedFd<'_>> {
+        self.inner.acquire_fences()
+    }
+
+    fn fence_use(&self) -> FenceUse {
+        self.inner.fence_use()
     }
 
     fn dispatch(&mut self) -> Result<Option<Shown>> {

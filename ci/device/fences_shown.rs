@@ -1,0 +1,622 @@
+//! Frames with acquire fences on a display: none is shown before its fence has signalled, and then it is at once.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::process::Command;
+use std::sync::Arc;
+use std::thread::{JoinHandle, sleep};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use dmaflow::endpoint::{Ready, Shown, Sink, Source, SourceCounts};
+use dmaflow::error::{Error, Kind};
+use dmaflow::fence::{CpuWait, FenceState, FenceUse, SyncFile};
+use dmaflow::format::Layout;
+use dmaflow::frame::{Buffer, Frame};
+use dmaflow::kms::{Display, DisplayRequest, Present};
+use dmaflow::ladder::Path;
+use dmaflow::pipe::{Limits, Pipe};
+use dmaflow::v4l2::{Camera, CameraRequest, Device};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::camera::request;
+use crate::display::join;
+use crate::harness::{Outcome, PASSED, Test, note};
+use crate::modules::{Witness, debugfs};
+use crate::process::{State, finish};
+use crate::vgem::{Signal, Vgem, now_us};
+
+const NEEDS: &[&str] = &["vivid", "vkms", "vgem", "udmabuf"];
+
+pub const TESTS: &[Test] = &[
+    Test { name: "fences_shown::fifo", needs: NEEDS, seconds: 60, run: || fifo(false) },
+    Test { name: "fences_shown::fifo_by_the_cpu", needs: NEEDS, seconds: 60, run: || fifo(true) },
+    Test { name: "fences_shown::fifo_several", needs: NEEDS, seconds: 60, run: fifo_several },
+    Test { name: "fences_shown::first_frame", needs: NEEDS, seconds: 60, run: first_frame },
+    Test { name: "fences_shown::mailbox", needs: NEEDS, seconds: 60, run: mailbox },
+    Test { name: "fences_shown::mailbox_is_not_blocked", needs: NEEDS, seconds: 60, run: mailbox_is_not_blocked },
+    Test { name: "fences_shown::implicit", needs: NEEDS, seconds: 60, run: implicit },
+    Test { name: "fences_shown::too_late_in_fifo", needs: NEEDS, seconds: 90, run: too_late_in_fifo },
+    Test { name: "fences_shown::too_late_in_mailbox", needs: NEEDS, seconds: 60, run: too_late_in_mailbox },
+    Test { name: "fences_shown::too_late_at_first", needs: NEEDS, seconds: 60, run: too_late_at_first },
+    Test { name: "fences_shown::out_fences", needs: NEEDS, seconds: 60, run: out_fences },
+    Test {
+        name: REFUSED,
+        needs: &["vivid", "vkms", "vgem", "udmabuf", "strace"],
+        seconds: 90,
+        run: refused_by_the_driver,
+    },
+    Test { name: "fences_shown::pipe_in_fifo", needs: NEEDS, seconds: 120, run: || pipe(Present::Fifo) },
+    Test { name: "fences_shown::pipe_in_mailbox", needs: NEEDS, seconds: 120, run: || pipe(Present::Mailbox) },
+];
+
+/// As long as nothing must happen: many refreshes of the display.
+const NOT_YET: Duration = Duration::from_millis(300);
+
+/// What "at once" may be where a processor is emulated on a busy machine, in µs.
+const AT_ONCE_US: u64 = 1_500_000;
+
+/// A picture's time may be that of the vertical blank just before the signal was seen, in µs.
+const REFRESH_US: u64 = 20_000;
+
+fn camera() -> Result<Camera> {
+    let request = CameraRequest { buffers: Some(8), ..request("XR24", (640, 360)) };
+    Ok(Camera::open(Device::find("vivid")?, &request)?)
+}
+
+/// A display that shows the camera's first frame.
+fn lit(camera: &mut Camera, request: DisplayRequest) -> Result<Display> {
+    let mut display = Display::find("vkms", request)?;
+    join(&mut display, camera)?;
+    ensure!(display.present(camera.next()?)?.is_some(), "the first frame is on screen when presented");
+    Ok(display)
+}
+
+fn fifo_request() -> DisplayRequest {
+    DisplayRequest { present: Present::Fifo, ..DisplayRequest::default() }
+}
+
+fn mailbox_request() -> DisplayRequest {
+    DisplayRequest { present: Present::Mailbox, ..DisplayRequest::default() }
+}
+
+/// What the display shows, by the CRC that vkms computes of it. Looked at for several refreshes, during which it must stay the same.
+fn crc() -> Result<u32> {
+    let folder = debugfs().context("vkms is not in debugfs")?.join("crtc-0/crc");
+    fs::File::options()
+        .write(true)
+        .open(folder.join("control"))?
+        .write_all(b"auto")?;
+    let mut data = fs::File::open(folder.join("data"))?;
+    let mut seen = Vec::new();
+    for _ in 0..5 {
+        let mut line = [0; 128];
+        let len = data.read(&mut line)?;
+        let text = String::from_utf8_lossy(&line[..len]).into_owned();
+        let value = text
+            .split_whitespace()
+            .nth(1)
+            .and_then(|word| word.strip_prefix("0x"))
+            .context("no CRC")?;
+        seen.push(u32::from_str_radix(value, 16)?);
+    }
+    ensure!(seen.iter().all(|value| *value == seen[0]), "the picture changes: {seen:x?}");
+    Ok(seen[0])
+}
+
+/// Waits for the next frame on screen as a program's own loop does: for the display's descriptor and the fences that it holds.
+fn wait_shown(display: &mut Display) -> Result<Shown> {
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(8) {
+        let fences = display.acquire_fences();
+        let fds = std::iter::once(display.as_fd()).chain(fences);
+        let mut fds: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        poll(&mut fds, PollTimeout::from(2000_u16))?;
+        drop(fds);
+        if let Some(shown) = display.dispatch()? {
+            return Ok(shown);
+        }
+    }
+    anyhow::bail!("no frame came on screen for {:?}", start.elapsed())
+}
+
+fn soon_after(shown: &Shown, signalled_us: u64) -> Result<()> {
+    let range = signalled_us.saturating_sub(REFRESH_US)..signalled_us + AT_ONCE_US;
+    ensure!(range.contains(&shown.at_us), "shown at {}, signalled at {signalled_us}", shown.at_us);
+    note(&format!("shown {} µs after the signal", shown.at_us.cast_signed() - signalled_us.cast_signed()));
+    Ok(())
+}
+
+/// A signal that comes while something else waits for it.
+fn signalled(signaller: JoinHandle<Result<u64>>) -> Result<u64> {
+    signaller.join().expect("no panic")
+}
+
+fn fifo(by_cpu: bool) -> anyhow::Result<Outcome> {
+    let (mut camera, vgem) = (camera()?, Vgem::open()?);
+    let mut display = lit(&mut camera, DisplayRequest { wait_by_cpu: by_cpu, ..fifo_request() })?;
+    let before = crc()?;
+    let (fence, signal) = vgem.fence()?;
+    let frame = camera.next()?.with_acquire_fence(fence);
+    let sequence = frame.meta().sequence;
+    let start = Instant::now();
+    let signalled_us = if by_cpu {
+        let signaller = signal.after(NOT_YET);
+        display.present(frame)?;
+        ensure!(start.elapsed() >= NOT_YET, "presented after {:?}", start.elapsed());
+        signalled(signaller)?
+    } else {
+        display.present(frame)?;
+        ensure!(start.elapsed() < NOT_YET, "presenting waited for {:?}", start.elapsed());
+        sleep(NOT_YET);
+        ensure!(crc()? == before && display.dispatch()?.is_none(), "it was shown before its fence had signalled");
+        let at_us = now_us()?;
+        signal.now()?;
+        at_us
+    };
+    let shown = wait_shown(&mut display)?;
+    ensure!(shown.meta.sequence == sequence, "frame {} and not {sequence}", shown.meta.sequence);
+    soon_after(&shown, signalled_us)?;
+    ensure!(crc()? != before, "the picture is still that of before");
+    let expected = match by_cpu {
+        true => FenceUse { by_device: 0, by_cpu: 1, why: Some(CpuWait::Asked) },
+        false => FenceUse { by_device: 1, by_cpu: 0, why: None },
+    };
+    ensure!(display.fence_use() == expected, "{:?}", display.fence_use());
+    display.restore()?;
+    PASSED
+}
+
+/// Frame after frame, with a fence and without: each in its turn, none before its fence.
+fn fifo_several() -> anyhow::Result<Outcome> {
+    let (mut camera, vgem) = (camera()?, Vgem::open()?);
+    let mut display = lit(&mut camera, fifo_request())?;
+    let (mut sent, mut told, mut times) = (Vec::new(), Vec::new(), Vec::new());
+    for index in 0..12 {
+        let mut frame = camera.next()?;
+        if index % 3 != 2 {
+            let (fence, signal) = vgem.fence()?;
+            frame = frame.with_acquire_fence(fence);
+            times.push((frame.meta().sequence, signal.after(Duration::from_millis(60))));
+        }
+        sent.push(frame.meta().sequence);
+        told.extend(display.present(frame)?);
+    }
+    while let Some(shown) = display.finish()? {
+        told.push(shown);
+    }
+    let sequences: Vec<_> = told.iter().map(|shown| shown.meta.sequence).collect();
+    ensure!(sequences == sent, "{sequences:?} instead of {sent:?}");
+    for (sequence, signaller) in times {
+        let at_us = signalled(signaller)?;
+        let shown = told
+            .iter()
+            .find(|shown| shown.meta.sequence == sequence)
+            .context("it was told of")?;
+        soon_after(shown, at_us)?;
+    }
+    ensure!(display.fence_use() == FenceUse { by_device: 8, by_cpu: 0, why: None }, "{:?}", display.fence_use());
+    display.restore()?;
+    PASSED
+}
+
+fn first_frame() -> anyhow::Result<Outcome> {
+    let (mut camera, vgem) = (camera()?, Vgem::open()?);
+    let mut display = Display::find("vkms", fifo_request())?;
+    join(&mut display, &camera)?;
+    // One fence that it carries, and one that is in its memory.
+    let [(fence, carried), (other, implied)] = [vgem.fence()?, vgem.fence()?];
+    let frame = camera.next()?.with_acquire_fence(fence);
+    let dma_buf = frame.buffer().dma_buf(0).context("a dma-buf")?;
+    other.import_into(dma_buf, dmaflow::memory::Access::ReadWrite)?;
+    let (first, last) = (carried.after(NOT_YET), implied.after(2 * NOT_YET));
+    let shown = display.present(frame)?.context("the first frame is on screen when presented")?;
+    signalled(first)?;
+    soon_after(&shown, signalled(last)?)?;
+    ensure!(display.fence_use().why == Some(CpuWait::First), "{:?}", display.fence_use());
+    display.restore()?;
+    PASSED
+}
+
+fn mailbox() -> anyhow::Result<Outcome> {
+    let (mut camera, vgem) = (camera()?, Vgem::open()?);
+    let mut display = lit(&mut camera, mailbox_request())?;
+    let before = crc()?;
+    let (fence, signal) = vgem.fence()?;
+    let frame = camera.next()?.with_acquire_fence(fence);
+    let sequence = frame.meta().sequence;
+    let start = Instant::now();
+    ensure!(display.present(frame)?.is_none() && start.elapsed() < NOT_YET, "presenting waited");
+    ensure!(display.acquire_fences().len() == 1 && !display.wants_event(), "{:?}", display.acquire_fences());
+    sleep(NOT_YET);
+    ensure!(display.dispatch()?.is_none() && crc()? == before, "it was shown before its fence had signalled");
+    let signaller = signal.after(NOT_YET);
+    let shown = wait_shown(&mut display)?;
+    ensure!(shown.meta.sequence == sequence, "frame {} and not {sequence}", shown.meta.sequence);
+    soon_after(&shown, signalled(signaller)?)?;
+    ensure!(crc()? != before && display.acquire_fences().is_empty(), "{:?}", display.acquire_fences());
+    ensure!(display.fence_use() == FenceUse { by_device: 0, by_cpu: 1, why: Some(CpuWait::Mailbox) }, "one fence");
+    // At the end what is held is waited for.
+    let (fence, signal) = vgem.fence()?;
+    let frame = camera.next()?.with_acquire_fence(fence);
+    let sequence = frame.meta().sequence;
+    display.present(frame)?;
+    let signaller = signal.after(NOT_YET);
+    let shown = display.finish()?.context("it was given up")?;
+    ensure!(shown.meta.sequence == sequence && display.finish()?.is_none(), "{shown:?}");
+    soon_after(&shown, signalled(signaller)?)?;
+    ensure!(display.dropped() == 0, "{} dropped", display.dropped());
+    display.restore()?;
+    PASSED
+}
+
+/// A frame that is ready goes before an older one that is not; the older one's slot is kept until its writer is done.
+fn mailbox_is_not_blocked() -> anyhow::Result<Outcome> {
+    let (mut camera, vgem) = (camera()?, Vgem::open()?);
+    let mut display = lit(&mut camera, mailbox_request())?;
+    let (fence, signal) = vgem.fence()?;
+    let held = camera.next()?.with_acquire_fence(fence);
+    let slot = held.slot();
+    display.present(held)?;
+    let newer = camera.next()?;
+    let sequence = newer.meta().sequence;
+    display.present(newer)?;
+    let shown = wait_shown(&mut display)?;
+    ensure!(shown.meta.sequence == sequence && display.dropped() == 1, "{shown:?}, {} dropped", display.dropped());
+    ensure!(display.acquire_fences().is_empty(), "the dropped one is held on");
+    let again = (0..24).any(|_| camera.next().is_ok_and(|frame| frame.slot() == slot));
+    ensure!(!again, "slot {slot} was filled while another device writes there");
+    signal.now()?;
+    let again = (0..24).any(|_| camera.next().is_ok_and(|frame| frame.slot() == slot));
+    ensure!(again, "slot {slot} was lost");
+    // Of many that are not ready the first in line is shown when it is, and then the newest.
+    let mut signals = Vec::new();
+    for _ in 0..4 {
+        let (fence, signal) = vgem.fence()?;
+        let frame = camera.next()?.with_acquire_fence(fence);
+        signals.push((frame.meta().sequence, signal));
+        display.present(frame)?;
+    }
+    ensure!(display.acquire_fences().len() == 2 && display.dropped() == 3, "{} dropped", display.dropped());
+    let (newest, last) = signals.pop().context("the newest")?;
+    let mut rest = signals.into_iter();
+    let (first, signal) = rest.next().context("the first in line")?;
+    signal.now()?;
+    let shown = wait_shown(&mut display)?;
+    ensure!(shown.meta.sequence == first, "frame {} and not {first}", shown.meta.sequence);
+    last.now()?;
+    let shown = wait_shown(&mut display)?;
+    ensure!(shown.meta.sequence == newest, "frame {} and not {newest}", shown.meta.sequence);
+    display.restore()?;
+    PASSED
+}
+
+/// Fences that are in the memory alone are the kernel's affair, which waits for them by itself.
+fn implicit() -> anyhow::Result<Outcome> {
+    let (mut camera, vgem) = (camera()?, Vgem::open()?);
+    let mut display = lit(&mut camera, fifo_request())?;
+    let before = crc()?;
+    for explicit in [false, true] {
+        let mut frame = camera.next()?;
+        let signal = vgem.attach(frame.buffer().dma_buf(0).context("a dma-buf")?, true)?;
+        if explicit {
+            frame = frame.with_implicit_fences()?;
+        }
+        let now = crc()?;
+        display.present(frame)?;
+        sleep(NOT_YET);
+        ensure!(crc()? == now && display.dispatch()?.is_none(), "it was shown while its memory was written");
+        let at_us = now_us()?;
+        signal.now()?;
+        soon_after(&wait_shown(&mut display)?, at_us)?;
+        ensure!(display.fence_use().by_device == u64::from(explicit), "{:?}", display.fence_use());
+    }
+    ensure!(crc()? != before, "the picture is still that of before");
+    display.restore()?;
+    PASSED
+}
+
+const SHORT: Duration = Duration::from_millis(400);
+
+/// An error that names the fence, in time.
+fn is_late(error: Option<Error>, start: Instant) -> Result<()> {
+    let (error, waited) = (error.context("it was shown")?, start.elapsed());
+    let line = error.line();
+    ensure!(error.kind() == Kind::Timeout && line.contains("vgem (timeline unbound)"), "{line}");
+    ensure!(line.contains("has not signalled for 0.4"), "{line}");
+    ensure!(waited < SHORT + Duration::from_secs(3), "after {waited:?}");
+    note(&line);
+    Ok(())
+}
+
+/// The frame is with the kernel, which waits for its fence: the picture of before is back as soon as that has come to an end.
+fn too_late_in_fifo() -> anyhow::Result<Outcome> {
+    let witness = Witness::new()?;
+    let state = State::read();
+    for by_cpu in [false, true] {
+        let (mut camera, vgem) = (camera()?, Vgem::open()?);
+        let request = DisplayRequest { fence_timeout: Some(SHORT), wait_by_cpu: by_cpu, ..fifo_request() };
+        let mut display = lit(&mut camera, request)?;
+        // The display has sent its last frame, so that nothing is told of but what follows.
+        let (fence, signal) = vgem.fence()?;
+        let first = camera.next()?.with_acquire_fence(fence);
+        let start = Instant::now();
+        let error = match by_cpu {
+            true => display.present(first).err(),
+            false => {
+                display.present(first)?;
+                display.present(camera.next()?).err()
+            }
+        };
+        is_late(error, start)?;
+        let signaller = signal.after(Duration::from_secs(1));
+        let start = Instant::now();
+        drop(display);
+        let restored = start.elapsed();
+        note(&format!("the picture was put back in {restored:?}"));
+        ensure!(restored < Duration::from_secs(5), "after {restored:?}");
+        signalled(signaller)?;
+        camera.next()?;
+        drop(camera);
+        state.is_back()?;
+    }
+    drop(witness);
+    PASSED
+}
+
+fn too_late_in_mailbox() -> anyhow::Result<Outcome> {
+    let witness = Witness::new()?;
+    let state = State::read();
+    let (mut camera, vgem) = (camera()?, Vgem::open()?);
+    let mut display = lit(&mut camera, DisplayRequest { fence_timeout: Some(SHORT), ..mailbox_request() })?;
+    let (fence, _signal) = vgem.fence()?;
+    display.present(camera.next()?.with_acquire_fence(fence))?;
+    let start = Instant::now();
+    while start.elapsed() < SHORT {
+        ensure!(display.dispatch()?.is_none(), "it was shown");
+        sleep(Duration::from_millis(20));
+    }
+    is_late(display.dispatch().err(), start)?;
+    // It is given up, and the display goes on.
+    let frame = camera.next()?;
+    let sequence = frame.meta().sequence;
+    display.present(frame)?;
+    ensure!(wait_shown(&mut display)?.meta.sequence == sequence, "another frame");
+    // At the end as well.
+    let (fence, _signal) = vgem.fence()?;
+    display.present(camera.next()?.with_acquire_fence(fence))?;
+    let start = Instant::now();
+    is_late(display.finish().err(), start)?;
+    ensure!(display.finish()?.is_none(), "it is given up");
+    let start = Instant::now();
+    drop(display);
+    ensure!(start.elapsed() < Duration::from_secs(3), "put back after {:?}", start.elapsed());
+    camera.next()?;
+    drop(camera);
+    state.is_back()?;
+    drop(witness);
+    PASSED
+}
+
+/// Nothing of the screen has changed yet, and nothing does.
+fn too_late_at_first() -> anyhow::Result<Outcome> {
+    let witness = Witness::new()?;
+    let state = State::read();
+    for implied in [false, true] {
+        let (mut camera, vgem) = (camera()?, Vgem::open()?);
+        let mut display = Display::find("vkms", DisplayRequest { fence_timeout: Some(SHORT), ..fifo_request() })?;
+        join(&mut display, &camera)?;
+        let mut frame = camera.next()?;
+        let (fence, _signal) = vgem.fence()?;
+        match implied {
+            true => fence
+                .import_into(frame.buffer().dma_buf(0).context("a dma-buf")?, dmaflow::memory::Access::ReadWrite)?,
+            false => frame = frame.with_acquire_fence(fence),
+        }
+        let start = Instant::now();
+        is_late(display.present(frame).err(), start)?;
+        let start = Instant::now();
+        drop((display, camera));
+        ensure!(start.elapsed() < Duration::from_secs(3), "put back after {:?}", start.elapsed());
+        state.is_back()?;
+    }
+    drop(witness);
+    PASSED
+}
+
+fn out_fences() -> anyhow::Result<Outcome> {
+    let (mut camera, vgem) = (camera()?, Vgem::open()?);
+    for present in [Present::Fifo, Present::Mailbox] {
+        let mut display = lit(&mut camera, DisplayRequest { present, out_fences: true, ..DisplayRequest::default() })?;
+        ensure!(display.take_out_fence().is_none(), "the first frame has none");
+        for round in 0..4 {
+            display.present(camera.next()?)?;
+            let done = display.take_out_fence().context("no fence")?;
+            ensure!(display.take_out_fence().is_none(), "taken twice");
+            done.wait(Duration::from_secs(5))?;
+            let shown = wait_shown(&mut display)?;
+            let at_us = done.fences()?[0].signalled_at_ns.context("no time")? / 1000;
+            // The signal is made from the vertical blank, whose time the event carries (drm_send_event_timestamp_locked).
+            ensure!(at_us.abs_diff(shown.at_us) < AT_ONCE_US, "round {round}: fence {at_us}, event {}", shown.at_us);
+        }
+        if present == Present::Fifo {
+            // With an open acquire fence it stays open.
+            let (fence, signal) = vgem.fence()?;
+            display.present(camera.next()?.with_acquire_fence(fence))?;
+            let done = display.take_out_fence().context("no fence")?;
+            ensure!(done.wait(NOT_YET).is_err() && done.state()? == FenceState::Active, "{done}");
+            signal.now()?;
+            done.wait(Duration::from_secs(5))?;
+        }
+        display.restore()?;
+    }
+    let mut display = lit(&mut camera, fifo_request())?;
+    display.present(camera.next()?)?;
+    ensure!(display.take_out_fence().is_none(), "nobody asked for one");
+    display.restore()?;
+    PASSED
+}
+
+/// Set for the process that strace runs, to what becomes of the commit with a fence.
+const UNDER_STRACE: &str = "DMAFLOW_TEST_FENCE";
+const REFUSED: &str = "fences_shown::refused_by_the_driver";
+
+/// A driver that refuses `IN_FENCE_FD`, as nvidia-drm did: strace has the kernel answer so to the first commit with one.
+fn refused_by_the_driver() -> anyhow::Result<Outcome> {
+    if let Ok(how) = std::env::var(UNDER_STRACE) {
+        return under_strace(how == "refused");
+    }
+    let log = format!("/tmp/strace-fence.{}", std::process::id());
+    let run = |how: &str, inject: &[String]| -> Result<String> {
+        let mut command = Command::new("strace");
+        command.args(["-e", "trace=ioctl", "-o", &log]).args(inject);
+        command
+            .arg(std::env::current_exe()?)
+            .args(["--run-one", REFUSED])
+            .env(UNDER_STRACE, how);
+        finish(&mut command)?.has_status(0)?;
+        Ok(fs::read_to_string(&log)?)
+    };
+    // The test commit, the first picture, and the one with the fence.
+    let seen = run("taken", &[])?;
+    let commits = seen.lines().zip(1..).filter(|(line, _)| line.contains("MODE_ATOMIC"));
+    let (_, place) = commits.take(3).last().context("strace saw no commits")?;
+    let told = run("refused", &["-e".to_owned(), format!("inject=ioctl:error=EPERM:when={place}")])?;
+    fs::remove_file(&log)?;
+    let injected = told
+        .lines()
+        .find(|line| line.contains("INJECTED"))
+        .context("nothing was refused")?;
+    ensure!(injected.contains("MODE_ATOMIC"), "another call was refused: {injected}");
+    PASSED
+}
+
+fn under_strace(refused: bool) -> anyhow::Result<Outcome> {
+    let (mut camera, vgem) = (camera()?, Vgem::open()?);
+    let mut display = lit(&mut camera, fifo_request())?;
+    let mut signallers = Vec::new();
+    let mut told = Vec::new();
+    for _ in 0..2 {
+        let (fence, signal) = vgem.fence()?;
+        let frame = camera.next()?.with_acquire_fence(fence);
+        signallers.push((frame.meta().sequence, signal.after(NOT_YET)));
+        told.extend(display.present(frame)?);
+    }
+    while let Some(shown) = display.finish()? {
+        told.push(shown);
+    }
+    for (sequence, signaller) in signallers {
+        let shown = told
+            .iter()
+            .find(|shown| shown.meta.sequence == sequence)
+            .context("it was not shown")?;
+        soon_after(shown, signalled(signaller)?)?;
+    }
+    // Once refused, the next is not tried.
+    let expected = match refused {
+        true => FenceUse { by_device: 0, by_cpu: 2, why: Some(CpuWait::Refused(nix::libc::EPERM)) },
+        false => FenceUse { by_device: 2, by_cpu: 0, why: None },
+    };
+    ensure!(display.fence_use() == expected, "{:?}", display.fence_use());
+    display.restore()?;
+    PASSED
+}
+
+/// A camera whose frames are written for some time after they come, by another device.
+struct Fenced {
+    camera: Camera,
+    vgem: Arc<Vgem>,
+    signallers: Vec<JoinHandle<Result<u64>>>,
+    /// By sequence number, when each fence was signalled.
+    late: Duration,
+}
+
+impl AsFd for Fenced {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.camera.as_fd()
+    }
+}
+
+impl Source for Fenced {
+    fn name(&self) -> &str {
+        self.camera.name()
+    }
+
+    fn layout(&self) -> &Layout {
+        self.camera.layout()
+    }
+
+    fn rate(&self) -> Option<f64> {
+        self.camera.rate()
+    }
+
+    fn buffers(&self) -> &[Buffer] {
+        self.camera.buffers()
+    }
+
+    fn start(&mut self) -> dmaflow::Result<()> {
+        self.camera.start()
+    }
+
+    fn try_next(&mut self, ready: Ready) -> dmaflow::Result<Option<Frame>> {
+        let Some(frame) = self.camera.try_next(ready)? else { return Ok(None) };
+        let made = self.vgem.fence();
+        let (fence, signal): (SyncFile, Signal) = made
+            .map_err(|cause| Error::new(Kind::System, "make a fence for", "a frame").because(format!("{cause:#}")))?;
+        self.signallers.push(signal.after(self.late));
+        Ok(Some(frame.with_acquire_fence(fence)))
+    }
+
+    fn recycle(&mut self) -> dmaflow::Result<()> {
+        self.camera.recycle()
+    }
+
+    fn release_fences(&self) -> Vec<Arc<SyncFile>> {
+        self.camera.release_fences()
+    }
+
+    fn stop(&mut self) -> dmaflow::Result<()> {
+        self.camera.stop()
+    }
+
+    fn watchdog(&self) -> Option<Duration> {
+        self.camera.watchdog()
+    }
+
+    fn stalled(&self) -> Error {
+        self.camera.stalled()
+    }
+
+    fn counts(&self) -> SourceCounts {
+        self.camera.counts()
+    }
+}
+
+/// The pipe's own loop, each frame with a fence that signals a while later.
+fn pipe(present: Present) -> anyhow::Result<Outcome> {
+    const FRAMES: u64 = 60;
+    let descriptors = || fs::read_dir("/proc/self/fd").map(Iterator::count);
+    let before = descriptors()?;
+    let mut source =
+        Fenced { camera: camera()?, vgem: Vgem::open()?, signallers: Vec::new(), late: Duration::from_millis(25) };
+    let mut display = Display::find("vkms", DisplayRequest { present, ..DisplayRequest::default() })?;
+    let limits = Limits { frames: Some(FRAMES), duration: None };
+    let account = Pipe::join(&mut source, &mut display, Path::ZeroCopy, limits)?.run(None, &mut |_| {})?;
+    ensure!(account.captured == FRAMES, "{account:?}");
+    ensure!(account.presented + account.dropped_by_sink == FRAMES, "{account:?}");
+    ensure!(account.fences.by_device + account.fences.by_cpu == account.presented, "{account:?}");
+    match present {
+        Present::Fifo => ensure!(account.presented == FRAMES && account.fences.by_device == FRAMES - 1, "{account:?}"),
+        // Fences take longer than a frame, and some frames are shown all the same.
+        Present::Mailbox => ensure!(account.presented > 5 && account.fences.by_cpu > 5, "{account:?}"),
+    }
+    note(&format!("{} of {FRAMES} shown, {:?}", account.presented, account.fences));
+    display.restore()?;
+    for signaller in std::mem::take(&mut source.signallers) {
+        signalled(signaller)?;
+    }
+    drop((display, source));
+    ensure!(descriptors()? == before, "{} descriptors instead of {before}", descriptors()?);
+    PASSED
+}

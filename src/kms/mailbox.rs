@@ -1,0 +1,228 @@
+//! The frames that wait for their turn when the newest is to be shown, and which of them that is while fences are open.
+//!
+//! A frame whose acquire fence has not signalled is not committed: a commit cannot be taken back, and every newer frame would have to
+//! wait behind it. It is held here, and the newest frame that is ready is the one that is shown; those before it are dropped.
+//!
+//! Two are held at most. The first in line keeps its place until its fence signals or a newer frame is ready; of those behind it only the
+//! newest stays. Were the first in line replaced as well, a device that takes longer for a picture than the time between two would
+//! never have one shown: each would be dropped before it is done.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use crate::error::{Kind, Result};
+use crate::frame::Frame;
+
+/// See the [module](self).
+#[derive(Debug, Default)]
+pub(super) struct Mailbox {
+    first: Option<Held>,
+    /// Newer than the first, and not ready.
+    newer: Option<Held>,
+}
+
+#[derive(Debug)]
+struct Held {
+    frame: Frame,
+    /// Since when its fence has been waited for; `None` for a frame that is ready.
+    since: Option<Instant>,
+}
+
+impl Held {
+    /// Whether it is ready now. A system call only while it was not.
+    ///
+    /// # Errors
+    /// If the work that its fence stands for has failed.
+    fn look(&mut self) -> Result<bool> {
+        let done = match (self.since, self.frame.acquire_fence()) {
+            (Some(_), Some(fence)) => fence.check()?,
+            _ => true,
+        };
+        if done {
+            self.since = None;
+        }
+        Ok(done)
+    }
+}
+
+impl Mailbox {
+    /// Adds a frame, newer than all before. Returns how many were dropped for it. Without a fence no system call.
+    ///
+    /// # Errors
+    /// If the work that a fence stands for has failed: that frame is dropped.
+    pub(super) fn put(&mut self, frame: Frame) -> Result<u64> {
+        let since = frame.acquire_fence().map(|_| Instant::now());
+        let before = self.newer.replace(Held { frame, since }).is_some();
+        Ok(u64::from(before) + self.look()?)
+    }
+
+    /// Looks whether the newer frame is ready, or is the first in line. Returns how many frames were dropped.
+    ///
+    /// # Errors
+    /// If the work that a fence stands for has failed: that frame is dropped.
+    pub(super) fn look(&mut self) -> Result<u64> {
+        let mut dropped = 0;
+        if let Some(mut newer) = self.newer.take() {
+            if newer.look()? || self.first.is_none() {
+                dropped += u64::from(self.first.replace(newer).is_some());
+            } else {
+                self.newer = Some(newer);
+            }
+        }
+        if let Some(Err(failed)) = self.first.as_mut().map(Held::look) {
+            self.first = self.newer.take();
+            return Err(failed);
+        }
+        Ok(dropped)
+    }
+
+    /// The frame to show next, if one is ready. What is behind it waits on.
+    pub(super) fn take_ready(&mut self) -> Option<Frame> {
+        let first = self.first.take_if(|first| first.since.is_none())?;
+        self.first = self.newer.take();
+        Some(first.frame)
+    }
+
+    /// Whether a frame is ready.
+    pub(super) fn is_ready(&self) -> bool {
+        self.first.as_ref().is_some_and(|first| first.since.is_none())
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.first.is_none()
+    }
+
+    /// The fences that have not signalled as far as is known.
+    pub(super) fn fences(&self) -> Vec<BorrowedFd<'_>> {
+        let held = [&self.first, &self.newer].into_iter().flatten();
+        let open = held.filter(|held| held.since.is_some());
+        open.filter_map(|held| held.frame.acquire_fence()).map(AsFd::as_fd).collect()
+    }
+
+    /// # Errors
+    /// If the first in line has waited longer than `timeout`: it is dropped.
+    pub(super) fn check_time(&mut self, timeout: Duration) -> Result<()> {
+        let late = |first: &mut Held| first.since.is_some_and(|since| since.elapsed() >= timeout);
+        let Some(late) = self.first.take_if(late) else { return Ok(()) };
+        self.first = self.newer.take();
+        // It may have signalled since the last look, and is late all the same.
+        let waited = late.since.map_or(timeout, |since| since.elapsed());
+        late.frame.acquire_fence().map_or(Ok(()), |fence| Err(fence.overdue(waited)))
+    }
+
+    /// Waits for the first in line, as long as it has left of `timeout`.
+    ///
+    /// # Errors
+    /// As [`Frame::wait_acquired`]: it is dropped.
+    pub(super) fn wait(&mut self, timeout: Duration) -> Result<()> {
+        let Some(mut first) = self.first.take_if(|first| first.since.is_some()) else { return Ok(()) };
+        let since = first.since.unwrap_or_else(Instant::now);
+        let waited = first.frame.wait_acquired(timeout.saturating_sub(since.elapsed()));
+        if waited.is_ok() {
+            first.since = None;
+            self.first = Some(first);
+            return waited;
+        }
+        self.first = self.newer.take();
+        match (waited, first.frame.acquire_fence()) {
+            // It has waited longer than this call.
+            (Err(late), Some(fence)) if late.kind() == Kind::Timeout => Err(fence.overdue(since.elapsed())),
+            (waited, _) => waited,
+        }
+    }
+
+    pub(super) fn clear(&mut self) {
+        (self.first, self.newer) = (None, None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fence::SyncFile;
+    use crate::format::{Format, Layout};
+    use crate::frame::{Buffer, FrameMeta, FreeSlot, Room, Slots};
+    use crate::memory::Allocator;
+    use nix::unistd::{pipe, write};
+    use std::os::fd::OwnedFd;
+
+    fn frame(sequence: u32) -> Frame {
+        let layout = Layout::packed(Format::parse("GREY").unwrap().0, (8, 8), 1).unwrap();
+        let buffer = Buffer::allocate(Allocator::Plain, &layout, &Room::default()).unwrap();
+        let slots = Slots::new(1);
+        slots.take_free().for_each(FreeSlot::queued);
+        Frame::new(buffer, FrameMeta { sequence, ..FrameMeta::default() }, Slots::dequeued(&slots, 0).unwrap())
+    }
+
+    /// With a fence that never signals, as far as this test can wait: a pipe is open as a fence is.
+    fn open(sequence: u32) -> (Frame, OwnedFd) {
+        let (read, end) = pipe().unwrap();
+        (frame(sequence).with_acquire_fence(SyncFile::from(read)), end)
+    }
+
+    fn next(mailbox: &mut Mailbox) -> Option<u32> {
+        mailbox.take_ready().map(|frame| frame.meta().sequence)
+    }
+
+    #[test]
+    fn without_fences_the_newest_is_shown() {
+        let mut mailbox = Mailbox::default();
+        let dropped: u64 = (0..4).map(|sequence| mailbox.put(frame(sequence)).unwrap()).sum();
+        assert_eq!((dropped, next(&mut mailbox), next(&mut mailbox)), (3, Some(3), None));
+        assert!(mailbox.is_empty() && mailbox.fences().is_empty());
+    }
+
+    #[test]
+    fn an_open_fence_does_not_block_newer_frames() {
+        let mut mailbox = Mailbox::default();
+        let (held, _end) = open(0);
+        assert_eq!(mailbox.put(held).unwrap(), 0);
+        assert!(!mailbox.is_ready() && !mailbox.is_empty() && mailbox.fences().len() == 1);
+        assert_eq!(mailbox.put(frame(1)).unwrap(), 1);
+        assert_eq!((next(&mut mailbox), mailbox.is_empty()), (Some(1), true));
+    }
+
+    /// A frame that is ready is not given up for one that is not.
+    #[test]
+    fn an_open_fence_does_not_drop_what_is_ready() {
+        let mut mailbox = Mailbox::default();
+        mailbox.put(frame(0)).unwrap();
+        let (held, _end) = open(1);
+        assert_eq!(mailbox.put(held).unwrap(), 0);
+        assert_eq!((next(&mut mailbox), next(&mut mailbox)), (Some(0), None));
+        assert_eq!(mailbox.fences().len(), 1, "the other is first in line now");
+    }
+
+    /// The first in line is not starved by those that come after it.
+    #[test]
+    fn the_first_in_line_keeps_its_place() {
+        let mut mailbox = Mailbox::default();
+        let (frames, ends): (Vec<_>, Vec<_>) = (0..5).map(open).unzip();
+        let dropped: u64 = frames.into_iter().map(|frame| mailbox.put(frame).unwrap()).sum();
+        assert_eq!((dropped, mailbox.fences().len()), (3, 2));
+        // A pipe is no sync file, so its signal is told as the failure of what it stands for: the first alone.
+        write(&ends[0], b"x").unwrap();
+        assert_eq!(mailbox.look().unwrap_err().kind(), Kind::Unsupported);
+        assert_eq!(mailbox.look().unwrap(), 0);
+        assert_eq!(mailbox.fences().len(), 1, "the newest has taken its place");
+        write(&ends[4], b"x").unwrap();
+        assert_eq!(mailbox.look().unwrap_err().kind(), Kind::Unsupported);
+        assert!(mailbox.is_empty());
+    }
+
+    #[test]
+    fn a_fence_that_takes_too_long_is_an_error_once() {
+        let mut mailbox = Mailbox::default();
+        let (held, _end) = open(0);
+        mailbox.put(held).unwrap();
+        mailbox.check_time(Duration::from_secs(60)).unwrap();
+        assert_eq!(mailbox.check_time(Duration::ZERO).unwrap_err().kind(), Kind::Timeout);
+        assert!(mailbox.is_empty());
+        mailbox.check_time(Duration::ZERO).unwrap();
+        let (held, _end) = open(1);
+        mailbox.put(held).unwrap();
+        assert_eq!(mailbox.wait(Duration::from_millis(5)).unwrap_err().kind(), Kind::Timeout);
+        assert!(mailbox.is_empty());
+        mailbox.wait(Duration::ZERO).unwrap();
+    }
+}
