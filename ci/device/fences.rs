@@ -21,16 +21,16 @@ use crate::vgem::{Vgem, now_us, render_nodes};
 const NEEDS: &[&str] = &["vivid", "vgem", "udmabuf"];
 
 pub const TESTS: &[Test] = &[
-    Test { name: "fences::of_a_dma_buf", needs: NEEDS, seconds: 60, run: of_a_dma_buf },
-    Test { name: "fences::put_into_a_dma_buf", needs: NEEDS, seconds: 60, run: put_into_a_dma_buf },
-    Test { name: "fences::merged", needs: NEEDS, seconds: 60, run: merged },
-    Test { name: "fences::sw_sync", needs: &["sw_sync"], seconds: 60, run: sw_sync },
-    Test { name: "fences::syncobj", needs: NEEDS, seconds: 60, run: syncobj },
-    Test { name: "fences::release_holds_the_slot_back", needs: NEEDS, seconds: 60, run: release_holds },
-    Test { name: "fences::release_of_all_slots", needs: NEEDS, seconds: 60, run: release_of_all },
-    Test { name: "fences::acquire_holds_the_slot_back", needs: NEEDS, seconds: 60, run: acquire_holds },
-    Test { name: "fences::the_cpu_waits_before_it_reads", needs: NEEDS, seconds: 60, run: the_cpu_waits },
-    Test { name: "fences::nothing_leaks", needs: NEEDS, seconds: 60, run: nothing_leaks },
+    Test { name: "fences::of_a_dma_buf", needs: NEEDS, seconds: 120, run: of_a_dma_buf },
+    Test { name: "fences::put_into_a_dma_buf", needs: NEEDS, seconds: 120, run: put_into_a_dma_buf },
+    Test { name: "fences::merged", needs: NEEDS, seconds: 120, run: merged },
+    Test { name: "fences::sw_sync", needs: &["sw_sync"], seconds: 120, run: sw_sync },
+    Test { name: "fences::syncobj", needs: NEEDS, seconds: 120, run: syncobj },
+    Test { name: "fences::release_holds_the_slot_back", needs: NEEDS, seconds: 120, run: release_holds },
+    Test { name: "fences::release_of_all_slots", needs: NEEDS, seconds: 120, run: release_of_all },
+    Test { name: "fences::acquire_holds_the_slot_back", needs: NEEDS, seconds: 120, run: acquire_holds },
+    Test { name: "fences::the_cpu_waits_before_it_reads", needs: NEEDS, seconds: 120, run: the_cpu_waits },
+    Test { name: "fences::nothing_leaks", needs: NEEDS, seconds: 120, run: nothing_leaks },
 ];
 
 /// As long as nothing must happen.

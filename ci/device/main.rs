@@ -22,6 +22,7 @@ mod cycles;
 mod display;
 mod faults;
 mod fences;
+mod fences_flow;
 mod fences_shown;
 mod formats;
 mod harness;
@@ -49,6 +50,7 @@ fn main() -> std::process::ExitCode {
         fences::TESTS,
         display::TESTS,
         fences_shown::TESTS,
+        fences_flow::TESTS,
         screen::TESTS,
         commands::TESTS,
         sinks::TESTS,

@@ -1,0 +1,200 @@
+//! Frames with acquire fences through the pipe's own loop, and a driver that refuses them.
+
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::process::Command;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use dmaflow::endpoint::{Ready, Sink, Source, SourceCounts};
+use dmaflow::error::{Error, Kind};
+use dmaflow::fence::{CpuWait, FenceUse, SyncFile};
+use dmaflow::format::Layout;
+use dmaflow::frame::{Buffer, Frame};
+use dmaflow::kms::{Display, DisplayRequest, Present};
+use dmaflow::ladder::Path;
+use dmaflow::pipe::{Limits, Pipe};
+use dmaflow::v4l2::Camera;
+
+use crate::fences_shown::{NOT_YET, camera, fifo_request, lit, signalled, soon_after};
+use crate::harness::{Outcome, PASSED, Test, note};
+use crate::process::finish;
+use crate::vgem::{Signal, Vgem};
+
+const NEEDS: &[&str] = &["vivid", "vkms", "vgem", "udmabuf"];
+
+pub const TESTS: &[Test] = &[
+    Test {
+        name: REFUSED,
+        needs: &["vivid", "vkms", "vgem", "udmabuf", "strace"],
+        seconds: 240,
+        run: refused_by_the_driver,
+    },
+    Test { name: "fences_flow::in_fifo", needs: NEEDS, seconds: 180, run: || pipe(Present::Fifo) },
+    Test { name: "fences_flow::in_mailbox", needs: NEEDS, seconds: 180, run: || pipe(Present::Mailbox) },
+];
+
+/// Set for the process that strace runs, to what becomes of the commit with a fence.
+const UNDER_STRACE: &str = "DMAFLOW_TEST_FENCE";
+const REFUSED: &str = "fences_flow::refused_by_the_driver";
+
+/// A driver that refuses `IN_FENCE_FD`, as nvidia-drm did: strace has the kernel answer so to the first commit with one.
+fn refused_by_the_driver() -> anyhow::Result<Outcome> {
+    if let Ok(how) = std::env::var(UNDER_STRACE) {
+        return under_strace(how == "refused");
+    }
+    let log = format!("/tmp/strace-fence.{}", std::process::id());
+    let run = |how: &str, inject: &[String]| -> Result<String> {
+        let mut command = Command::new("strace");
+        command.args(["-e", "trace=ioctl", "-o", &log]).args(inject);
+        command
+            .arg(std::env::current_exe()?)
+            .args(["--run-one", REFUSED])
+            .env(UNDER_STRACE, how);
+        finish(&mut command)?.has_status(0)?;
+        Ok(fs::read_to_string(&log)?)
+    };
+    // The test commit, the first picture, and the one with the fence.
+    let seen = run("taken", &[])?;
+    let commits = seen.lines().zip(1..).filter(|(line, _)| line.contains("MODE_ATOMIC"));
+    let (_, place) = commits.take(3).last().context("strace saw no commits")?;
+    let told = run("refused", &["-e".to_owned(), format!("inject=ioctl:error=EPERM:when={place}")])?;
+    fs::remove_file(&log)?;
+    let injected = told
+        .lines()
+        .find(|line| line.contains("INJECTED"))
+        .context("nothing was refused")?;
+    ensure!(injected.contains("MODE_ATOMIC"), "another call was refused: {injected}");
+    PASSED
+}
+
+fn under_strace(refused: bool) -> anyhow::Result<Outcome> {
+    let (mut camera, vgem) = (camera()?, Vgem::open()?);
+    let mut display = lit(&mut camera, fifo_request())?;
+    let mut signallers = Vec::new();
+    let mut told = Vec::new();
+    for _ in 0..2 {
+        let (fence, signal) = vgem.fence()?;
+        let frame = camera.next()?.with_acquire_fence(fence);
+        signallers.push((frame.meta().sequence, signal.after(NOT_YET)));
+        told.extend(display.present(frame)?);
+    }
+    while let Some(shown) = display.finish()? {
+        told.push(shown);
+    }
+    for (sequence, signaller) in signallers {
+        let shown = told
+            .iter()
+            .find(|shown| shown.meta.sequence == sequence)
+            .context("it was not shown")?;
+        soon_after(shown, signalled(signaller)?)?;
+    }
+    // Once refused, the next is not tried.
+    let expected = match refused {
+        true => FenceUse { by_device: 0, by_cpu: 2, why: Some(CpuWait::Refused(nix::libc::EPERM)) },
+        false => FenceUse { by_device: 2, by_cpu: 0, why: None },
+    };
+    ensure!(display.fence_use() == expected, "{:?}", display.fence_use());
+    display.restore()?;
+    PASSED
+}
+
+/// A camera whose frames are written for some time after they come, by another device.
+struct Fenced {
+    camera: Camera,
+    vgem: Arc<Vgem>,
+    signallers: Vec<JoinHandle<Result<u64>>>,
+    /// How much later each fence is signalled.
+    late: Duration,
+}
+
+impl AsFd for Fenced {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.camera.as_fd()
+    }
+}
+
+impl Source for Fenced {
+    fn name(&self) -> &str {
+        self.camera.name()
+    }
+
+    fn layout(&self) -> &Layout {
+        self.camera.layout()
+    }
+
+    fn rate(&self) -> Option<f64> {
+        self.camera.rate()
+    }
+
+    fn buffers(&self) -> &[Buffer] {
+        self.camera.buffers()
+    }
+
+    fn start(&mut self) -> dmaflow::Result<()> {
+        self.camera.start()
+    }
+
+    fn try_next(&mut self, ready: Ready) -> dmaflow::Result<Option<Frame>> {
+        let Some(frame) = self.camera.try_next(ready)? else { return Ok(None) };
+        let made = self.vgem.fence();
+        let (fence, signal): (SyncFile, Signal) = made
+            .map_err(|cause| Error::new(Kind::System, "make a fence for", "a frame").because(format!("{cause:#}")))?;
+        self.signallers.push(signal.after(self.late));
+        Ok(Some(frame.with_acquire_fence(fence)))
+    }
+
+    fn recycle(&mut self) -> dmaflow::Result<()> {
+        self.camera.recycle()
+    }
+
+    fn release_fences(&self) -> Vec<Arc<SyncFile>> {
+        self.camera.release_fences()
+    }
+
+    fn stop(&mut self) -> dmaflow::Result<()> {
+        self.camera.stop()
+    }
+
+    fn watchdog(&self) -> Option<Duration> {
+        self.camera.watchdog()
+    }
+
+    fn stalled(&self) -> Error {
+        self.camera.stalled()
+    }
+
+    fn counts(&self) -> SourceCounts {
+        self.camera.counts()
+    }
+}
+
+/// The pipe's own loop, each frame with a fence that signals a while later.
+fn pipe(present: Present) -> anyhow::Result<Outcome> {
+    const FRAMES: u64 = 60;
+    let descriptors = || fs::read_dir("/proc/self/fd").map(Iterator::count);
+    let before = descriptors()?;
+    let mut source =
+        Fenced { camera: camera()?, vgem: Vgem::open()?, signallers: Vec::new(), late: Duration::from_millis(25) };
+    let mut display = Display::find("vkms", DisplayRequest { present, ..DisplayRequest::default() })?;
+    let limits = Limits { frames: Some(FRAMES), duration: None };
+    let account = Pipe::join(&mut source, &mut display, Path::ZeroCopy, limits)?.run(None, &mut |_| {})?;
+    ensure!(account.captured == FRAMES, "{account:?}");
+    ensure!(account.presented + account.dropped_by_sink == FRAMES, "{account:?}");
+    ensure!(account.fences.by_device + account.fences.by_cpu == account.presented, "{account:?}");
+    match present {
+        Present::Fifo => ensure!(account.presented == FRAMES && account.fences.by_device == FRAMES - 1, "{account:?}"),
+        // Fences take longer than a frame, and some frames are shown all the same.
+        Present::Mailbox => ensure!(account.presented > 5 && account.fences.by_cpu > 5, "{account:?}"),
+    }
+    note(&format!("{} of {FRAMES} shown, {:?}", account.presented, account.fences));
+    display.restore()?;
+    for signaller in std::mem::take(&mut source.signallers) {
+        signalled(signaller)?;
+    }
+    drop((display, source));
+    ensure!(descriptors()? == before, "{} descriptors instead of {before}", descriptors()?);
+    PASSED
+}
