@@ -1,5 +1,7 @@
 //! Where frames come from and go to: the traits that devices implement, and an importer's reasoned no.
 
+mod import;
+
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -8,8 +10,10 @@ use std::time::Duration;
 use crate::error::{Error, Kind, Result};
 use crate::fence::{FenceUse, SyncFile};
 use crate::format::{Format, Layout};
-use crate::frame::{Buffer, Frame, FrameMeta, Room, ViewPolicy, WeakBuffer};
+use crate::frame::{Buffer, Frame, FrameMeta, Room, ViewPolicy};
 use crate::ledger::{Copies, Ledger};
+
+pub use import::{ImportCache, Importer};
 
 /// What `poll` said of a source's descriptor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -34,6 +38,9 @@ pub struct SourceCounts {
     pub dropped: u64,
     /// Frames that came marked as damaged and were queued again.
     pub errored: u64,
+    /// Whether more may have been dropped than were counted: the flow ended while the source had had no buffer to fill for a frame's
+    /// time or longer, and a gap is only seen with the frame after it.
+    pub uncounted: bool,
 }
 
 /// Produces frames. Its descriptor becomes readable when a frame may be there; nothing blocks.
@@ -120,6 +127,12 @@ pub trait Source: AsFd {
     /// [`Kind::Timeout`] while there is no signal that can be locked to: another change will follow. Otherwise the device's refusal.
     fn follow(&mut self) -> Result<()> {
         Err(Error::new(Kind::Unsupported, "follow the change of", self.name()).because("it does not change"))
+    }
+
+    /// What was asked of it when it was opened and could not be kept when it last [followed](Source::follow) its source, in words:
+    /// `the stride of 2816 bytes`.
+    fn not_kept(&self) -> &[String] {
+        &[]
     }
 
     /// What to do when views leave no buffer to fill; [`ViewPolicy::Detach`] at first. A source that never runs short of buffers need
@@ -253,84 +266,6 @@ pub enum JoinError {
     Failed(#[from] Error),
 }
 
-/// Makes a device's own image of a buffer's memory.
-pub trait Importer {
-    /// The device's image. It keeps the kernel's reference to the memory, not the frame's lease.
-    type Image;
-
-    /// What a person calls the importer.
-    fn name(&self) -> &str;
-
-    /// Imports a buffer. Borrows only.
-    ///
-    /// # Errors
-    /// The refusal, with step, reason and repair.
-    fn import(&mut self, buffer: &Buffer) -> Result<Self::Image, Refusal>;
-}
-
-/// Images by buffer: made once for each buffer, gone with the buffer.
-///
-/// Looking a buffer up compares addresses, and only for a handle not seen before the kernel's identities.
-#[derive(Debug)]
-pub struct ImportCache<I> {
-    entries: Vec<(WeakBuffer, I)>,
-    imports: u64,
-}
-
-impl<I> Default for ImportCache<I> {
-    fn default() -> Self {
-        ImportCache { entries: Vec::new(), imports: 0 }
-    }
-}
-
-impl<I> ImportCache<I> {
-    /// An empty cache.
-    pub fn new() -> ImportCache<I> {
-        ImportCache::default()
-    }
-
-    /// The image of `buffer`, imported now if it has none.
-    ///
-    /// # Errors
-    /// The importer's refusal; nothing is cached then.
-    pub fn get<P: Importer<Image = I>>(&mut self, importer: &mut P, buffer: &Buffer) -> Result<&I, Refusal> {
-        let index = match self.find(buffer) {
-            Some(index) => index,
-            None => {
-                self.entries.retain(|(weak, _)| !weak.is_gone());
-                let image = importer.import(buffer)?;
-                self.imports += 1;
-                self.entries.push((buffer.downgrade(), image));
-                self.entries.len() - 1
-            }
-        };
-        Ok(&self.entries[index].1)
-    }
-
-    /// The image of a buffer that was imported before.
-    pub fn peek(&self, buffer: &Buffer) -> Option<&I> {
-        self.find(buffer).map(|index| &self.entries[index].1)
-    }
-
-    /// How many imports were made.
-    pub fn imports(&self) -> u64 {
-        self.imports
-    }
-
-    /// Forgets all images.
-    pub fn clear(&mut self) {
-        self.entries.clear();
-    }
-
-    fn find(&self, buffer: &Buffer) -> Option<usize> {
-        let known = self.entries.iter().position(|(weak, _)| weak.follows(buffer));
-        known.or_else(|| {
-            let same = |weak: &WeakBuffer| weak.upgrade().is_some_and(|other| other.same_memory(buffer));
-            self.entries.iter().position(|(weak, _)| same(weak))
-        })
-    }
-}
-
 /// One frame that a sink has finished showing or storing for the first time.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Shown {
@@ -354,8 +289,7 @@ pub struct Verdict {
 impl Verdict {
     /// Adds a later one.
     pub(crate) fn add(&mut self, later: Verdict) {
-        let place = |(place, sequence)| (place + self.checked, sequence);
-        self.first_wrong = self.first_wrong.or(later.first_wrong.map(place));
+        self.first_wrong = self.first_wrong.or(later.first_wrong);
         self.checked += later.checked;
         self.wrong += later.wrong;
     }
@@ -390,12 +324,12 @@ pub trait Sink {
     }
 
     /// Sees each frame right after its capture, before anyone else touches it. A sink that verifies predicts here what it
-    /// must show.
+    /// must show. `place` is the frame's among all that were captured, counted from 0.
     ///
     /// # Errors
     /// If the frame cannot be read.
-    fn inspect(&mut self, frame: &Frame) -> Result<()> {
-        let _ = frame;
+    fn inspect(&mut self, frame: &Frame, place: u64) -> Result<()> {
+        let _ = (frame, place);
         Ok(())
     }
 
@@ -453,6 +387,12 @@ pub trait Sink {
         Ok(())
     }
 
+    /// What has happened to it, beside the frames, since it was asked last: that a person unplugged it, for one, while it takes frames as
+    /// before. A clause, for the account of the flow. Asked after each frame, so it is to cost next to nothing.
+    fn news(&mut self) -> Option<String> {
+        None
+    }
+
     /// Frames taken and never shown, because a newer one came first.
     fn dropped(&self) -> u64 {
         0
@@ -472,45 +412,5 @@ pub trait Sink {
     /// The result of verification, where it was asked for.
     fn verdict(&self) -> Option<Verdict> {
         None
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::memory::Allocator;
-
-    struct Counter(u32);
-
-    impl Importer for Counter {
-        type Image = u32;
-
-        fn name(&self) -> &str {
-            "counter"
-        }
-
-        fn import(&mut self, _: &Buffer) -> Result<u32, Refusal> {
-            self.0 += 1;
-            Ok(self.0)
-        }
-    }
-
-    fn buffer() -> Buffer {
-        let layout = Layout::packed(Format::parse("GREY").unwrap().0, (8, 8), 1).unwrap();
-        Buffer::new(layout, vec![Allocator::Plain.allocate(64).unwrap()], &[64]).unwrap()
-    }
-
-    #[test]
-    fn each_buffer_is_imported_once_and_forgotten_when_gone() {
-        let (mut cache, mut importer) = (ImportCache::new(), Counter(0));
-        let (first, second) = (buffer(), buffer());
-        assert_eq!(*cache.get(&mut importer, &first).unwrap(), 1);
-        assert_eq!(*cache.get(&mut importer, &first.clone()).unwrap(), 1);
-        assert_eq!(*cache.get(&mut importer, &second).unwrap(), 2);
-        assert_eq!(cache.imports(), 2);
-        drop(first);
-        assert_eq!(*cache.get(&mut importer, &buffer()).unwrap(), 3);
-        assert_eq!(cache.entries.len(), 2, "the entry of the buffer that is gone went too");
-        assert_eq!(cache.peek(&second), Some(&2));
     }
 }

@@ -26,34 +26,80 @@ pub(crate) trait Named: Sized {
     /// Opens a node.
     fn open(path: &Path) -> Result<Self>;
 
-    /// Whether a person may mean this one by `name`.
-    fn is_called(&self, name: &str) -> bool;
+    /// What it is called: the driver's name first, then the card's, if it has one.
+    fn names(&self) -> Vec<&str>;
 
     /// Path and driver, for a list of those that are there.
     fn describe(&self) -> String;
 }
 
-/// The device that a person calls `name`: a path, or what the device is called.
+/// How well a name fits what a device is called, the best first.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Fit {
+    /// It is the name of the driver or of the card.
+    Whole,
+    /// It is words of the card's name, one after another.
+    Words,
+}
+
+/// How well `name` fits, the case of letters aside. Words are runs of letters and digits.
+fn fit(name: &str, names: &[&str]) -> Option<Fit> {
+    let name = name.trim().to_lowercase();
+    if name.is_empty() {
+        return None;
+    }
+    if names.iter().any(|known| known.trim().to_lowercase() == name) {
+        return Some(Fit::Whole);
+    }
+    let part = words(&name);
+    let has = |known: &&str| words(&known.to_lowercase()).windows(part.len().max(1)).any(|run| run == part);
+    names.iter().skip(1).any(has).then_some(Fit::Words)
+}
+
+fn words(name: &str) -> Vec<String> {
+    let words = name.split(|letter: char| !letter.is_alphanumeric());
+    words.filter(|word| !word.is_empty()).map(str::to_owned).collect()
+}
+
+/// The device that a person calls `name`: a path, a node's name, or what the device is called. A whole name goes before words of one.
 ///
 /// # Errors
 /// [`Kind::NotFound`], naming those that are there; for a path what opening it says. If nothing is there that may be opened, why
-/// the first could not be.
+/// the first could not be. [`Kind::Invalid`] for a name without a letter, and for one that several have, naming them.
 pub(crate) fn find<D: Named>(name: &str, nodes: &[PathBuf]) -> Result<D> {
     if name.contains('/') {
         return D::open(Path::new(name));
     }
+    let wrong =
+        |why: &'static str| Error::new(Kind::Invalid, "find", format!("{} called \"{name}\"", D::WHAT)).because(why);
+    if words(name).is_empty() {
+        return Err(wrong("that is no name"));
+    }
     let mut refused = None;
     let mut there = Vec::new();
+    let mut found: Vec<(Fit, D)> = Vec::new();
     for path in nodes {
         let is_node = path.file_name().is_some_and(|node| node == name);
         match D::open(path) {
-            Ok(device) if is_node || device.is_called(name) => return Ok(device),
-            Ok(device) => there.push(device.describe()),
+            Ok(device) if is_node => return Ok(device),
+            Ok(device) => {
+                there.push(device.describe());
+                let fits = fit(name, &device.names());
+                found.extend(fits.map(|fit| (fit, device)));
+            }
             Err(error) if is_node => return Err(error),
             // A node of another sort is not an answer; one that may not be opened could be the one.
             Err(error) if error.kind() == Kind::Unsupported => {}
             Err(error) => refused = refused.or(Some(error)),
         }
+    }
+    if let Some(best) = found.iter().map(|(fit, _)| *fit).min() {
+        found.retain(|(fit, _)| *fit == best);
+        let candidates: Vec<_> = found.iter().map(|(_, device)| device.describe()).collect();
+        return match (found.pop(), found.is_empty()) {
+            (Some((_, device)), true) => Ok(device),
+            _ => Err(wrong("several are called so").repair(format!("name one of them: {}", candidates.join(", ")))),
+        };
     }
     if let (true, Some(error)) = (there.is_empty(), refused) {
         return Err(error);
@@ -121,8 +167,12 @@ mod tests {
             }
         }
 
-        fn is_called(&self, name: &str) -> bool {
-            name == "odd"
+        fn names(&self) -> Vec<&str> {
+            match self.0.to_str() {
+                Some("/dev/n1") => vec!["odd", "Integrated Camera: HD"],
+                Some("/dev/n3") => vec!["odder", "Camera"],
+                _ => vec!["oddest", "Integrated IR camera"],
+            }
         }
 
         fn describe(&self) -> String {
@@ -133,7 +183,23 @@ mod tests {
     #[test]
     fn the_one_that_is_meant_or_what_there_is() {
         let nodes = ["/dev/n0", "/dev/n1", "/dev/n3"].map(PathBuf::from);
-        assert_eq!(find::<Odd>("odd", &nodes).unwrap().0, nodes[1]);
+        for (name, node) in
+            [("odd", 1), ("ODD", 1), ("odder", 2), ("camera", 2), ("integrated camera: hd", 1), ("hd", 1)]
+        {
+            assert_eq!(find::<Odd>(name, &nodes).unwrap().0, nodes[node], "{name}");
+        }
+        for name in ["", " ", ":"] {
+            assert_eq!(find::<Odd>(name, &nodes).unwrap_err().kind(), Kind::Invalid, "{name:?}");
+        }
+        // Parts of words, words that do not follow each other, and words of a driver's name are no names.
+        for name in ["o", "i", "dd", "camer", "integrated hd", "odd camera"] {
+            assert_eq!(find::<Odd>(name, &nodes).unwrap_err().kind(), Kind::NotFound, "{name}");
+        }
+        let two = ["/dev/n1", "/dev/n5"].map(PathBuf::from);
+        let error = find::<Odd>("integrated", &two).unwrap_err();
+        let line =
+            "cannot find an odd one called \"integrated\": several are called so (name one of them: /dev/n1, /dev/n5)";
+        assert_eq!(error.line(), line);
         assert_eq!(find::<Odd>("n3", &nodes).unwrap().0, nodes[2]);
         assert_eq!(find::<Odd>("n0", &nodes).unwrap_err().kind(), Kind::Permission);
         let error = find::<Odd>("even", &nodes).unwrap_err();

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use crate::harness::{Outcome, PASSED, Test};
 use crate::modules;
-use crate::process::{dmaflow, finish, pipe};
+use crate::process::{dmaflow, finish, number, pipe};
 
 const NEEDS: &[&str] = &["vivid", "vkms"];
 
@@ -143,6 +143,31 @@ fn wrong_usage() -> anyhow::Result<Outcome> {
             .has_status(2)
             .with_context(|| options.to_owned())?;
     }
+    // stdout is no place for a picture, and a file called "-" is what nobody means.
+    for options in [
+        "snap pattern -",
+        "snap vkms -",
+        "pipe --from pattern --to png:- --frames 1",
+        "pipe --from pattern --to vkms --snap - --frames 1",
+    ] {
+        let run = finish(&mut dmaflow(options))?;
+        run.has_status(2).with_context(|| options.to_owned())?;
+        ensure!(
+            run.stdout.is_empty() && run.stderr.contains("pictures do not go to stdout"),
+            "{options}: {}",
+            run.stderr
+        );
+        ensure!(!std::path::Path::new("-").exists(), "{options} wrote a file called \"-\"");
+    }
+    // A name of nothing, as an unset variable of a shell gives it.
+    for options in [["pipe", "--from", ""], ["pipe", "--to", ""], ["probe", "--from", ""], ["snap", "", "/tmp/x.png"]] {
+        finish(dmaflow("").args(options))?
+            .has_status(2)
+            .with_context(|| format!("{options:?}"))?;
+    }
+    // The case of letters is nothing; a part of a word is.
+    finish(&mut dmaflow("pipe --from VIVID --to VKMS --format XR24 --frames 2"))?.has_status(0)?;
+    finish(&mut dmaflow("pipe --from i --to vkms"))?.one_line(1, &["a camera called \"i\"", "(vivid)"])?;
     for options in ["--help", "--version", "pipe --help", "list --help", "snap --help"] {
         let run = finish(&mut dmaflow(options))?;
         run.has_status(0)?;
@@ -192,5 +217,8 @@ fn fields() -> anyhow::Result<Outcome> {
     }
     let result = finish(&mut pipe("--format XR24 --frames 1"))?.json(0)?;
     ensure!(result.get("verify").is_none() && result.get("fps").is_none(), "one frame has no rate: {result}");
+    let result = finish(&mut pipe("--format XR24 --seconds 0.001"))?.json(0)?;
+    ensure!(number(&result, "frames/presented")? == 0, "{result}");
+    ensure!(result.get("cpu_us_per_frame").is_none() && result.get("latency_us").is_none(), "of no frame: {result}");
     PASSED
 }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
@@ -24,6 +25,8 @@ pub const TESTS: &[Test] = tests![
     fatal_streaming_error 60,
     qbuf_error_while_streaming 60,
     damaged_buffers_are_counted 60,
+    damaged_buffers_alone 120,
+    too_few_buffers 60,
     dropped_buffers_are_counted 60,
     another_master 60,
     no_such_device 60,
@@ -152,6 +155,40 @@ fn damaged_buffers_are_counted() -> anyhow::Result<Outcome> {
     }
     let result = running.end()?.json(0)?;
     ensure!(number(&result, "frames/errored")? == 3 && number(&result, "frames/presented")? == 150, "{result}");
+    PASSED
+}
+
+/// Buffers come, and no frame in any of them: that is a stall as well.
+fn damaged_buffers_alone() -> anyhow::Result<Outcome> {
+    let witness = Witness::new()?;
+    let before = State::read();
+    let mut running = start(&mut pipe("--format XR24 --size 640x360 --fps 2"))?;
+    running.wait_until_it_shows()?;
+    // By this process itself: starting another for each would let good frames through.
+    let device = dmaflow::v4l2::Device::find("vivid")?;
+    let damage = device.control("inject_v4l2_buf_flag_error")?;
+    let begin = Instant::now();
+    while running.runs() {
+        ensure!(begin.elapsed() < Duration::from_secs(30), "it goes on without a frame");
+        device.set_control(&damage, 1)?;
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    drop(device);
+    // Counted from the last frame, which came a moment before.
+    ensure!(begin.elapsed() >= Duration::from_secs(4), "it gave up after {:?}", begin.elapsed());
+    let run = running.end()?;
+    failed(&run, &["/dev/video0", "none came for 5 s", "damaged"], &before)?;
+    note(run.stderr.trim());
+    drop(witness);
+    works_again()
+}
+
+/// One buffer is on screen, one is about to be: a source with no more than these has none to fill.
+fn too_few_buffers() -> anyhow::Result<Outcome> {
+    note(&fails(
+        &mut dmaflow("pipe --from pattern --buffers 1 --to vkms --frames 3"),
+        &["of its buffers", "more buffers"],
+    )?);
     PASSED
 }
 

@@ -36,11 +36,13 @@ pub const PASSED: anyhow::Result<Outcome> = Ok(Outcome::Passed);
 /// Exit status of a test's process that has to be skipped (as in automake); the reason is on stderr.
 const SKIP: u8 = 77;
 const RUN_ONE: &str = "--run-one";
+/// The long forms have so many times the time of the short ones.
+const LONG_FACTOR: u64 = 30;
 const HELP: &str = "\
 usage: device [--list] [NAME…]
 Runs the tests whose names contain one of NAME, or all. Prints a line for each and a summary; exits with 1 if one failed.
 REQUIRE=vivid,vkms,strace   what must not be missing: a test skipped for it fails
-DMAFLOW_LONG=1              every combination, and 600 frames where else a few must do
+DMAFLOW_LONG=1              every combination, and 600 frames where else a few must do (ci/test --long sets it)
 DMAFLOW_SEED=N              the seed of the random moments";
 
 pub fn main(tests: &[Test]) -> ExitCode {
@@ -151,7 +153,8 @@ fn run_in_process(test: &Test) -> Ended {
     let group = Pid::from_raw(child.id().cast_signed());
     let notes = collect(child.stdout.take());
     let complaints = collect(child.stderr.take());
-    let status = wait(&mut child, Duration::from_secs(test.seconds));
+    let seconds = test.seconds * if long() { LONG_FACTOR } else { 1 };
+    let status = wait(&mut child, Duration::from_secs(seconds));
     let mut left = Vec::new();
     // A test that was killed for hanging takes its children with it; after one that ended, they are a failure.
     for pid in process::of_group(group) {
@@ -168,7 +171,7 @@ fn run_in_process(test: &Test) -> Ended {
     let said = complaints.join().unwrap_or_default();
     left.extend(before.left_behind());
     let ended = match status {
-        None => Ended::Failed(format!("it did not end within {} s\n{said}", test.seconds)),
+        None => Ended::Failed(format!("it did not end within {seconds} s\n{said}")),
         Some(status) => match (status.code(), status.signal()) {
             (Some(0), _) => Ended::Passed,
             (Some(code), _) if code == i32::from(SKIP) => Ended::Skipped(said.trim().to_owned()),

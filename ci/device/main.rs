@@ -25,9 +25,13 @@ mod fences;
 mod fences_flow;
 mod fences_shown;
 mod formats;
+mod gone;
 mod harness;
+mod inputs;
 mod ladder;
 mod modules;
+mod moves;
+mod nonblocking;
 mod outputs;
 mod probe;
 mod process;
@@ -44,11 +48,13 @@ fn main() -> std::process::ExitCode {
     // Cheap and telling first; what takes minutes last.
     let tests = [
         camera::TESTS,
+        inputs::TESTS,
         streams::TESTS,
         capture::TESTS,
         cow::TESTS,
         fences::TESTS,
         display::TESTS,
+        nonblocking::TESTS,
         fences_shown::TESTS,
         fences_flow::TESTS,
         screen::TESTS,
@@ -60,11 +66,13 @@ fn main() -> std::process::ExitCode {
         probe::TESTS,
         verify::TESTS,
         faults::TESTS,
+        gone::TESTS,
         causes::TESTS,
         alloc::TESTS,
         syscalls::TESTS,
         formats::TESTS,
         ladder::TESTS,
+        moves::TESTS,
         signals::TESTS,
         cycles::TESTS,
     ];

@@ -17,6 +17,8 @@ use crate::{harness, modules};
 
 /// No single run of the command takes longer, not even under emulation on a busy machine.
 const LIMIT: Duration = Duration::from_secs(150);
+/// The same in the long forms, whose runs have hundreds of frames.
+const LONG_LIMIT: Duration = Duration::from_secs(3600);
 
 /// The command with its arguments (separated by blanks), its output to be caught.
 pub fn dmaflow(arguments: &str) -> Command {
@@ -126,8 +128,9 @@ impl Running {
 
     /// Waits for its end.
     pub fn end(mut self) -> Result<Run> {
-        let Some(status) = harness::wait(&mut self.child, LIMIT) else {
-            bail!("{} did not end within {} s", self.what, LIMIT.as_secs());
+        let limit = if harness::long() { LONG_LIMIT } else { LIMIT };
+        let Some(status) = harness::wait(&mut self.child, limit) else {
+            bail!("{} did not end within {} s", self.what, limit.as_secs());
         };
         let text = |reader: Option<thread::JoinHandle<String>>| reader.map(|r| r.join().unwrap_or_default());
         let stdout = text(self.stdout.take()).unwrap_or_default();

@@ -194,12 +194,27 @@ impl Other {
         Ok((card, framebuffer))
     }
 
+    /// The display has no colours of anybody's any more. The kernel's console does not see to that, and the tests that come next are not
+    /// to find them.
+    fn plain_colours() -> Result<()> {
+        let card = Other(File::options().read(true).write(true).open(modules::card()?)?);
+        let (crtc, property, _) = card.gamma_property()?;
+        card.set_property(crtc, property, 0)?;
+        ensure!(card.gamma()?.is_empty(), "the colours stay");
+        Ok(())
+    }
+
     /// What changes the colours of the whole picture now; empty for nothing.
     fn gamma(&self) -> Result<Vec<u8>> {
+        let (_, _, value) = self.gamma_property()?;
+        Ok(if value == 0 { Vec::new() } else { self.get_property_blob(value)? })
+    }
+
+    fn gamma_property(&self) -> Result<(drm::control::crtc::Handle, drm::control::property::Handle, u64)> {
         let crtc = *self.resource_handles()?.crtcs().first().context("no CRTC")?;
         for (&property, &value) in &self.get_properties(crtc)? {
             if self.get_property(property)?.name().to_bytes() == b"GAMMA_LUT" {
-                return Ok(if value == 0 { Vec::new() } else { self.get_property_blob(value)? });
+                return Ok((crtc, property, value));
             }
         }
         anyhow::bail!("vkms has no GAMMA_LUT")
@@ -228,6 +243,7 @@ fn another_programs_picture() -> anyhow::Result<Outcome> {
         ensure!(other.gamma()? == gamma, "{options}: its colours are not back");
     }
     drop(other);
+    Other::plain_colours()?;
     PASSED
 }
 
@@ -270,5 +286,6 @@ fn a_gone_picture() -> anyhow::Result<Outcome> {
     drop((display, camera));
     // The last one to close the card: the kernel's console is back.
     first.is_back()?;
+    Other::plain_colours()?;
     PASSED
 }

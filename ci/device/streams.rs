@@ -25,6 +25,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "streams::frames_outlive_the_camera", needs: NEEDS, seconds: 60, run: frames_outlive },
     Test { name: "streams::stop_and_start", needs: NEEDS, seconds: 60, run: stop_and_start },
     Test { name: "streams::a_failed_allocation", needs: NEEDS, seconds: 60, run: a_failed_allocation },
+    Test { name: "streams::drops_at_the_end", needs: NEEDS, seconds: 60, run: drops_at_the_end },
     Test { name: "streams::a_failed_start", needs: NEEDS, seconds: 60, run: a_failed_start },
     Test { name: "streams::a_failed_queueing", needs: NEEDS, seconds: 60, run: a_failed_queueing },
     Test { name: "streams::disconnected", needs: NEEDS, seconds: 60, run: disconnected },
@@ -46,6 +47,7 @@ fn numbers_and_times() -> anyhow::Result<Outcome> {
     let mut camera = small()?;
     let start = now_us();
     let mut last: Option<Frame> = None;
+    let mut repeated = 0;
     for _ in 0..20 {
         let frame = camera.next()?;
         let meta = *frame.meta();
@@ -60,14 +62,17 @@ fn numbers_and_times() -> anyhow::Result<Outcome> {
         ensure!(meta.bytes_used[0] == 320 * 180 * 4 && meta.bytes_used[1] == 0, "{meta:?}");
         if let Some(last) = last {
             let last = last.meta();
-            ensure!(meta.sequence > last.sequence && meta.timestamp.us > last.timestamp.us, "{meta:?} after {last:?}");
-            let frames = u64::from(meta.sequence - last.sequence);
+            // The same number twice, where drawing took vivid longer than a jiffy and it then woke too early (vivid_thread_vid_cap).
+            ensure!(meta.sequence >= last.sequence && meta.timestamp.us > last.timestamp.us, "{meta:?} after {last:?}");
+            repeated += u32::from(meta.sequence == last.sequence);
+            let frames = u64::from((meta.sequence - last.sequence).max(1));
             let period = (meta.timestamp.us - last.timestamp.us) / frames;
             // vivid stamps by its own schedule: 16.7 ms, and the scheduling of a busy machine.
             ensure!(frames > 3 || (4_000..80_000).contains(&period), "{period} µs a frame");
         }
         last = Some(frame);
     }
+    ensure!(repeated <= 4, "{repeated} of 20 numbers came twice");
     PASSED
 }
 
@@ -81,7 +86,8 @@ fn gaps_are_counted() -> anyhow::Result<Outcome> {
     let before = camera.counts().dropped;
     for _ in 0..40 {
         let sequence = camera.next()?.meta().sequence;
-        missing += u64::from(sequence - last - 1);
+        // The same number twice is none missing; see above.
+        missing += u64::from((sequence - last).saturating_sub(1));
         last = sequence;
     }
     let counted = camera.counts().dropped - before;
@@ -188,6 +194,39 @@ fn all_frames_held() -> anyhow::Result<Outcome> {
     // It is no end: one lease less, and frames come again.
     held.pop();
     camera.next()?;
+    PASSED
+}
+
+/// A gap is only seen with the frame after it: at the end, what has come is looked at, and what nobody can know is said.
+fn drops_at_the_end() -> anyhow::Result<Outcome> {
+    let mut camera = small()?;
+    let count = camera.buffers().len();
+    // Nothing to fill for half a second, then one buffer again, whose frame nobody takes.
+    let mut held: Vec<_> = (0..count).map(|_| camera.next()).collect::<Result<_, _>>()?;
+    std::thread::sleep(Duration::from_millis(500));
+    held.pop();
+    held.pop();
+    camera.recycle()?;
+    std::thread::sleep(Duration::from_millis(100));
+    let before = camera.counts();
+    camera.stop()?;
+    let after = camera.counts();
+    ensure!(after.dropped > before.dropped + 10, "{before:?}, then {after:?}");
+    // And nothing to fill until the end.
+    drop(held);
+    camera.start()?;
+    let held: Vec<_> = (0..count).map(|_| camera.next()).collect::<Result<_, _>>()?;
+    std::thread::sleep(Duration::from_millis(200));
+    camera.stop()?;
+    ensure!(camera.counts().uncounted, "{:?}", camera.counts());
+    drop((held, camera));
+    // Where the driver had buffers all the time there is nothing to say.
+    let mut camera = small()?;
+    for _ in 0..10 {
+        camera.next()?;
+    }
+    camera.stop()?;
+    ensure!(!camera.counts().uncounted, "{:?}", camera.counts());
     PASSED
 }
 

@@ -57,6 +57,9 @@ fn a_changed_byte_in_mailbox() -> anyhow::Result<Outcome> {
 }
 
 fn the_first_and_the_last_frame() -> anyhow::Result<Outcome> {
+    // A frame that never came was not changed, and nothing was tested.
+    let run = finish(&mut pipe("--format XR24 --size 640x360 --frames 3 --verify --corrupt-frame 3"))?;
+    run.one_line(1, &["frame 3 was not changed", "3 came"])?;
     for place in [0, 4] {
         finds("--format XR24 --size 640x360 --frames 5", place)?;
     }

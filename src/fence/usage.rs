@@ -22,6 +22,8 @@ pub enum CpuWait {
     Mailbox,
     /// The picture was read by the CPU, to verify what is shown.
     Verified,
+    /// Each commit waits, since the display may read a frame late and there are too few buffers to hold one more.
+    Buffers,
     /// It was asked for.
     Asked,
     /// The driver is known to fail with them.
@@ -48,6 +50,9 @@ impl fmt::Display for CpuWait {
             CpuWait::First => f.write_str("the first picture comes with the mode"),
             CpuWait::Mailbox => f.write_str("in a mailbox a frame that waits must not be in the way of newer ones"),
             CpuWait::Verified => f.write_str("the pictures are verified"),
+            CpuWait::Buffers => {
+                f.write_str("there are too few buffers to send a frame before the one before is on screen")
+            }
             CpuWait::Asked => f.write_str("it was asked for"),
             CpuWait::Driver => f.write_str("the display's driver is known to fail with IN_FENCE_FD"),
             CpuWait::Refused(errno) => {

@@ -305,6 +305,7 @@ impl fmt::Display for Layout {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::hostile::{self, both_ways};
     use proptest::prelude::*;
 
     fn format(name: &str) -> Format {
@@ -346,24 +347,42 @@ mod tests {
         assert!(layout.with_stride_align(u32::MAX).is_err());
     }
 
-    proptest! {
-        /// Any places, any alignment: a layout with such strides, or a refusal.
-        #[test]
-        fn any_stride_alignment(
-            index in 0..Format::all().len(),
-            size in (1u32.., 1u32..),
-            places in prop::collection::vec((0u32..6, any::<u32>(), any::<u32>()), 4),
-            align: u32,
-        ) {
-            let format = Format::all().nth(index).unwrap();
-            let places = places.into_iter().map(|(memory, offset, stride)| PlaneLayout { memory, offset, stride });
-            let places: Vec<_> = places.take(format.planes()).collect();
-            let Ok(layout) = Layout::new(format, size, &places) else { return Ok(()) };
-            if let Ok(longer) = layout.with_stride_align(align) {
-                prop_assert!(longer.planes().iter().all(|place| place.stride % align.max(1) == 0));
+    /// Any places, any alignment: a layout with such strides, or a refusal that names the plane, and rightly.
+    #[test]
+    fn any_stride_alignment() {
+        both_ways((hostile::layout(), hostile::number()), |((format, size, places), align)| {
+            let layout = match Layout::new(format, size, &places) {
+                Ok(layout) => layout,
+                Err(error) => {
+                    hostile::rightly_refused(&error, format, size, &places)?;
+                    return Ok(false);
+                }
+            };
+            match layout.with_stride_align(align) {
+                Ok(longer) => {
+                    for (plane, (place, before)) in longer.planes().iter().zip(layout.planes()).enumerate() {
+                        prop_assert_eq!(place.stride % align.max(1), 0);
+                        prop_assert!(place.stride >= before.stride || layout.memory_planes() == 1);
+                        prop_assert!(place.stride >= format.row_bytes(plane, size.0));
+                    }
+                    Ok(true)
+                }
+                Err(error) => {
+                    let named = (0..format.planes()).any(|plane| error.to_string().contains(&format!("plane {plane}")));
+                    prop_assert!(named, "it names no plane: {}", error);
+                    // Generously: how long a row can become where planes share what is asked of the first.
+                    let longest = places.iter().map(|place| u64::from(place.stride)).max().unwrap_or(0);
+                    let row = 16 * (longest + u64::from(align));
+                    let offset = places.iter().map(|place| u64::from(place.offset)).max().unwrap_or(0);
+                    let most = row.saturating_mul(u64::from(size.1)).saturating_mul(format.planes() as u64);
+                    prop_assert!(most.saturating_add(offset) > u64::from(u32::MAX), "refused for nothing: {}", error);
+                    Ok(false)
+                }
             }
-        }
+        });
+    }
 
+    proptest! {
         #[test]
         fn planes_never_overlap(index in 0..Format::all().len(), width in 1u32..3000, height in 1u32..2000, pad in 0u32..9) {
             let format = Format::all().nth(index).unwrap();

@@ -9,6 +9,8 @@
 mod bayer;
 mod colour;
 mod fourcc;
+#[cfg(test)]
+pub(crate) mod hostile;
 mod known;
 mod layout;
 mod pixels;

@@ -10,6 +10,9 @@
 //!                                                       the last Lease is dropped
 //! ```
 //!
+//! Pending and on screen are said of the one [`Lease`] that a display holds. When that is dropped and others are left (a view, a clone
+//! that the program keeps), the slot is no longer the display's: it is `Dequeued` again.
+//!
 //! Only a [`FreeSlot`] can be queued, a `FreeSlot` only comes from the free list, and a slot enters the free list only when
 //! its last [`Lease`] is dropped or the driver gives it back unfilled. A display holds the lease of the frame that it shows
 //! or is about to show, so a buffer that is pending or on screen cannot be queued: there is no value to do it with.
@@ -86,7 +89,43 @@ pub(crate) type SlotsArc = Arc<Slots>;
 
 struct Slot {
     leases: AtomicU32,
+    /// `Free`, `Queued` or `Dequeued`: what displays do with it is in the two counts.
     stage: AtomicU8,
+    /// Leases that a display holds for its next picture. A frame may be shown several times in a row, so there may be more than one.
+    pending: AtomicU32,
+    /// Leases that a display holds for the picture that it shows.
+    on_screen: AtomicU32,
+}
+
+impl Slot {
+    fn new() -> Slot {
+        Slot {
+            leases: AtomicU32::new(0),
+            stage: AtomicU8::new(Stage::Free as u8),
+            pending: AtomicU32::new(0),
+            on_screen: AtomicU32::new(0),
+        }
+    }
+
+    /// Where it is, as its holders have said; for reports.
+    fn stage(&self) -> Stage {
+        match self.stage.load(Ordering::Relaxed) {
+            stage if stage == Stage::Free as u8 => Stage::Free,
+            stage if stage == Stage::Queued as u8 => Stage::Queued,
+            _ if self.on_screen.load(Ordering::Relaxed) > 0 => Stage::OnScreen,
+            _ if self.pending.load(Ordering::Relaxed) > 0 => Stage::Pending,
+            _ => Stage::Dequeued,
+        }
+    }
+
+    /// The count of the leases with this mark.
+    fn marked(&self, mark: u8) -> Option<&AtomicU32> {
+        match mark {
+            mark if mark == Stage::Pending as u8 => Some(&self.pending),
+            mark if mark == Stage::OnScreen as u8 => Some(&self.on_screen),
+            _ => None,
+        }
+    }
 }
 
 impl Slots {
@@ -94,9 +133,8 @@ impl Slots {
     pub(crate) fn new(count: u32) -> Arc<Slots> {
         let count = count.min(MAX_SLOTS);
         let free = if count == MAX_SLOTS { u64::MAX } else { (1 << count) - 1 };
-        let slot = |_| Slot { leases: AtomicU32::new(0), stage: AtomicU8::new(Stage::Free as u8) };
         Arc::new(Slots {
-            slots: (0..count).map(slot).collect(),
+            slots: (0..count).map(|_| Slot::new()).collect(),
             free: AtomicU64::new(free),
             releases: Releases::new(count),
             views: Views::new(),
@@ -119,7 +157,7 @@ impl Slots {
             .compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed)
             .ok()?;
         slot.leases.store(1, Ordering::Relaxed);
-        Some(Lease { slots: Arc::clone(this), index })
+        Some(Lease::new(Arc::clone(this), index))
     }
 
     /// The driver gave all slots back unfilled (`VIDIOC_STREAMOFF`).
@@ -135,12 +173,12 @@ impl Slots {
     pub(crate) fn counts(&self) -> SlotCounts {
         let mut counts = SlotCounts::default();
         for slot in &self.slots {
-            *match slot.stage.load(Ordering::Relaxed) {
-                stage if stage == Stage::Queued as u8 => &mut counts.queued,
-                stage if stage == Stage::Dequeued as u8 => &mut counts.dequeued,
-                stage if stage == Stage::Pending as u8 => &mut counts.pending,
-                stage if stage == Stage::OnScreen as u8 => &mut counts.on_screen,
-                _ => &mut counts.free,
+            *match slot.stage() {
+                Stage::Free => &mut counts.free,
+                Stage::Queued => &mut counts.queued,
+                Stage::Dequeued => &mut counts.dequeued,
+                Stage::Pending => &mut counts.pending,
+                Stage::OnScreen => &mut counts.on_screen,
             } += 1;
         }
         counts.fenced = self
@@ -252,9 +290,15 @@ impl Drop for FreeSlot<'_> {
 pub struct Lease {
     slots: Arc<Slots>,
     index: u32,
+    /// What a display does with it: `Pending`, `OnScreen`, else `Dequeued`. Of this lease alone: clones begin as `Dequeued`.
+    mark: AtomicU8,
 }
 
 impl Lease {
+    fn new(slots: Arc<Slots>, index: u32) -> Lease {
+        Lease { slots, index, mark: AtomicU8::new(Stage::Dequeued as u8) }
+    }
+
     /// The slot's index in its queue.
     pub fn index(&self) -> u32 {
         self.index
@@ -262,13 +306,7 @@ impl Lease {
 
     /// Where the slot is in its life, as its holders have said; for reports.
     pub fn stage(&self) -> Stage {
-        match self.slot().map(|slot| slot.stage.load(Ordering::Relaxed)) {
-            Some(stage) if stage == Stage::Queued as u8 => Stage::Queued,
-            Some(stage) if stage == Stage::Pending as u8 => Stage::Pending,
-            Some(stage) if stage == Stage::OnScreen as u8 => Stage::OnScreen,
-            Some(stage) if stage == Stage::Free as u8 => Stage::Free,
-            _ => Stage::Dequeued,
-        }
+        self.slot().map_or(Stage::Dequeued, Slot::stage)
     }
 
     /// The slot is not filled again before this fence has signalled, however early its last lease is dropped: a device goes on reading
@@ -287,9 +325,19 @@ impl Lease {
         self.mark(Stage::OnScreen);
     }
 
+    /// A display shows another frame, and holds this one for a moment longer.
+    pub(crate) fn mark_left(&self) {
+        self.mark(Stage::Dequeued);
+    }
+
     fn mark(&self, stage: Stage) {
-        if let Some(slot) = self.slot() {
-            slot.stage.store(stage as u8, Ordering::Relaxed);
+        let Some(slot) = self.slot() else { return };
+        // Up before down, so that nobody sees it as neither.
+        if let Some(count) = slot.marked(stage as u8) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+        if let Some(count) = slot.marked(self.mark.swap(stage as u8, Ordering::Relaxed)) {
+            count.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
@@ -308,13 +356,17 @@ impl Clone for Lease {
             // As for `Arc`: a clone is made from a live lease, so nothing needs ordering.
             slot.leases.fetch_add(1, Ordering::Relaxed);
         }
-        Lease { slots: Arc::clone(&self.slots), index: self.index }
+        Lease::new(Arc::clone(&self.slots), self.index)
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
         let Some(slot) = self.slot() else { return };
+        // Before the slot can be leased anew, whose counts these are then.
+        if let Some(count) = slot.marked(self.mark.load(Ordering::Relaxed)) {
+            count.fetch_sub(1, Ordering::Relaxed);
+        }
         // As for `Arc`: what every holder did with the memory happens before it is queued again.
         if slot.leases.fetch_sub(1, Ordering::Release) == 1 {
             fence(Ordering::Acquire);
@@ -329,202 +381,7 @@ impl fmt::Debug for Lease {
     }
 }
 
-#[cfg(all(test, not(loom)))]
-mod tests {
-    use super::*;
-
-    fn free(slots: &Slots) -> Vec<u32> {
-        let taken = slots.take_free();
-        let found: Vec<_> = (0..64).filter(|bit| taken.bits & (1 << bit) != 0).collect();
-        drop(taken);
-        found
-    }
-
-    fn queue_all(slots: &Slots) {
-        slots.take_free().for_each(FreeSlot::queued);
-    }
-
-    #[test]
-    fn a_slot_comes_back_with_its_last_lease() {
-        let slots = Slots::new(3);
-        assert_eq!(free(&slots), [0, 1, 2]);
-        queue_all(&slots);
-        assert_eq!(slots.counts().queued, 3);
-        let first = Slots::dequeued(&slots, 1).unwrap();
-        let second = first.clone();
-        first.mark_on_screen();
-        assert_eq!(second.stage(), Stage::OnScreen);
-        drop(first);
-        assert_eq!(free(&slots), [0; 0]);
-        drop(second);
-        assert_eq!(free(&slots), [1]);
-        assert_eq!(slots.counts(), SlotCounts { free: 1, queued: 2, ..SlotCounts::default() });
-    }
-
-    #[test]
-    fn a_driver_cannot_give_what_it_does_not_have() {
-        let slots = Slots::new(2);
-        assert!(Slots::dequeued(&slots, 0).is_none(), "slot 0 was never queued");
-        queue_all(&slots);
-        assert!(Slots::dequeued(&slots, 2).is_none(), "there is no slot 2");
-        let lease = Slots::dequeued(&slots, 0).unwrap();
-        assert!(Slots::dequeued(&slots, 0).is_none(), "slot 0 is leased");
-        drop(lease);
-    }
-
-    #[test]
-    fn an_unqueued_free_slot_stays_free() {
-        let slots = Slots::new(4);
-        let mut taken = slots.take_free();
-        taken.next().unwrap().queued();
-        drop(taken.next());
-        drop(taken);
-        assert_eq!(free(&slots), [1, 2, 3]);
-    }
-
-    #[test]
-    fn stopping_gives_back_what_the_driver_had_and_no_more() {
-        let slots = Slots::new(3);
-        queue_all(&slots);
-        let lease = Slots::dequeued(&slots, 2).unwrap();
-        slots.cancelled();
-        assert_eq!(free(&slots), [0, 1]);
-        drop(lease);
-        assert_eq!(free(&slots), [0, 1, 2]);
-    }
-
-    #[test]
-    fn all_64_bits_are_used() {
-        let slots = Slots::new(1000);
-        assert_eq!(free(&slots).len(), 64);
-    }
-
-    #[test]
-    fn a_slot_behind_a_fence_is_not_given_out() {
-        let slots = Slots::new(2);
-        queue_all(&slots);
-        let (fences, ends): (Vec<_>, Vec<_>) = (0..2)
-            .map(|_| nix::unistd::pipe().map(|(read, write)| (SyncFile::from(read), write)).unwrap())
-            .unzip();
-        let lease = Slots::dequeued(&slots, 1).unwrap();
-        fences.into_iter().for_each(|fence| lease.clone().release_after(fence));
-        assert!(slots.release_fences().is_empty(), "it is leased: no fence keeps it yet");
-        drop(lease);
-        let taken = || slots.take_free().map(|slot| slot.index()).collect::<Vec<_>>();
-        assert_eq!(taken(), [0; 0]);
-        assert_eq!(slots.release_fences().iter().map(|(index, _)| *index).collect::<Vec<_>>(), [1, 1]);
-        assert_eq!(slots.counts(), SlotCounts { queued: 1, fenced: 1, ..SlotCounts::default() });
-        nix::unistd::write(&ends[1], b"x").unwrap();
-        assert_eq!(taken(), [0; 0], "one of two has signalled");
-        assert_eq!(slots.release_fences().len(), 1, "and is closed");
-        nix::unistd::write(&ends[0], b"x").unwrap();
-        assert_eq!(taken(), [1]);
-        assert!(slots.release_fences().is_empty());
-        assert_eq!(slots.counts(), SlotCounts { queued: 1, free: 1, ..SlotCounts::default() });
-    }
-
-    /// Leases may outlive every handle to the queue.
-    #[test]
-    fn a_lease_outlives_its_queue() {
-        let slots = Slots::new(1);
-        queue_all(&slots);
-        let lease = Slots::dequeued(&slots, 0).unwrap();
-        drop(slots);
-        drop(lease.clone());
-        drop(lease);
-    }
-}
-
-/// Every interleaving of holders on other threads with the queue that takes slots back.
 #[cfg(all(test, loom))]
-mod loom_tests {
-    use super::*;
-    use loom::cell::UnsafeCell;
-    use loom::thread;
-
-    /// The memory of slot 0, written by the "driver" and read by holders: loom fails on any unordered access.
-    struct Memory(UnsafeCell<u32>);
-    // SAFETY: for loom's checked cell only; loom reports any access that is not ordered.
-    unsafe impl Sync for Memory {}
-    // SAFETY: as above.
-    unsafe impl Send for Memory {}
-
-    fn queue(slots: &Slots, memory: &Memory) -> bool {
-        let mut queued = false;
-        for slot in slots.take_free() {
-            assert!(!queued, "one slot was free twice");
-            // SAFETY: loom checks that nobody reads at the same time.
-            memory.0.with_mut(|cell| unsafe { *cell += 1 });
-            slot.queued();
-            queued = true;
-        }
-        queued
-    }
-
-    #[test]
-    fn memory_is_refilled_only_after_every_holder_is_done() {
-        loom::model(|| {
-            let slots = Slots::new(1);
-            let memory = Arc::new(Memory(UnsafeCell::new(0)));
-            assert!(queue(&slots, &memory));
-            let lease = Slots::dequeued(&slots, 0).unwrap();
-            let holders: Vec<_> = [lease.clone(), lease]
-                .into_iter()
-                .map(|lease| {
-                    let memory = Arc::clone(&memory);
-                    thread::spawn(move || {
-                        // SAFETY: loom checks that the driver does not write at the same time.
-                        let seen = memory.0.with(|cell| unsafe { *cell });
-                        assert_eq!(seen, 1);
-                        drop(lease);
-                    })
-                })
-                .collect();
-            let early = queue(&slots, &memory);
-            for holder in holders {
-                holder.join().unwrap();
-            }
-            assert!(early || queue(&slots, &memory), "the slot was lost");
-            assert!(Slots::dequeued(&slots, 0).is_some());
-        });
-    }
-
-    /// A fence that a holder adds is seen by the queue that finds the slot free, whichever holder was the last.
-    #[test]
-    fn a_release_fence_is_seen_with_the_free_slot() {
-        loom::model(|| {
-            let slots = Slots::new(1);
-            slots.take_free().for_each(FreeSlot::queued);
-            let lease = Slots::dequeued(&slots, 0).unwrap();
-            let (read, end) = nix::unistd::pipe().unwrap();
-            let other = lease.clone();
-            let reader = thread::spawn(move || {
-                lease.release_after(SyncFile::from(read));
-                drop(lease);
-            });
-            let holder = thread::spawn(move || drop(other));
-            assert_eq!(slots.take_free().count(), 0, "filled while it is read");
-            reader.join().unwrap();
-            holder.join().unwrap();
-            assert_eq!(slots.take_free().count(), 0, "filled while it is read");
-            nix::unistd::write(&end, b"x").unwrap();
-            assert_eq!(slots.take_free().map(FreeSlot::queued).count(), 1, "the slot was lost");
-        });
-    }
-
-    #[test]
-    fn two_slots_returned_at_once_are_both_found() {
-        loom::model(|| {
-            let slots = Slots::new(2);
-            slots.take_free().for_each(FreeSlot::queued);
-            let leases = [Slots::dequeued(&slots, 0).unwrap(), Slots::dequeued(&slots, 1).unwrap()];
-            let threads = leases.map(|lease| thread::spawn(move || drop(lease)));
-            let mut found = slots.take_free().map(FreeSlot::queued).count();
-            for thread in threads {
-                thread.join().unwrap();
-            }
-            found += slots.take_free().map(FreeSlot::queued).count();
-            assert_eq!(found, 2);
-        });
-    }
-}
+mod loom_tests;
+#[cfg(all(test, not(loom)))]
+mod tests;

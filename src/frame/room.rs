@@ -80,7 +80,7 @@ impl Buffer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::{Format, PlaneLayout};
+    use crate::format::{Format, hostile};
     use proptest::prelude::*;
 
     fn nv12() -> Layout {
@@ -109,31 +109,41 @@ mod tests {
         }
     }
 
-    proptest! {
-        /// Whatever the layout and the room: an answer or a refusal, never a panic, and never less than the rows need.
-        #[test]
-        fn room_is_enough_or_refused(
-            index in 0..Format::all().len(),
-            size in (1u32.., 1u32..),
-            places in prop::collection::vec((0u32..6, any::<u32>(), any::<u32>()), 1..5),
-            rows: u32,
-            least: usize,
-        ) {
-            let format = Format::all().nth(index).unwrap();
-            let places: Vec<_> = places
-                .into_iter()
-                .map(|(memory, offset, stride)| PlaneLayout { memory, offset, stride })
-                .take(format.planes())
-                .collect();
-            let Ok(layout) = Layout::new(format, size, &places) else { return Ok(()) };
+    /// Whatever the layout and the room: an answer or a refusal that names the field, never a panic, and never less than the rows need.
+    #[test]
+    fn room_is_enough_or_refused() {
+        let least = prop_oneof![9 => 0..1_usize << 32, 1 => any::<usize>()];
+        hostile::both_ways((hostile::layout(), hostile::number(), least), |((format, size, places), rows, least)| {
+            let layout = match Layout::new(format, size, &places) {
+                Ok(layout) => layout,
+                Err(error) => {
+                    hostile::rightly_refused(&error, format, size, &places)?;
+                    return Ok(false);
+                }
+            };
             let room = Room { rows, least: [least; MAX_PLANES] };
             for memory in 0..layout.memory_planes() as u32 {
-                if let Ok(len) = room.len(&layout, memory) {
-                    prop_assert!(len >= layout.memory_len(memory) && len >= room.least.get(memory as usize).copied().unwrap_or(0));
+                match room.len(&layout, memory) {
+                    Ok(len) => {
+                        prop_assert!(len >= layout.memory_len(memory));
+                        prop_assert!(len >= room.least.get(memory as usize).copied().unwrap_or(0));
+                    }
+                    Err(error) => {
+                        prop_assert_eq!(error.kind(), Kind::Invalid);
+                        prop_assert!(
+                            error.line().contains(&format!("rows in multiples of {rows}")),
+                            "{}",
+                            error.line()
+                        );
+                        return Ok(false);
+                    }
                 }
             }
-        }
+            Ok(true)
+        });
+    }
 
+    proptest! {
         /// Small enough to be made: every row can be read, and none lies outside.
         #[test]
         fn what_is_allocated_holds_every_row(

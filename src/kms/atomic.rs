@@ -109,17 +109,31 @@ impl Request {
     /// [`Request::try_commit`] with the errno explained.
     ///
     /// # Errors
-    /// [`Kind::Permission`] when this process is not the card's DRM master any more.
+    /// As [`explained`].
     pub(super) fn commit(&mut self, card: &Card, flags: CommitFlags, step: &'static str) -> Result<()> {
         explained(self.try_commit(card, flags), card, step)
     }
 }
 
+/// What the kernel says to a commit for a device that has been taken away is rarely `ENODEV`: the controller was turned off and the
+/// connector unregistered, and either makes it `EINVAL` (`drm_atomic_crtc_check`, `update_connector_routing`), as a wrong value would.
+#[derive(Debug, thiserror::Error)]
+#[error("the display's device is gone")]
+struct Gone(#[source] io::Error);
+
 /// What a commit said, with its errno explained.
 ///
 /// # Errors
-/// [`Kind::Permission`] when this process is not the card's DRM master any more.
+/// [`Kind::Disconnected`] when the device is gone; [`Kind::Permission`] when this process is not the card's DRM master any more.
 pub(super) fn explained(committed: io::Result<()>, card: &Card, step: &'static str) -> Result<()> {
+    let committed = match committed {
+        // The look costs system calls, after a failure alone.
+        Err(cause) if card.is_gone() => {
+            let error = Error::new(Kind::Disconnected, step, card.name()).because(Gone(cause));
+            return Err(error.said_by(Call::Commit.name()).repair("plug it in again"));
+        }
+        other => other,
+    };
     let explain = |error: Error| match error.errno() {
         Some(libc::EACCES | libc::EPERM) => Call::Commit.explain(error).kind_is(Kind::Permission),
         _ => Call::Commit.explain(error),

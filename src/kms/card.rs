@@ -147,6 +147,21 @@ impl Card {
         PathBuf::from(format!("/sys/kernel/debug/dri/{}", self.minor))
     }
 
+    /// Whether its device has been taken away while it was open.
+    ///
+    /// The kernel removes the node's entry when the device is unregistered (`drm_dev_unregister`, `drm_minor_unregister` in drm_drv.c),
+    /// and gives the number to no other device while the node is open (`drm_minor_alloc_release` frees it with the last reference).
+    pub(super) fn is_gone(&self) -> bool {
+        let sysfs = self.sysfs();
+        // Without sysfs nothing is known.
+        sysfs.parent().is_some_and(Path::exists) && !sysfs.exists()
+    }
+
+    /// The card in sysfs, by the major number of DRM nodes (DRM_MAJOR in drm.h).
+    pub(super) fn sysfs(&self) -> PathBuf {
+        PathBuf::from(format!("/sys/dev/char/226:{}", self.minor))
+    }
+
     /// All properties of an object. `kind` is a `DRM_MODE_OBJECT_*`.
     pub(super) fn properties(&self, object: u32, kind: u32) -> Result<Properties> {
         let about = || format!("object {object} of {}", self.name());
@@ -200,8 +215,8 @@ impl Named for Card {
         Card::open(path)
     }
 
-    fn is_called(&self, name: &str) -> bool {
-        self.info.driver == name
+    fn names(&self) -> Vec<&str> {
+        vec![&self.info.driver]
     }
 
     fn describe(&self) -> String {

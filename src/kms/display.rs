@@ -11,7 +11,8 @@ use super::fenced::FlipCommit;
 use super::fifo::Fifo;
 use super::import::{Framebuffer, KmsImporter};
 use super::mailbox::Mailbox;
-use super::quirks::{fails_with_fences, shown_wrong, stride_align};
+use super::plug::Plug;
+use super::quirks::{fails_with_fences, reads_late, shown_wrong, stride_align};
 use super::route::Route;
 use super::saved::{Blob, Saved};
 use super::setup::{Setup, mode_bytes};
@@ -76,6 +77,8 @@ pub struct Display {
     // Before the frames: dropped in this order, so that a framebuffer has left the screen when its frame's lease ends.
     pub(super) framebuffers: ImportCache<Framebuffer>,
     pub(super) on_screen: Option<Frame>,
+    /// The frame that was on screen before, while the driver may still read it.
+    pub(super) leaving: Option<Frame>,
     pub(super) pending: Option<Frame>,
     pub(super) mailbox: Mailbox,
     pub(super) fifo: Fifo,
@@ -94,6 +97,9 @@ pub struct Display {
     pub(super) flip_due_us: u64,
 }
 
+/// So many buffers are enough to hold one more frame: that frame, the one on screen, the one on its way, and one to fill.
+const HOLDING: usize = 4;
+
 /// The way to the screen that `join` has found.
 #[derive(Debug)]
 pub(super) struct Way {
@@ -105,6 +111,12 @@ pub(super) struct Way {
     saved: Saved,
     /// Whether the screen shows frames of ours that came this way.
     pub lit: bool,
+    /// Whether a frame is held until the commit after the next, since the driver [reads late](super::quirks::reads_late).
+    pub holds: bool,
+    /// Whether each commit waits instead, since there are too few buffers to hold one.
+    pub waits: bool,
+    /// Whether something is connected there.
+    pub plug: Option<Plug>,
     /// Whether it shows one that came another way, and so must be put back all the same.
     left: bool,
     pub verifier: Option<Verifier>,
@@ -137,6 +149,7 @@ impl Display {
             card,
             way: None,
             on_screen: None,
+            leaving: None,
             pending: None,
             mailbox: Mailbox::default(),
             fifo: Fifo::new(),
@@ -197,7 +210,7 @@ impl Display {
         };
         // Otherwise a frame may still be on screen; it is given up after its framebuffer, when the display is dropped.
         if restored.is_ok() {
-            (self.pending, self.on_screen, self.out_fence) = (None, None, None);
+            (self.pending, self.on_screen, self.leaving, self.out_fence) = (None, None, None, None);
             // The event of a flip that was pending is there by now, and is of no frame that comes later.
             while let Ok(Some(_)) = self.card.read_flip() {}
             self.fifo.clear();
@@ -245,7 +258,19 @@ impl Display {
                 Ok(()) => {
                     let flip = FlipCommit::new(&route, &setup, self.request.out_fences);
                     let saved = Saved::read(&self.card, &route)?;
-                    return Ok(Way { route, setup, flip, saved, lit: false, left: false, verifier: None });
+                    let plug = Plug::new(&self.card, &route.connector_name);
+                    return Ok(Way {
+                        route,
+                        setup,
+                        flip,
+                        saved,
+                        lit: false,
+                        left: false,
+                        holds: false,
+                        waits: false,
+                        plug,
+                        verifier: None,
+                    });
                 }
                 Err(cause) => refused = Some((route, cause)),
             }
@@ -309,6 +334,9 @@ impl Sink for Display {
         if let Some(before) = self.way.take() {
             self.leave(before, &mut way)?;
         }
+        let late = self.in_turn() && reads_late(&self.card);
+        way.holds = late && buffers.len() >= HOLDING;
+        way.waits = late && !way.holds;
         self.way = Some(way);
         // Those of this join: some of its buffers may have been imported by one before.
         self.imports_before = self.framebuffers.imports().saturating_sub(buffers.len() as u64);
@@ -320,9 +348,9 @@ impl Sink for Display {
         (0..count).map(|_| self.card.make_buffer(layout, room, align)).collect()
     }
 
-    fn inspect(&mut self, frame: &Frame) -> Result<()> {
+    fn inspect(&mut self, frame: &Frame, place: u64) -> Result<()> {
         match self.way.as_mut().and_then(|way| way.verifier.as_mut()) {
-            Some(verifier) => verifier.expect(frame),
+            Some(verifier) => verifier.expect(frame, place),
             None => Ok(()),
         }
     }
@@ -375,6 +403,10 @@ impl Sink for Display {
             return self.finish_in_turn();
         }
         self.finish_newest()
+    }
+
+    fn news(&mut self) -> Option<String> {
+        self.way.as_mut()?.plug.as_mut()?.news()
     }
 
     fn dropped(&self) -> u64 {

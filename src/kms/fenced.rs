@@ -188,7 +188,9 @@ impl Display {
 
     /// In fifo: sends a frame with the fence that the device is to wait for, or waits for it by the CPU.
     pub(super) fn send_fenced(&mut self, frame: &Frame, fence: &SyncFile) -> Result<Sent> {
-        if let Some(why) = self.by_cpu {
+        // A commit that waits would wait for the fence too, without limit.
+        let each_waits = self.each_waits().then_some(CpuWait::Buffers);
+        if let Some(why) = self.by_cpu.or(each_waits) {
             return self.acquire_by_cpu(frame, why).map(|()| Sent::Acquired(None));
         }
         if self.way.as_ref().is_some_and(|way| !way.flip.takes_fences()) {

@@ -4,6 +4,11 @@
 //! of them (`drm_mode_config_funcs.atomic_commit` in drm_mode_config.h; `stall_checks` in drm_atomic_helper.c). So the commit of
 //! one frame that is accepted says that the frame before is on screen, and its event need not be read for that. Events are read
 //! many at a time, for the times that they carry.
+//!
+//! When frame N+1 is accepted, then, the flip of N is done, scanout hardware has left N-1, and N-1 may be filled again. A driver that
+//! [reads late](super::quirks::reads_late) may read it still: it has certainly ended when the commit of N is cleaned up. The commit
+//! of N+2 waits for that, without a system call of ours (`stall_checks`: `cleanup_done` of the commit before the last). So for such
+//! a driver N-1 is held for one frame more; where there are too few buffers for that, each commit waits, which includes its cleaning up.
 
 use std::collections::VecDeque;
 

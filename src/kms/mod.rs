@@ -19,6 +19,7 @@ mod keep;
 mod mailbox;
 mod master;
 mod offers;
+mod plug;
 mod predict;
 mod present;
 mod quirks;

@@ -36,6 +36,7 @@ impl Display {
         drop(blob);
         way.lit = true;
         let shown = self.replaced(frame, now_us());
+        self.leaving = None;
         if let (Some(Way { route, verifier: Some(verifier), .. }), Some(frame)) = (&mut self.way, &self.on_screen) {
             verifier.first(&self.card, route, frame)?;
         }
@@ -74,7 +75,11 @@ impl Display {
         }
         match on_its_way {
             true => self.pending = Some(frame),
-            false => self.put_on_screen(frame),
+            false => {
+                self.put_on_screen(frame);
+                // Such a commit is cleaned up when it returns: nobody reads what it replaced.
+                self.leaving = None;
+            }
         }
         self.fifo.next_shown(&self.card, usize::from(on_its_way))
     }
@@ -82,7 +87,7 @@ impl Display {
     /// Whether the frame is on its way; otherwise it is on screen.
     fn send(&mut self, frame: &Frame) -> Result<bool> {
         let flags = CommitFlags { event: true, ..CommitFlags::default() };
-        let mut on_its_way = !self.fifo.waits();
+        let mut on_its_way = !self.each_waits() && !self.fifo.waits();
         if on_its_way && !self.flip(frame, CommitFlags { nonblock: true, ..flags })? {
             self.fifo.refused();
             on_its_way = false;
@@ -91,6 +96,11 @@ impl Display {
             self.flip(frame, flags)?;
         }
         Ok(on_its_way)
+    }
+
+    /// Whether each commit waits until its frame is on screen, since there are too few buffers to hold one that has left it.
+    pub(super) fn each_waits(&self) -> bool {
+        self.way.as_ref().is_some_and(|way| way.waits)
     }
 
     /// Shows a frame, waits until it is on screen, and verifies it.
@@ -173,12 +183,18 @@ impl Display {
     pub(super) fn replace_picture(&mut self, frame: Frame) -> Result<()> {
         self.flip(&frame, CommitFlags::default())?;
         self.put_on_screen(frame);
+        self.leaving = None;
         Ok(())
     }
 
+    /// What is on screen until now is given up, or, where the driver may still read it, held until the frame after this one comes here.
     pub(super) fn put_on_screen(&mut self, frame: Frame) {
         frame.lease().mark_on_screen();
-        self.on_screen = Some(frame);
+        let before = self.on_screen.replace(frame);
+        self.leaving = before.filter(|_| self.way.as_ref().is_some_and(|way| way.holds));
+        if let Some(leaving) = &self.leaving {
+            leaving.lease().mark_left();
+        }
     }
 
     /// The framebuffer of a frame's buffer, imported now if `join` has not seen it.

@@ -23,11 +23,20 @@ pub(super) fn fails_with_fences(card: &Card) -> bool {
     card.info().driver == "nvidia-drm"
 }
 
+/// Whether the driver may read a frame's memory after the flip event of the next one.
+///
+/// Scanout hardware has left a picture when it shows the next: `flip_done` of `struct drm_crtc_commit` (drm_atomic.h). vkms reads pictures
+/// on a work queue, when somebody wants CRCs, and sends the event without waiting for it; the commit of the next picture waits for
+/// that work at its very end (`vkms_atomic_commit_tail` in vkms_drv.c), after the event and before `cleanup_done`.
+pub(super) fn reads_late(card: &Card) -> bool {
+    card.info().driver == "vkms"
+}
+
 /// The refusal of a layout that this card's driver is known to show wrong.
 ///
 /// vkms, at least up to Linux 7.2, takes the address of every colour plane from the first memory plane and adds the offset of the
 /// first colour plane twice (`packed_pixels_addr` in `vkms_formats.c`, over a mapping that `drm_gem_fb_vmap` has put the offset
-/// into). One in which that is corrected says so by its patch level (`tools/vm/guest/vkms-planes.patch`).
+/// into). One in which that is corrected says so by its patch level (`tools/vm/guest/patches/vkms-planes.patch`).
 pub(super) fn shown_wrong(card: &Card, layout: &Layout, stride_align: u32) -> Option<Refusal> {
     let uneven = layout.planes().iter().find(|plane| plane.stride % stride_align != 0);
     if let Some(plane) = uneven {

@@ -25,7 +25,6 @@ pub(super) struct Verifier {
     stream: Option<CrcStream>,
     /// For each slot the frame captured into it last: sequence number, place among all captured, predicted CRC.
     expected: Vec<Option<Expected>>,
-    captured: u64,
     verdict: Verdict,
 }
 
@@ -64,18 +63,17 @@ impl Verifier {
             flavour.ok_or_else(|| no(format!("how vkms of Linux {release} composes pictures is not known")))?;
         let predictor =
             Predictor::new(flavour, route.mode_size(), layout, route.at).map_err(|why| no(why.to_string()))?;
-        Ok(Verifier { predictor, stream: None, expected: vec![None; slots], captured: 0, verdict: Verdict::default() })
+        Ok(Verifier { predictor, stream: None, expected: vec![None; slots], verdict: Verdict::default() })
     }
 
-    /// Predicts what the display must report for this frame.
+    /// Predicts what the display must report for this frame, which has this place among all captured.
     ///
     /// # Errors
     /// If the frame cannot be read.
-    pub(super) fn expect(&mut self, frame: &Frame) -> Result<()> {
+    pub(super) fn expect(&mut self, frame: &Frame, place: u64) -> Result<()> {
         let reader = frame.read()?;
         let crc = self.predictor.crc(&mut |plane, row, out| reader.row(plane, row, out));
-        let expected = Expected { sequence: frame.meta().sequence, place: self.captured, crc };
-        self.captured += 1;
+        let expected = Expected { sequence: frame.meta().sequence, place, crc };
         match self.expected.get_mut(frame.slot() as usize) {
             Some(slot) => *slot = Some(expected),
             None => return Err(Error::new(Kind::Invalid, "verify", format!("a frame of slot {}", frame.slot()))),

@@ -23,22 +23,67 @@ use crate::frame::Buffer;
 use crate::memory::Memory;
 
 /// How long the display may take for a picture. Hardware needs one refresh; vkms composes in software, and in an emulated machine whose host
-/// is busy that takes seconds. As long as the kernel waits for a flip (`drm_atomic_helper_wait_for_flip_done`).
-const PATIENCE: Duration = Duration::from_secs(10);
+/// is busy that takes seconds.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What the memory is filled with before each attempt. A picture of nothing but this was not written; one that happens to look like the first
+/// does not look like the second.
+///
+/// vkms can lose a job: its composer reads which job there is without the lock that it then takes to see whether there is one
+/// (`vkms_composer_worker`), and says that it has written what it has not.
+const MARKS: [u8; 2] = [0x5a, 0xa5];
 
 /// What `output` shows, as the hardware wrote it: 3 bytes a pixel, row after row.
 ///
 /// # Errors
 /// [`Kind::Unsupported`] without a writeback connector for this display; [`Kind::Busy`] if another process drives it;
-/// what the kernel says where the driver writes back no display that is on; [`Kind::Timeout`].
+/// what the kernel says where the driver writes back no display that is on; [`Kind::Timeout`];
+/// [`Kind::System`] if nothing was written.
 pub(super) fn read(card: &Card, output: &Output) -> Result<Vec<u8>> {
     // Dropped in the reverse order, also after an error.
     let _listed = Listed::new(card)?;
     let writer = Writer::find(card, output)?;
     let _master = Master::of(card)?;
-    let target = Target::new(card, output, writer.format)?;
-    writer.write(card, output, &target)?;
-    picture(target.buffer()?)
+    let mut failed = None;
+    for mark in MARKS {
+        let target = Target::new(card, output, writer.format)?;
+        let buffer = target.buffer()?;
+        fill(&buffer, mark)?;
+        match writer.write(card, output, &target) {
+            Ok(()) if !is_all(&buffer, mark)? => return picture(buffer),
+            Ok(()) => {
+                let error = Error::new(Kind::System, "write back what is shown on", card.name());
+                failed = Some(error.because("the driver said that it was done, and had written nothing"));
+            }
+            Err(error) if error.kind() == Kind::Timeout => failed = Some(error),
+            Err(error) => return Err(error),
+        }
+    }
+    Err(failed.unwrap_or_else(|| Error::new(Kind::System, "write back what is shown on", card.name())))
+}
+
+/// Fills all rows with one byte.
+fn fill(buffer: &Buffer, byte: u8) -> Result<()> {
+    let row = vec![byte; row_bytes(buffer)];
+    let mut writer = buffer.write()?;
+    (0..buffer.layout().height()).for_each(|y| writer.row(0, y, &row));
+    writer.end()
+}
+
+/// Whether all rows are nothing but this byte.
+fn is_all(buffer: &Buffer, byte: u8) -> Result<bool> {
+    let mut row = vec![0; row_bytes(buffer)];
+    let reader = buffer.read()?;
+    Ok((0..buffer.layout().height()).all(|y| {
+        reader.row(0, y, &mut row);
+        row.iter().all(|&there| there == byte)
+    }))
+}
+
+/// Of the only colour plane.
+fn row_bytes(buffer: &Buffer) -> usize {
+    let layout = buffer.layout();
+    layout.format().row_bytes(0, layout.width()) as usize
 }
 
 /// Writeback connectors are listed for clients alone that ask for them. This one does so no longer than it needs to,

@@ -91,8 +91,9 @@ impl Copier {
     }
 
     /// From now on compares each copy with the frame that it was made from: all bytes where the formats are equal; else one row of eight,
-    /// others each time, each channel with what [`Pixels::rgb`] makes of the frame, one step aside at most. (The picture as a whole is
-    /// compared by the display's CRC, which is predicted from the copy.)
+    /// others each time, each channel with what [`Pixels::rgb`] makes of the frame, as many steps of 8 bits aside at most as [`steps`]
+    /// says. A conversion that goes wrong in one frame alone, in a row that is not looked at, is not found: the display's CRC tells
+    /// whether the copy is shown right, because it is predicted from the copy.
     pub(crate) fn check(&mut self) {
         self.check
             .get_or_insert_with(|| Check::new(self.converter.from(), self.converter.to()));
@@ -119,11 +120,11 @@ impl Copier {
         self.slots.views().copies()
     }
 
-    /// The frame in a buffer of the copier's own; `None` if none is free, which is counted.
+    /// The frame, which has this place among all captured, in a buffer of the copier's own; `None` if none is free, which is counted.
     ///
     /// # Errors
     /// If the frame cannot be read or the buffer not written.
-    pub fn copy(&mut self, frame: &Frame) -> Result<Option<Frame>> {
+    pub fn copy(&mut self, frame: &Frame, place: u64) -> Result<Option<Frame>> {
         let Some(index) = self.take() else {
             self.dropped += 1;
             return Ok(None);
@@ -148,7 +149,7 @@ impl Copier {
         let meta = FrameMeta { bytes_used: used(buffer.layout()), ..*frame.meta() };
         let copy = Frame::new(buffer.clone(), meta, lease);
         if let Some(check) = &mut self.check {
-            check.compare(frame, &copy)?;
+            check.compare(frame, &copy, place)?;
         }
         Ok(Some(copy))
     }
@@ -171,7 +172,6 @@ struct Check {
     same: bool,
     from: [Vec<u8>; MAX_PLANES],
     to: [Vec<u8>; MAX_PLANES],
-    captured: u64,
     verdict: Verdict,
 }
 
@@ -185,20 +185,14 @@ impl Check {
             };
             [0, 1, 2, 3].map(row)
         };
-        Check {
-            same: from.format() == to.format(),
-            from: rows(from),
-            to: rows(to),
-            captured: 0,
-            verdict: Verdict::default(),
-        }
+        Check { same: from.format() == to.format(), from: rows(from), to: rows(to), verdict: Verdict::default() }
     }
 
-    fn compare(&mut self, frame: &Frame, copy: &Frame) -> Result<()> {
+    fn compare(&mut self, frame: &Frame, copy: &Frame, place: u64) -> Result<()> {
         let (before, after) = (frame.read()?, copy.read()?);
         let (from, to) = (*before.layout(), *after.layout());
         let mut right = true;
-        let (first, step) = if self.same { (0, 1) } else { ((self.captured % ROWS) as u32, ROWS as usize) };
+        let (first, step) = if self.same { (0, 1) } else { ((place % ROWS) as u32, ROWS as usize) };
         for y in (first..from.height()).step_by(step) {
             fill(&mut self.from, from.format(), y, &mut |plane, row, out| before.row(plane, row, out));
             fill(&mut self.to, to.format(), y, &mut |plane, row, out| after.row(plane, row, out));
@@ -210,9 +204,8 @@ impl Check {
         self.verdict.checked += 1;
         if !right {
             self.verdict.wrong += 1;
-            self.verdict.first_wrong.get_or_insert((self.captured, frame.meta().sequence));
+            self.verdict.first_wrong.get_or_insert((place, frame.meta().sequence));
         }
-        self.captured += 1;
         Ok(())
     }
 }
@@ -240,7 +233,8 @@ fn alike(from: &[Vec<u8>; MAX_PLANES], a: &Layout, to: &[Vec<u8>; MAX_PLANES], b
     })
 }
 
-/// The most, in 8-bit steps, that a right pixel may differ by: one, or what the destination's fewer bits lose.
+/// The most, in 8-bit steps, that a right pixel may differ by: one, or what the destination's fewer bits lose (8 for the 5 bits of RG16);
+/// two for YUV, which is computed back to RGB to be compared.
 fn steps(format: Format) -> u8 {
     match format.kind() {
         crate::format::Kind::Rgb { channels, .. } => {
@@ -285,8 +279,8 @@ mod tests {
             let frame = frame(source);
             let mut copier = Copier::new(source.layout(), buffers(to, 2), false).unwrap();
             copier.check();
-            for _ in 0..ROWS {
-                drop(copier.copy(&frame).unwrap().unwrap());
+            for place in 0..ROWS {
+                drop(copier.copy(&frame, place).unwrap().unwrap());
             }
             assert_eq!(
                 (copier.verdict().unwrap().checked, copier.verdict().unwrap().wrong),
@@ -294,7 +288,7 @@ mod tests {
                 "{from} to {to}"
             );
             // Wrong by more than a step in every row, so that it does not matter which rows are looked at.
-            let copy = copier.copy(&frame).unwrap().unwrap();
+            let copy = copier.copy(&frame, 40).unwrap().unwrap();
             let mut mapping = copy.buffer().map(Access::ReadWrite).unwrap();
             for row in 0..16 {
                 let place = copy.buffer().layout().planes()[0];
@@ -303,9 +297,38 @@ mod tests {
                 mapping[0].read(at, &mut byte);
                 mapping[0].write(at, &[byte[0] ^ 0x80]);
             }
-            copier.check.as_mut().unwrap().compare(&frame, &copy).unwrap();
+            copier.check.as_mut().unwrap().compare(&frame, &copy, 41).unwrap();
             let verdict = copier.verdict().unwrap();
-            assert_eq!((verdict.wrong, verdict.first_wrong), (1, Some((ROWS + 1, 7))), "{from} to {to}");
+            assert_eq!((verdict.wrong, verdict.first_wrong), (1, Some((41, 7))), "{from} to {to}");
+        }
+    }
+
+    /// Each byte of a copy is compared; of a conversion one row of eight, others each time: a bad byte that each of eight frames has is
+    /// found in one of them, in whichever row it is, and that frame is named.
+    #[test]
+    fn one_bad_byte_is_found_when_its_row_is_looked_at() {
+        for (from, to, found) in [("XR24", "XR24", ROWS), ("YUYV", "XR24", 1), ("NV12", "RG16", 1), ("GREY", "XR24", 1)]
+        {
+            let source = &buffers(from, 1)[0];
+            paint(source);
+            let frame = frame(source);
+            for row in 0..16 {
+                let mut copier = Copier::new(source.layout(), buffers(to, 2), false).unwrap();
+                let mut check = Check::new(source.layout(), copier.layout());
+                for place in 0..ROWS {
+                    let copy = copier.copy(&frame, place).unwrap().unwrap();
+                    let at = copy.buffer().layout().planes()[0].stride as usize * row + 1;
+                    let mut mapping = copy.buffer().map(Access::ReadWrite).unwrap();
+                    let mut byte = [0];
+                    mapping[0].read(at, &mut byte);
+                    mapping[0].write(at, &[byte[0] ^ 0x80]);
+                    check.compare(&frame, &copy, place).unwrap();
+                }
+                let first = if found == ROWS { 0 } else { row as u64 % ROWS };
+                let verdict = check.verdict;
+                assert_eq!((verdict.checked, verdict.wrong), (ROWS, found), "{from} to {to}, row {row}");
+                assert_eq!(verdict.first_wrong, Some((first, 7)), "{from} to {to}, row {row}");
+            }
         }
     }
 
@@ -315,13 +338,13 @@ mod tests {
         let frame = frame(source);
         let mut copier = Copier::new(source.layout(), buffers("XR24", 2), false).unwrap();
         let views: Vec<_> = (0..6)
-            .map(|_| copier.copy(&frame).unwrap().unwrap().view("keeper").unwrap())
+            .map(|place| copier.copy(&frame, place).unwrap().unwrap().view("keeper").unwrap())
             .collect();
         assert_eq!((views.len(), copier.dropped()), (6, 0));
         let detached: u64 = copier.view_copies().iter().map(|copies| copies.count).sum();
         assert_eq!(detached, 4);
-        let frames: Vec<_> = (0..2).map(|_| copier.copy(&frame).unwrap().unwrap()).collect();
-        assert!(copier.copy(&frame).unwrap().is_none(), "both are held as frames");
+        let frames: Vec<_> = (6..8).map(|place| copier.copy(&frame, place).unwrap().unwrap()).collect();
+        assert!(copier.copy(&frame, 8).unwrap().is_none(), "both are held as frames");
         assert_eq!((frames.len(), copier.dropped()), (2, 1));
     }
 }

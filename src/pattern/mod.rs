@@ -166,7 +166,7 @@ impl Pattern {
         }
     }
 
-    /// Views keep every buffer, and may: there is nobody else to wait for, since the pattern's time does not stop.
+    /// Views keep every buffer, and may not.
     fn held(&self) -> Error {
         let views: Vec<_> = self.slots.0.views().infos().iter().map(ToString::to_string).collect();
         Error::new(Kind::Busy, "fill a buffer of", NAME)
@@ -290,8 +290,8 @@ impl Source for Pattern {
         while self.queue.is_empty() && self.filled.is_empty() && !self.slots.0.views().is_empty() {
             match self.view_policy {
                 ViewPolicy::Detach if self.slots.0.detach_oldest_view() => self.queue_free(),
-                ViewPolicy::Detach => break,
-                ViewPolicy::Wait | ViewPolicy::Error => return Err(self.held()),
+                ViewPolicy::Detach | ViewPolicy::Wait => break,
+                ViewPolicy::Error => return Err(self.held()),
             }
         }
         Ok(())
@@ -302,6 +302,8 @@ impl Source for Pattern {
     }
 
     fn stop(&mut self) -> Result<()> {
+        // Ticks up to now that found no buffer are frames that were dropped.
+        self.account(now_ns());
         self.next = None;
         self.armed_ns = 0;
         self.queue.clear();
@@ -346,9 +348,16 @@ impl Source for Pattern {
     }
 
     fn stalled(&self) -> Error {
-        Error::new(Kind::Timeout, "get a frame from", NAME)
-            .because(format!("of its buffers, {}", self.slots()))
-            .repair("let go of frames sooner, or ask for more buffers")
+        let views: Vec<_> = self.slots.0.views().infos().iter().map(ToString::to_string).collect();
+        let error = Error::new(Kind::Timeout, "get a frame from", NAME);
+        if views.is_empty() {
+            return error
+                .because(format!("of its buffers, {}", self.slots()))
+                .repair("let go of frames sooner, or ask for more buffers");
+        }
+        error
+            .because(format!("of its buffers, {}; views of {}", self.slots(), views.join(", ")))
+            .repair("drop frames and views sooner, let the pattern detach views, or ask for more buffers")
     }
 
     fn copies(&self) -> Vec<Copies> {
@@ -360,7 +369,7 @@ impl Source for Pattern {
     }
 
     fn counts(&self) -> SourceCounts {
-        SourceCounts { dropped: self.dropped, errored: 0 }
+        SourceCounts { dropped: self.dropped, errored: 0, uncounted: false }
     }
 }
 

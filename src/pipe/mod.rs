@@ -53,6 +53,8 @@ pub struct Pipe<'a> {
     presented: u64,
     first_shown_us: u64,
     last_shown_us: u64,
+    /// When the last frame came, or the source started; for the watchdog.
+    last_came_us: u64,
     latency: Latency,
 }
 
@@ -84,6 +86,7 @@ impl<'a> Pipe<'a> {
             presented: 0,
             first_shown_us: 0,
             last_shown_us: 0,
+            last_came_us: 0,
             latency: Latency::new()?,
         };
         pipe.check_copies();
@@ -154,6 +157,7 @@ impl<'a> Pipe<'a> {
         let waiter = Waiter::new(self.source.as_fd(), stop, self.sink.event_fd());
         let waiter = waiter.context("wait for", || self.source.name())?;
         self.source.start()?;
+        self.last_came_us = now_us();
         loop {
             self.source.recycle()?;
             if end.is_some_and(|end| now_us() >= end) {
@@ -170,12 +174,21 @@ impl<'a> Pipe<'a> {
                 Ok(next) => next,
                 Err(error) if error.kind() == Kind::Ended => break,
                 Err(error) if error.kind() == Kind::FormatChanged => match self.follow(stop, end, progress)? {
-                    true => continue,
+                    true => {
+                        self.last_came_us = now_us();
+                        continue;
+                    }
                     false => break,
                 },
                 Err(error) => return Err(error),
             };
-            let Some(frame) = next else { continue };
+            let Some(frame) = next else {
+                // Something came, as a damaged buffer does, and no frame: that may not go on for ever.
+                if self.watchdog_left().is_some_and(|left| left.is_zero()) {
+                    return Err(self.source.stalled());
+                }
+                continue;
+            };
             match self.present(frame, progress) {
                 // Nobody reads any more.
                 Err(error) if error.kind() == Kind::Ended => break,
@@ -184,6 +197,8 @@ impl<'a> Pipe<'a> {
             if self.limits.frames.is_some_and(|frames| self.captured >= frames) {
                 break;
             }
+            // After the sink, which may have waited for its reader: that is no fault of the source's.
+            self.last_came_us = now_us();
         }
         self.finish(progress)
     }
@@ -213,6 +228,9 @@ impl<'a> Pipe<'a> {
             }
             other => other?,
         };
+        if let Some(news) = self.sink.news() {
+            self.moved(self.joined.rung, news);
+        }
         self.account(shown, progress);
         Ok(())
     }
@@ -220,12 +238,12 @@ impl<'a> Pipe<'a> {
     fn send(&mut self, frame: &Frame, place: u64) -> Result<Option<Shown>> {
         let frame = match &mut self.joined.copier {
             None => frame.clone(),
-            Some(copier) => match copier.copy(frame)? {
+            Some(copier) => match copier.copy(frame, place)? {
                 Some(copy) => copy,
                 None => return Ok(None),
             },
         };
-        self.sink.inspect(&frame)?;
+        self.sink.inspect(&frame, place)?;
         if self.corrupt == Some(place) {
             corrupt(&frame)?;
         }
@@ -234,7 +252,7 @@ impl<'a> Pipe<'a> {
 
     /// Waits for the source, the sink or the order to stop; `None` when the time is up.
     fn wait(&self, waiter: &Waiter, end: Option<u64>) -> Result<Option<Wake>> {
-        let watchdog = self.source.watchdog();
+        let watchdog = self.watchdog_left();
         let remaining = end.map(|end| Duration::from_micros(end.saturating_sub(now_us())));
         let timeout = [watchdog, remaining].into_iter().flatten().min();
         let fences = Fences { sink: self.sink.acquire_fences(), source: self.source.release_fences() };
@@ -245,6 +263,12 @@ impl<'a> Pipe<'a> {
             return Ok(wake);
         }
         Err(self.source.stalled())
+    }
+
+    /// How long the source may take yet.
+    fn watchdog_left(&self) -> Option<Duration> {
+        let since = Duration::from_micros(now_us().saturating_sub(self.last_came_us));
+        self.source.watchdog().map(|watchdog| watchdog.saturating_sub(since))
     }
 
     fn account(&mut self, shown: Option<Shown>, progress: &mut dyn FnMut(&Progress<'_>)) {

@@ -10,7 +10,8 @@ use crate::endpoint::{JoinError, Refusal, Rung};
 use crate::error::{Context, Error, Kind, Result};
 use crate::ladder::{self, Joined, NoWay, Path};
 
-/// A step from one rung to another while frames flowed, or a change at the source.
+/// A step from one rung to another while frames flowed, a change at the source, or [news](crate::endpoint::Sink::news) of the sink, which
+/// leave the rung as it was.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Move {
     /// How many frames had been captured before.
@@ -57,7 +58,12 @@ impl Pipe<'_> {
     /// The error that made it step down, if copying does not help.
     pub(super) fn step_down(&mut self, error: &Error, progress: &mut dyn FnMut(&Progress<'_>)) -> Result<()> {
         let again = || {
-            let again = Error::new(error.kind(), error.step(), error.subject()).because(error.line());
+            // The causes alone: step and subject are said again before them.
+            let (line, said) = (error.line(), error.to_string());
+            let causes = line
+                .strip_prefix(&said)
+                .map_or(line.as_str(), |rest| rest.trim_start_matches(": "));
+            let again = Error::new(error.kind(), error.step(), error.subject()).because(causes);
             again.repair("copying does not help either")
         };
         self.finish(progress)?;
@@ -150,6 +156,10 @@ impl Pipe<'_> {
         self.check_copies();
         self.above = None;
         let mut why = format!("the source changed to {layout}");
+        let lost = self.source.not_kept().join(", ");
+        if !lost.is_empty() {
+            why = format!("{why}; what was asked for and could not be kept: {lost}");
+        }
         if let Some(not_kept) = not_kept {
             why = format!("{why}; meanwhile a frame of before was held: {not_kept}");
         }
@@ -213,7 +223,7 @@ impl Pipe<'_> {
         }
     }
 
-    fn moved(&mut self, from: Rung, why: String) {
+    pub(super) fn moved(&mut self, from: Rung, why: String) {
         self.moves.push(Move { frame: self.captured, from, to: self.joined.rung, why });
     }
 }

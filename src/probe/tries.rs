@@ -14,7 +14,7 @@ use crate::frame::Frame;
 use crate::ladder::{self, Copier, Maker};
 
 /// The first sets the mode, the second is what all further ones are.
-const FRAMES: u32 = 2;
+const FRAMES: u64 = 2;
 
 /// A source that makes no frames is given up after this long.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -158,14 +158,14 @@ impl Bench<'_> {
 
     fn show(&mut self, source: &mut dyn Source, mut copier: Option<&mut Copier>) -> Result<(), Unshown> {
         source.start()?;
-        for _ in 0..FRAMES {
+        for place in 0..FRAMES {
             let frame = self.next(source)?;
             let frame = match copier.as_deref_mut() {
                 None => Some(frame),
-                Some(copier) => copier.copy(&frame)?,
+                Some(copier) => copier.copy(&frame, place)?,
             };
             let Some(frame) = frame else { continue };
-            self.sink.inspect(&frame)?;
+            self.sink.inspect(&frame, place)?;
             self.sink.present(frame)?;
         }
         while self.sink.finish()?.is_some() {}

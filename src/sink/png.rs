@@ -29,7 +29,7 @@ impl Png {
     /// The cause of its copies in the [`Ledger`].
     pub const CAUSE: &'static str = "picture for a PNG file";
 
-    /// A sink that will write to `path`. Nothing happens there yet.
+    /// A sink that will write to `path`. Nothing happens there yet. `-` is a file of that name: a picture does not go to stdout.
     pub fn new(path: impl Into<PathBuf>) -> Png {
         let path = path.into();
         Png { name: format!("png:{}", path.display()), path, newest: None, written: false, ledger: Ledger::new() }

@@ -83,8 +83,9 @@ impl Stream {
         &self.ledger
     }
 
+    /// Buffers whose pages a pipe takes. Mapping them for the CPU is no import.
     pub(super) fn imports(&self) -> u64 {
-        self.images.imports()
+        if self.how == How::Write { 0 } else { self.images.imports() }
     }
 
     /// Gets ready for frames of this layout, whose planes go in this order. [`Rung::Exported`] where no byte of them is copied.
@@ -108,7 +109,11 @@ impl Stream {
         let same = |before: &Layout| before.format() == layout.format() && before.size() == layout.size();
         if self.output.sent() > 0 && !self.layout.as_ref().is_none_or(same) {
             let why = format!("{} cannot become {layout} in the middle of a stream", self.name());
-            return Err(refusal(Rung::Exported, "layout", why, "start another stream").into());
+            // Whatever the rung: another one would not help.
+            return Err(Error::new(Kind::Unsupported, "go on with", self.name())
+                .because(why)
+                .repair("start another stream")
+                .into());
         }
         self.output.open()?;
         (self.layout, self.order, self.how) = (Some(*layout), order, How::Write);

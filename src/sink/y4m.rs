@@ -69,7 +69,7 @@ impl Sink for Y4m {
                 step: "format",
                 errno: None,
                 why: format!("a YUV4MPEG2 stream has planar YUV of 8 bits or grey, and no {format}"),
-                repair: "ask the source for YUV (--format NV12 or YUYV), or write the pixels as they are (raw:)"
+                repair: "ask the source for planar YUV (--format YU12), or write the pixels as they are (raw:)"
                     .to_owned(),
             }));
         };

@@ -10,8 +10,9 @@ use crate::causes::Call;
 use crate::error::{Context, Error, Kind, Result};
 use crate::format::{Colour, Format, Fourcc, Kind as Samples, Layout, MAX_PLANES};
 
-/// Two rates that differ by this share or less are one to a person: drivers round (59.94 for 60000/1001).
-const SAME_RATE: f64 = 0.005;
+/// Two rates that differ by this share or less are one: people and drivers round (29.97 for 30000/1001, 23.98 for 24000/1001; UVC
+/// counts in 100 ns). Half of the thousandth that is between 29.97 and 30, which are two.
+const SAME_RATE: f64 = 0.0005;
 
 impl Device {
     /// The layout that the camera would deliver now, if its format is a known one. Changes nothing.
@@ -56,7 +57,7 @@ pub(super) fn current_format(device: &Device) -> Result<sys::v4l2_format> {
 
 /// Sets the format, if anything is asked, and reads the driver's reply.
 pub(super) fn agree_format(device: &Device, request: &CameraRequest) -> Result<Layout> {
-    agree(device, request, &[request.stride.unwrap_or(0); MAX_PLANES])
+    agree(device, request, &[request.stride.unwrap_or(0); MAX_PLANES], true)
 }
 
 /// Asks for the strides of a layout, the first colour plane's in each memory plane, and reads the driver's reply.
@@ -67,11 +68,11 @@ pub(super) fn agree_strides(device: &Device, wished: &Layout) -> Result<Layout> 
             *stride = place.stride;
         }
     }
-    agree(device, &CameraRequest { stride: Some(strides[0]), ..CameraRequest::default() }, &strides)
+    agree(device, &CameraRequest { stride: Some(strides[0]), ..CameraRequest::default() }, &strides, false)
 }
 
-/// `strides` are by memory plane; 0 is what the driver likes.
-fn agree(device: &Device, request: &CameraRequest, strides: &[u32; MAX_PLANES]) -> Result<Layout> {
+/// `strides` are by memory plane; 0 is what the driver likes. Where they are not `exact`, the driver may have others.
+fn agree(device: &Device, request: &CameraRequest, strides: &[u32; MAX_PLANES], exact: bool) -> Result<Layout> {
     let mut format = current_format(device)?;
     let code = match (request.code, request.format) {
         (None, None) => None,
@@ -109,22 +110,34 @@ fn agree(device: &Device, request: &CameraRequest, strides: &[u32; MAX_PLANES]) 
             pix.plane_fmt = planes;
         }
     }
+    let check = |reply: &sys::v4l2_format| {
+        let layout = read_layout(device, reply)?;
+        if let Some(wanted) = request.size.filter(|wanted| *wanted != layout.size()) {
+            return Err(lacks_size(device, reply, wanted, layout.size()));
+        }
+        let given = layout.planes().first().map_or(0, |plane| plane.stride);
+        match request.stride.filter(|wanted| exact && *wanted != given) {
+            Some(wanted) => Err(lacks_stride(device, wanted, given, &layout)),
+            None => Ok(layout),
+        }
+    };
     // Asked first where the driver can be asked, so that a refusal leaves the format as it was.
     let mut tried = format;
-    if let (Some(wanted), Ok(())) = (request.size, raw::try_format(device.as_fd(), &mut tried)) {
-        let given = read_layout(device, &tried)?.size();
-        if given != wanted {
-            return Err(lacks_size(device, &tried, wanted, given));
-        }
+    if (request.size.is_some() || request.stride.is_some()) && raw::try_format(device.as_fd(), &mut tried).is_ok() {
+        check(&tried)?;
     }
     raw::set_format(device.as_fd(), &mut format)
         .context("set the format of", || device.name())
         .map_err(|error| Call::SetFormat.explain(error))?;
-    let layout = read_layout(device, &format)?;
-    match request.size {
-        Some(wanted) if wanted != layout.size() => Err(lacks_size(device, &format, wanted, layout.size())),
-        _ => Ok(layout),
-    }
+    check(&format)
+}
+
+fn lacks_stride(device: &Device, wanted: u32, given: u32, layout: &Layout) -> Error {
+    let (format, (width, height)) = (layout.format(), layout.size());
+    let error = Error::new(Kind::Unsupported, "set the stride of", device.name());
+    error
+        .because(format!("{} has no rows of {wanted} bytes for {format} {width}x{height}", device.info().card))
+        .repair(format!("the nearest that it offers is {given}"))
 }
 
 fn lacks_size(device: &Device, format: &sys::v4l2_format, wanted: (u32, u32), given: (u32, u32)) -> Error {

@@ -1,26 +1,26 @@
 //! A camera as a source of frames: device and queue together.
 
+mod follow;
+mod losses;
+mod wait;
+
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-
 use super::agree::{agree_format, agree_rate, agree_strides, memory_lens};
 use super::queue::{Allocated, Dequeued, Idle, Queue, Streaming, fences_of, held_by};
 use super::{Device, Event, Rate};
+use crate::clock::now_us;
 use crate::endpoint::{Ready, Source, SourceCounts};
 use crate::error::{Context, Error, Kind, Result};
 use crate::fence::SyncFile;
 use crate::format::{Format, Fourcc, Layout};
-use crate::frame::{Buffer, Frame, Room, Slots, ViewInfo, ViewPolicy};
+use crate::frame::{Buffer, Clock, Frame, FrameMeta, Room, Slots, ViewInfo, ViewPolicy};
 use crate::ledger::Copies;
 
 /// A frame that has not come after this long is a failure.
 const WATCHDOG: Duration = Duration::from_secs(5);
-
-/// A signal that has changed again each time that it was locked to is left to the events that tell so.
-const MAX_LOCKS: u32 = 4;
 
 /// What is asked of a camera; what is not asked stays as the driver has it.
 #[derive(Clone, PartialEq, Debug, Default)]
@@ -31,7 +31,7 @@ pub struct CameraRequest {
     pub code: Option<Fourcc>,
     /// Width and height in pixels.
     pub size: Option<(u32, u32)>,
-    /// Bytes from one row to the next; the driver may not honour it.
+    /// Bytes from one row to the next, in the first memory plane.
     pub stride: Option<u32>,
     /// Frames a second.
     pub rate: RateRequest,
@@ -61,10 +61,14 @@ pub struct Camera {
     layout: Layout,
     rate: Option<Rate>,
     queue: State,
+    /// What it was asked for, to be kept when its source changes.
+    request: CameraRequest,
+    /// What of that could not be kept at the last change.
+    not_kept: Vec<String>,
     /// How many buffers of its own it was asked for.
     own_buffers: u32,
     watchdog: Duration,
-    last_sequence: Option<u32>,
+    last: Option<FrameMeta>,
     ended: bool,
     counts: SourceCounts,
 }
@@ -79,16 +83,29 @@ enum State {
 }
 
 impl Camera {
-    /// Agrees with the camera on what is asked, makes the buffers and exports them.
+    /// Locks to the signal at an input for digital video, agrees with the camera on what is asked, makes the buffers and exports
+    /// them. After a failure the input, the timings, the format and the rate are what they were.
     ///
     /// # Errors
-    /// [`Kind::Unsupported`] for a format, size or rate that the camera lacks, naming the nearest that it offers;
-    /// [`Kind::Busy`] if another program streams from it; otherwise the refusal of the call that failed.
+    /// [`Kind::Unsupported`] for a format, size, stride or rate that the camera lacks, naming the nearest that it offers;
+    /// [`Kind::Timeout`] if there is no signal at its input, as [`Device::lock_to_signal`]; [`Kind::Busy`] if another program
+    /// streams from it; otherwise the refusal of the call that failed.
     pub fn open(device: Device, request: &CameraRequest) -> Result<Camera> {
         let device = Arc::new(device);
+        let before = device.save_settings();
+        Camera::agreed(Arc::clone(&device), request).inspect_err(|_| {
+            // If that fails too, the first failure is the one to report.
+            let _ = before.and_then(|before| device.restore_settings(&before));
+        })
+    }
+
+    fn agreed(device: Arc<Device>, request: &CameraRequest) -> Result<Camera> {
         if let Some(input) = request.input {
             device.set_input(input)?;
         }
+        // A receiver captures by the timings that it is set to, whatever comes: `VIDIOC_QUERY_DV_TIMINGS` only looks (its documentation).
+        // A size that is asked for is agreed on below, by scaling where the driver has that.
+        follow::lock(&device)?;
         let layout = agree_format(&device, request)?;
         let rate = agree_rate(&device, request.rate, &layout)?;
         let queue = State::Idle(Queue::new(Arc::clone(&device), layout));
@@ -100,9 +117,11 @@ impl Camera {
             layout,
             rate,
             queue,
+            request: request.clone(),
+            not_kept: Vec::new(),
             own_buffers,
             watchdog: WATCHDOG,
-            last_sequence: None,
+            last: None,
             ended: false,
             counts: SourceCounts::default(),
         };
@@ -118,31 +137,6 @@ impl Camera {
     /// Sets the time without a frame after which the stream has failed; 5 s at first.
     pub fn set_watchdog(&mut self, watchdog: Duration) {
         self.watchdog = watchdog;
-    }
-
-    /// Waits for the next frame: for programs without an event loop. Starts the flow if need be.
-    ///
-    /// # Errors
-    /// [`Kind::Timeout`] when none came before the watchdog's time was up; otherwise as [`Source::try_next`].
-    #[expect(clippy::should_implement_trait, reason = "an iterator could not report failures and go on")]
-    pub fn next(&mut self) -> Result<Frame> {
-        if !matches!(self.queue, State::Streaming(_)) {
-            self.start()?;
-        }
-        loop {
-            self.recycle()?;
-            let fences = self.release_fences();
-            let frames = PollFd::new(self.as_fd(), PollFlags::POLLIN | PollFlags::POLLPRI);
-            let timeout = PollTimeout::try_from(self.watchdog).unwrap_or(PollTimeout::MAX);
-            let ready = match wait_for(frames, &fences, timeout) {
-                Err(nix::errno::Errno::EINTR) => continue,
-                other => other.context("wait for", || self.name.clone())?,
-            };
-            let Some(events) = ready else { return Err(self.stalled()) };
-            if let Some(frame) = self.try_next(Ready::from(events))? {
-                return Ok(frame);
-            }
-        }
     }
 
     /// The bytes that its driver wants of each memory plane, for [`Room::for_lens`](crate::frame::Room::for_lens). They may be
@@ -275,45 +269,6 @@ impl Camera {
             None => Ok(()),
         }
     }
-
-    /// Counts the frames missing between the last sequence number and this one. Numbers wrap at 2^32; a step backwards
-    /// (a driver that starts again) is no loss.
-    fn count_gap(&mut self, sequence: u32) {
-        let step = self.last_sequence.map_or(1, |last| sequence.wrapping_sub(last));
-        if (2..=u32::MAX / 2).contains(&step) {
-            self.counts.dropped += u64::from(step - 1);
-        }
-        self.last_sequence = Some(sequence);
-    }
-}
-
-/// What came of a camera's descriptor, which is nothing if one of the fences has signalled first; `None` when the time is up.
-fn wait_for(frames: PollFd<'_>, fences: &[Arc<SyncFile>], timeout: PollTimeout) -> nix::Result<Option<PollFlags>> {
-    let (mut alone, mut all);
-    let fds: &mut [PollFd<'_>] = match fences {
-        [] => {
-            alone = [frames];
-            &mut alone
-        }
-        fences => {
-            let fences = fences.iter().map(|fence| PollFd::new(fence.as_fd(), PollFlags::POLLIN));
-            all = std::iter::once(frames).chain(fences).collect::<Vec<_>>();
-            &mut all
-        }
-    };
-    let ready = poll(fds, timeout)?;
-    let events = fds.first().and_then(PollFd::revents).unwrap_or(PollFlags::empty());
-    Ok((ready > 0).then_some(events))
-}
-
-impl From<PollFlags> for Ready {
-    fn from(events: PollFlags) -> Ready {
-        Ready {
-            frame: events.contains(PollFlags::POLLIN),
-            event: events.contains(PollFlags::POLLPRI),
-            failed: events.intersects(PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL),
-        }
-    }
 }
 
 impl AsFd for Camera {
@@ -374,26 +329,17 @@ impl Source for Camera {
     fn follow(&mut self) -> Result<()> {
         self.stop()?;
         self.free()?;
-        // Several events may tell of one change, and setting the timings makes another. What is read away here is told by the question
-        // after it; a change that comes later has an event of its own.
-        for _ in 0..MAX_LOCKS {
-            while self.device.event()?.is_some() {}
-            if !self.device.lock_to_signal()? {
-                break;
-            }
-        }
-        // The format that was asked for, if the driver still has it: some fall back to their own when the timings are set.
-        let before = CameraRequest { format: Some(self.layout.format()), ..CameraRequest::default() };
-        let layout = match agree_format(&self.device, &before) {
-            Err(error) if error.kind() == Kind::Unsupported => agree_format(&self.device, &CameraRequest::default())?,
-            other => other?,
-        };
-        self.rate = agree_rate(&self.device, RateRequest::AsItIs, &layout)?;
-        self.layout = layout;
+        follow::lock(&self.device)?;
+        let (layout, rate) = self.agree_again()?;
+        (self.layout, self.rate) = (layout, rate);
         if let State::Idle(queue) = &mut self.queue {
             queue.set_layout(layout);
         }
         self.allocate()
+    }
+
+    fn not_kept(&self) -> &[String] {
+        &self.not_kept
     }
 
     fn use_buffers(&mut self, buffers: Vec<Buffer>) -> Result<()> {
@@ -414,11 +360,11 @@ impl Source for Camera {
         let idle = ready.failed && queue.counts().queued == 0;
         match next {
             Dequeued::Frame(frame) => {
-                self.count_gap(frame.meta().sequence);
+                self.count_gap(*frame.meta());
                 Ok(Some(frame))
             }
             Dequeued::Damaged(meta) => {
-                self.count_gap(meta.sequence);
+                self.count_gap(meta);
                 self.counts.errored += 1;
                 Ok(None)
             }
@@ -444,6 +390,7 @@ impl Source for Camera {
     }
 
     fn stop(&mut self) -> Result<()> {
+        self.count_the_end();
         let (state, result) = match std::mem::replace(&mut self.queue, State::Turning) {
             State::Streaming(queue) => match queue.stop() {
                 Ok(queue) => (State::Allocated(queue), Ok(())),
@@ -452,7 +399,7 @@ impl Source for Camera {
             other => (other, Ok(())),
         };
         self.queue = state;
-        self.last_sequence = None;
+        self.last = None;
         self.ended = false;
         result
     }
@@ -477,6 +424,9 @@ impl Source for Camera {
                     (_, false) => "a device that reads the frames does not come to an end; or ask for more buffers",
                 })
             }
+            _ if self.counts.errored > 0 => error
+                .because(format!("{cause} undamaged; {} buffers came damaged in all", self.counts.errored))
+                .repair("the camera's signal is bad: check its input and its cable"),
             _ => error
                 .because(cause)
                 .repair("the camera sends nothing: check its input and its cable"),

@@ -91,9 +91,14 @@ impl Device {
     /// Sets a control; a button's value is not used.
     ///
     /// # Errors
-    /// What `VIDIOC_S_EXT_CTRLS` says: `ERANGE` for a value outside of the range, `EBUSY` for one that cannot change while
+    /// [`Kind::Invalid`] for a value outside of the range or between the steps, which the kernel would change without a word
+    /// (`ROUND_TO_RANGE` in v4l2-ctrls-core.c). What `VIDIOC_S_EXT_CTRLS` says: `EBUSY` for one that cannot change while
     /// streaming, `EACCES` for one that is read-only. [`Kind::Unsupported`] for a sort without a number.
     pub fn set_control(&self, control: &Control, value: i64) -> Result<()> {
+        if let Some(range) = control.refuses(value) {
+            let error = Error::new(Kind::Invalid, "set", format!("the control {} of {}", control.name, self.name()));
+            return Err(error.because(format!("{value} is not one of its values")).repair(range));
+        }
         self.transfer(control, Some(value), "set").map(drop)
     }
 
@@ -103,16 +108,7 @@ impl Device {
             return Err(Error::new(Kind::Unsupported, step, subject()).because("its values are not numbers"));
         }
         let wide = control.kind == ControlKind::Integer64;
-        raw::control(self.as_fd(), control.id, wide, value)
-            .context(step, subject)
-            .map_err(|error| {
-                let range = format!("it takes {} to {}", control.minimum, control.maximum);
-                if value.is_some_and(|v| v < control.minimum || v > control.maximum) {
-                    error.repair(range)
-                } else {
-                    error
-                }
-            })
+        raw::control(self.as_fd(), control.id, wide, value).context(step, subject)
     }
 
     /// How many buffers the driver wants queued at least (`V4L2_CID_MIN_BUFFERS_FOR_CAPTURE`); 1 if it does not say.
@@ -122,6 +118,28 @@ impl Device {
             .ok()
             .and_then(|count| u32::try_from(count).ok())
             .map_or(1, |count| count.max(1))
+    }
+}
+
+impl Control {
+    /// What it takes instead, if it does not take `value`.
+    fn refuses(&self, value: i64) -> Option<String> {
+        let (minimum, maximum) = (self.minimum, self.maximum);
+        match self.kind {
+            ControlKind::Button | ControlKind::Other => None,
+            // The maximum is the mask of the bits that are there, of 32; the minimum is 0 (v4l2_query_ext_ctrl).
+            ControlKind::Bitmask => {
+                let bits = maximum & i64::from(u32::MAX);
+                (value & !bits != 0).then(|| format!("it takes the bits of {bits:#x}"))
+            }
+            ControlKind::Integer | ControlKind::Integer64 | ControlKind::Boolean | ControlKind::Menu => {
+                let range = minimum..=maximum;
+                // For a menu and a boolean the step is 1; a step of 0 is none.
+                let between = range.contains(&value) && self.step > 1 && value.abs_diff(minimum) % self.step != 0;
+                let steps = if self.step > 1 { format!(" in steps of {}", self.step) } else { String::new() };
+                (!range.contains(&value) || between).then(|| format!("it takes {minimum} to {maximum}{steps}"))
+            }
+        }
     }
 }
 
@@ -159,7 +177,28 @@ fn control_name(words: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::control_name;
+    use super::{Control, ControlKind, control_name};
+
+    #[test]
+    fn values_that_would_be_changed_are_refused() {
+        let refuses = |kind, (minimum, maximum), step, value| {
+            Control { id: 1, name: "c".into(), kind, minimum, maximum, step, default: 0 }.refuses(value)
+        };
+        let number = |value| refuses(ControlKind::Integer, (-8, 9), 4, value);
+        for value in [-8, -4, 0, 8] {
+            assert_eq!(number(value), None, "{value}");
+        }
+        for value in [i64::MIN, -9, -7, 9, 12, i64::MAX] {
+            assert_eq!(number(value).as_deref(), Some("it takes -8 to 9 in steps of 4"), "{value}");
+        }
+        let wide = |value| refuses(ControlKind::Integer64, (i64::MIN, i64::MAX), 1, value);
+        assert!(wide(i64::MIN).is_none() && wide(i64::MAX).is_none());
+        let mask = |value| refuses(ControlKind::Bitmask, (0, -0x7fff_fff0), 0, value);
+        assert!(mask(0).is_none() && mask(0x8000_0000).is_none());
+        assert_eq!(mask(0x8000_0001).as_deref(), Some("it takes the bits of 0x80000010"));
+        assert!(refuses(ControlKind::Button, (0, 0), 0, 7).is_none());
+        assert_eq!(refuses(ControlKind::Boolean, (0, 1), 1, 2).as_deref(), Some("it takes 0 to 1"));
+    }
 
     #[test]
     fn names_are_those_of_v4l2_ctl() {

@@ -62,10 +62,11 @@ impl Device {
     }
 
     /// The camera that a person calls `name`: a path, a node's name (`video0`), a driver's name, or a card's name or
-    /// part of it.
+    /// whole words of it, whatever the case of letters.
     ///
     /// # Errors
-    /// [`Kind::NotFound`], naming the cameras that are there, or what [`Device::open`] says.
+    /// [`Kind::NotFound`], naming the cameras that are there; [`Kind::Invalid`] for an empty name, and for one that several cameras
+    /// have, naming them; or what [`Device::open`] says.
     pub fn find(name: &str) -> Result<Device> {
         node::find(name, &nodes())
     }
@@ -144,8 +145,8 @@ impl Named for Device {
         Device::open(path)
     }
 
-    fn is_called(&self, name: &str) -> bool {
-        self.info.driver == name || self.info.card.to_lowercase().contains(&name.to_lowercase())
+    fn names(&self) -> Vec<&str> {
+        vec![&self.info.driver, &self.info.card]
     }
 
     fn describe(&self) -> String {

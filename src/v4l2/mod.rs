@@ -21,4 +21,4 @@ pub use device::{Api, Device, DeviceInfo};
 pub use events::Event;
 pub use offers::{FormatOffer, Input, Rate, Rates, Sizes};
 pub use queue::{Allocated, Dequeued, Failed, Idle, Queue, Streaming};
-pub use saved::SavedFormat;
+pub use saved::{SavedFormat, SavedSettings};

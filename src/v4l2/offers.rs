@@ -268,11 +268,15 @@ impl Device {
     pub fn set_input(&self, index: u32) -> Result<()> {
         let mut argument = i32::try_from(index).unwrap_or(i32::MAX);
         let set = raw::set_input(self.as_fd(), &mut argument);
-        set.context("choose the input of", || self.name()).map_err(|error| {
-            let names = self.inputs().unwrap_or_default();
-            let names: Vec<_> = names.iter().map(|input| format!("{} ({})", input.index, input.name)).collect();
-            error.repair(format!("it has inputs {}", names.join(", ")))
-        })
+        set.context("choose the input of", || self.name())
+            .map_err(|error| error.repair(format!("it has inputs {}", self.input_names())))
+    }
+
+    /// The inputs for a message: number and name.
+    pub(super) fn input_names(&self) -> String {
+        let inputs = self.inputs().unwrap_or_default();
+        let names: Vec<_> = inputs.iter().map(|input| format!("{} ({})", input.index, input.name)).collect();
+        names.join(", ")
     }
 }
 

@@ -317,8 +317,8 @@ impl Queue<Streaming> {
     }
 
     /// Queues every slot whose last lease was dropped and whose release fences have signalled: one system call for each, and one for each
-    /// fence. If views keep so many buffers that the driver would
-    /// starve, does what the [`ViewPolicy`] says; see [`set_view_policy`](Queue::set_view_policy).
+    /// fence. If views keep so many buffers that the driver would starve, does what the [`ViewPolicy`] says; see
+    /// [`set_view_policy`](Queue::set_view_policy).
     ///
     /// # Errors
     /// What `VIDIOC_QBUF` says; the slot stays free and is tried again the next time. [`Kind::Busy`] with
@@ -344,6 +344,24 @@ impl Queue<Streaming> {
     /// [`Kind::Ended`] after the last buffer of a stream, [`Kind::Disconnected`] when the device is gone, otherwise what
     /// `VIDIOC_DQBUF` says (`EIO`: the driver has given up).
     pub fn dequeue(&mut self) -> Result<Dequeued> {
+        let next = self.take()?;
+        if !matches!(next, Dequeued::Nothing) {
+            self.relieve_at_once();
+        }
+        Ok(next)
+    }
+
+    /// What is known of the oldest filled buffer, which nobody will have: for the end of a flow. `None` if there is none.
+    pub(super) fn discard(&mut self) -> Option<FrameMeta> {
+        match self.take() {
+            Ok(Dequeued::Frame(frame)) => Some(*frame.meta()),
+            Ok(Dequeued::Damaged(meta)) => Some(meta),
+            // A queue that has failed has told so before.
+            Ok(Dequeued::Nothing) | Err(_) => None,
+        }
+    }
+
+    fn take(&mut self) -> Result<Dequeued> {
         let mut planes = no_planes();
         let buffer = match self.call(self.state.0.made_by, BufferCall::Dequeue, 0, &mut planes) {
             Ok(buffer) => buffer,
@@ -361,7 +379,6 @@ impl Queue<Streaming> {
         };
         let lease = Slots::dequeued(&self.state.0.slots, buffer.index).ok_or_else(unknown)?;
         let memory = self.state.0.buffers.get(buffer.index as usize).ok_or_else(unknown)?;
-        self.relieve_at_once();
         let meta = meta(&buffer, &planes);
         if meta.flags.error {
             // The lease drops here, and the slot is queued again by the next `recycle`.

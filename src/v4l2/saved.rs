@@ -5,9 +5,29 @@ use std::os::fd::AsFd;
 use v4l::v4l_sys as sys;
 
 use super::agree::current_format;
+use super::signal::same;
 use super::{Api, Device, raw};
 use crate::causes::Call;
 use crate::error::{Context, Result};
+
+/// All that opening a camera may change: input, timings of digital video, format and rate.
+#[derive(Debug)]
+pub struct SavedSettings {
+    /// `None` for a driver without inputs.
+    input: Option<i32>,
+    timings: Option<Timings>,
+    format: SavedFormat,
+}
+
+struct Timings(sys::v4l2_dv_timings);
+
+impl std::fmt::Debug for Timings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // SAFETY: the kernel wrote the structure, which was zeroed before, and the union has integers alone.
+        let bt = unsafe { self.0.__bindgen_anon_1.bt };
+        write!(f, "{}x{}", { bt.width }, { bt.height })
+    }
+}
 
 /// The format and the rate of a camera, as its driver gave them: also those that [`Format`](crate::format::Format) does not know.
 pub struct SavedFormat {
@@ -31,6 +51,36 @@ impl std::fmt::Debug for SavedFormat {
 }
 
 impl Device {
+    /// Input, timings, format and rate as they are now. Cost: four system calls.
+    ///
+    /// # Errors
+    /// What `VIDIOC_G_FMT` says.
+    pub fn save_settings(&self) -> Result<SavedSettings> {
+        let mut input = 0;
+        let input = raw::get_input(self.as_fd(), &mut input).is_ok().then_some(input);
+        Ok(SavedSettings { input, timings: self.timings().map(Timings), format: self.save_format()? })
+    }
+
+    /// Sets input, timings, format and rate to what they were, in this order, since each may change those after it. Input and
+    /// timings are only set if they are others now. Cost: four to six system calls.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`](crate::error::Kind::Busy) while somebody has buffers of it, otherwise what the call that failed says.
+    pub fn restore_settings(&self, saved: &SavedSettings) -> Result<()> {
+        if let Some(mut input) = saved.input {
+            let mut now = 0;
+            if raw::get_input(self.as_fd(), &mut now).is_err() || now != input {
+                raw::set_input(self.as_fd(), &mut input).context("put back the input of", || self.name())?;
+            }
+        }
+        if let Some(Timings(mut timings)) = saved.timings
+            && self.timings().is_none_or(|now| !same(&now, &timings))
+        {
+            raw::set_dv_timings(self.as_fd(), &mut timings).context("put back the timings of", || self.name())?;
+        }
+        self.restore_format(&saved.format)
+    }
+
     /// What the camera is set to now. Cost: two system calls.
     ///
     /// # Errors

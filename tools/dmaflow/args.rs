@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::builder::styling::Styles;
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
 /// Below every help text.
@@ -13,6 +15,15 @@ SINK    /dev/dri/cardN | a driver name (vkms) | png:FILE | y4m:FILE | raw:FILE |
         (y4m:- and raw:- write the frames to stdout, and the result to stderr)
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 3 zero copy demanded and refused, 4 a frame was shown wrong";
+
+/// Why `-` is no picture's file.
+pub const NO_STDOUT: &str = "pictures do not go to stdout; they are written beside their place and renamed when they are complete, so \
+     give a file (./- for one of that name)";
+
+/// The name of a picture's file; `-` means stdout to whoever writes it, and pictures do not go there.
+fn picture_file() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().try_map(|path| if path.as_os_str() == "-" { Err(NO_STDOUT) } else { Ok(path) })
+}
 
 /// Moves frames between cameras and displays without copying them, and says exactly what it did.
 #[derive(Parser)]
@@ -66,10 +77,10 @@ Exit status: 0 everything was tried, whatever was refused; 1 something failed; 2
 #[command(after_help = PROBE)]
 pub struct ProbeArgs {
     /// Where frames come from [default: every camera]
-    #[arg(long, value_name = "SOURCE")]
+    #[arg(long, value_name = "SOURCE", value_parser = NonEmptyStringValueParser::new())]
     pub from: Option<String>,
     /// Where frames go [default: every display]
-    #[arg(long, value_name = "SINK")]
+    #[arg(long, value_name = "SINK", value_parser = NonEmptyStringValueParser::new())]
     pub to: Option<String>,
     /// Size in pixels [default: what the source has]
     #[arg(long, value_name = "WxH", value_parser = size)]
@@ -83,10 +94,10 @@ pub struct ProbeArgs {
 #[command(after_help = NAMES)]
 pub struct PipeArgs {
     /// Where frames come from [default: the first camera]
-    #[arg(long, value_name = "SOURCE")]
+    #[arg(long, value_name = "SOURCE", value_parser = NonEmptyStringValueParser::new())]
     pub from: Option<String>,
     /// Where frames go [default: the first display]
-    #[arg(long, value_name = "SINK")]
+    #[arg(long, value_name = "SINK", value_parser = NonEmptyStringValueParser::new())]
     pub to: Option<String>,
     #[command(flatten)]
     pub shape: Shape,
@@ -112,7 +123,7 @@ pub struct PipeArgs {
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub stride_align: Option<u32>,
     /// Leave the last picture that the display showed in FILE
-    #[arg(long, value_name = "FILE.png")]
+    #[arg(long, value_name = "FILE.png", value_parser = picture_file())]
     pub snap: Option<PathBuf>,
     /// Test --verify: change one byte of the N-th frame (from 0) between capture and scanout
     #[arg(long, value_name = "N", requires = "verify")]
@@ -155,10 +166,10 @@ pub struct Shape {
 #[command(after_help = NAMES)]
 pub struct SnapArgs {
     /// A source, or a display
-    #[arg(value_name = "SOURCE|DISPLAY")]
+    #[arg(value_name = "SOURCE|DISPLAY", value_parser = NonEmptyStringValueParser::new())]
     pub of: String,
     /// The file to write
-    #[arg(value_name = "FILE.png")]
+    #[arg(value_name = "FILE.png", value_parser = picture_file())]
     pub file: PathBuf,
     #[command(flatten)]
     pub shape: Shape,

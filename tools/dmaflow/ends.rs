@@ -8,9 +8,9 @@ use dmaflow::format::{Format, Fourcc};
 use dmaflow::kms::{Card, Display, DisplayRequest, Present};
 use dmaflow::pattern::{Pattern, PatternRequest};
 use dmaflow::sink::{Null, Png, Raw, Y4m};
-use dmaflow::v4l2::{Camera, CameraRequest, Device, RateRequest};
+use dmaflow::v4l2::{Camera, CameraRequest, Control, ControlKind, Device, RateRequest};
 
-use crate::args::{PathChoice, PipeArgs, PresentChoice, Shape};
+use crate::args::{NO_STDOUT, PathChoice, PipeArgs, PresentChoice, Shape};
 use crate::failure::Usage;
 use crate::output::note;
 
@@ -75,6 +75,7 @@ pub fn open_sink(args: &PipeArgs, stop: BorrowedFd<'_>) -> anyhow::Result<AnySin
     let copy = args.path == PathChoice::Copy;
     let sink = match name.split_once(':') {
         Some(("png", "")) => bail!(Usage("png: needs a file, as in png:picture.png".into())),
+        Some(("png", "-")) => bail!(Usage(format!("png:-: {NO_STDOUT}"))),
         Some(("png", file)) => AnySink::Png(Png::new(file)),
         Some((kind @ ("y4m" | "raw"), "")) => bail!(Usage(format!("{kind}: needs a file, or - for stdout"))),
         Some(("y4m", place)) => {
@@ -160,11 +161,41 @@ fn open_camera(
     buffers: Option<u32>,
     formats: Option<&[Format]>,
 ) -> anyhow::Result<Box<dyn Source>> {
+    let (path, before) = (device.info().path.clone(), device.save_settings()?);
+    let mut controls = Vec::new();
+    let opened = set_camera(device, shape, wanted, buffers, formats, &mut controls);
+    opened.inspect_err(|_| {
+        // The camera took the device with it. If this fails too, the first failure is the one to report.
+        let Ok(device) = Device::open(&path) else { return };
+        // Controls may belong to an input, so they go first.
+        for (control, value) in controls.iter().rev() {
+            let _ = device.set_control(control, *value);
+        }
+        let _ = device.restore_settings(&before);
+    })
+}
+
+/// `before` takes the values that controls had.
+fn set_camera(
+    device: Device,
+    shape: &Shape,
+    wanted: Option<(Format, Option<Fourcc>)>,
+    buffers: Option<u32>,
+    formats: Option<&[Format]>,
+    before: &mut Vec<(Control, i64)>,
+) -> anyhow::Result<Box<dyn Source>> {
     if let Some(input) = shape.input {
         device.set_input(input)?;
     }
     for (name, value) in &shape.controls {
-        device.set_control(&device.control(name)?, *value)?;
+        let control = device.control(name)?;
+        // A button, or one that can only be written, has no value to put back.
+        let had = device
+            .get_control(&control)
+            .ok()
+            .filter(|_| control.kind != ControlKind::Button);
+        device.set_control(&control, *value)?;
+        before.extend(had.map(|had| (control, had)));
     }
     let (format, code) = match wanted {
         Some((format, code)) => (Some(format), code),

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use dmaflow::endpoint::Refusal;
+use dmaflow::error::Kind;
 
 pub const FAILED: u8 = 1;
 pub const WRONG_USAGE: u8 = 2;
@@ -19,8 +20,35 @@ pub struct Usage(pub String);
 #[error("zero copy was demanded and is not possible: {0}")]
 pub struct ZeroCopyRefused(pub Refusal);
 
+/// A failure after which the display could not be put back as it was, either.
+#[derive(Debug, thiserror::Error)]
+#[error("{first:#}")]
+pub struct NotPutBack {
+    first: anyhow::Error,
+    also: dmaflow::Error,
+}
+
+impl NotPutBack {
+    pub fn after(first: anyhow::Error, also: dmaflow::Error) -> anyhow::Error {
+        NotPutBack { first, also }.into()
+    }
+
+    /// What is lost by that, in a few words: where the device is gone there is no picture to put back.
+    fn words(&self) -> String {
+        match (self.also.kind(), std::error::Error::source(&self.also)) {
+            (Kind::Disconnected, _) => String::new(),
+            (_, Some(cause)) => format!("; the picture of before was not put back ({cause})"),
+            (_, None) => "; the picture of before was not put back".to_owned(),
+        }
+    }
+}
+
 /// The exit status for an error, and the line that explains it.
 pub fn explain(error: &anyhow::Error) -> (ExitCode, String) {
+    if let Some(both) = error.downcast_ref::<NotPutBack>() {
+        let (status, line) = explain(&both.first);
+        return (status, line + &both.words());
+    }
     let status = if error.is::<Usage>() {
         WRONG_USAGE
     } else if error.is::<ZeroCopyRefused>() {

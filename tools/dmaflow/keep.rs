@@ -41,8 +41,8 @@ impl Sink for Keeper<'_> {
         self.inner.allocate(layout, room, count)
     }
 
-    fn inspect(&mut self, frame: &Frame) -> Result<()> {
-        self.inner.inspect(frame)
+    fn inspect(&mut self, frame: &Frame, place: u64) -> Result<()> {
+        self.inner.inspect(frame, place)
     }
 
     fn present(&mut self, frame: Frame) -> Result<Option<Shown>> {
@@ -79,6 +79,10 @@ impl Sink for Keeper<'_> {
 
     fn hold(&mut self) -> Result<()> {
         self.inner.hold()
+    }
+
+    fn news(&mut self) -> Option<String> {
+        self.inner.news()
     }
 
     fn dropped(&self) -> u64 {

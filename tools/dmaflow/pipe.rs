@@ -6,15 +6,17 @@ use std::time::Duration;
 
 use anyhow::{anyhow, bail};
 use dmaflow::endpoint::{Refusal, Sink, Source};
+use dmaflow::error::Kind;
 use dmaflow::frame::ViewPolicy;
 use dmaflow::ladder::{NoWay, Path};
 use dmaflow::pipe::{Limits, Pipe};
 use dmaflow::sink::write_png;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 
 use crate::args::{PathChoice, PipeArgs, PolicyChoice};
 use crate::ends::{AnySink, open_sink, open_source, takes_stdout};
-use crate::failure::{Usage, WRONG_FRAME, ZeroCopyRefused};
+use crate::failure::{NotPutBack, Usage, WRONG_FRAME, ZeroCopyRefused};
 use crate::keep::Keeper;
 use crate::live::Live;
 use crate::output;
@@ -33,12 +35,13 @@ pub fn run(args: &PipeArgs) -> anyhow::Result<ExitCode> {
     let formats = sink.as_dyn().formats();
     let mut source = open_source(args.from.as_deref(), &args.shape, args.buffers, formats.as_deref())?;
     let mut report = Report::new(source.name(), sink.as_dyn().name(), source.layout());
+    report.rated(source.rate());
     let flowed = flow(args, limits, source.as_mut(), &mut sink, &stop, &mut report);
     // Also after a failure, and before anything else is said: the screen first.
     let restored = sink.restore();
-    let status = match (flowed, &restored) {
-        (Ok(status), _) => status,
-        (Err(error), Err(also)) => return Err(error.context(also.line())),
+    let (status, restored) = match (flowed, restored) {
+        (Ok(status), restored) => (status, restored),
+        (Err(error), Err(also)) => return Err(NotPutBack::after(error, also)),
         (Err(error), Ok(())) => return Err(error),
     };
     tell(args, &if args.json { report.json()? } else { report.table() })?;
@@ -71,6 +74,8 @@ fn flow(
     };
     let mut pipe = match Pipe::join(source, target, path, limits) {
         Ok(pipe) => pipe,
+        // While a sink waited for its reader.
+        Err(NoWay::Failed(error)) if error.kind() == Kind::Ended && is_told(stop) => return Ok(ExitCode::SUCCESS),
         Err(NoWay::Failed(error)) => bail!(error),
         Err(NoWay::Refused(refusals)) => return refused(args, refusals, report),
     };
@@ -89,14 +94,21 @@ fn flow(
             };
         }
     };
+    if let Some(place) = args.corrupt_frame.filter(|&place| place >= account.captured) {
+        bail!("frame {place} was not changed: {} came (--corrupt-frame counts from 0)", account.captured);
+    }
     if let AnySink::Display(display) = &sink {
         report.joined(display.mode());
         if let Some(file) = &args.snap {
+            if account.presented == 0 {
+                bail!("cannot make {}: no frame was shown", file.display());
+            }
             let picture = display.snapshot()?;
             write_png(file, picture.width, picture.height, &picture.rgb)?;
         }
     }
     report.shaped(source.layout());
+    report.rated(source.rate());
     let sink = sink.as_dyn();
     let says = SinkSays { imports: sink.imports(), ledger: sink.ledger(), verdict: sink.verdict() };
     let verdict = report::verdict(&account, &says);
@@ -141,6 +153,12 @@ fn refused(args: &PipeArgs, refusals: Vec<Refusal>, report: &mut Report) -> anyh
         (_, Some(refusal)) => Err(anyhow!("cannot join source and sink: {refusal}")),
         (_, None) => Err(anyhow!("cannot join source and sink")),
     }
+}
+
+/// Whether the order to stop has come; it stays there to be read.
+fn is_told(stop: &SignalFd) -> bool {
+    let mut fds = [PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
 /// The refusal that ended a flow, if one did.

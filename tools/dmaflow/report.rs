@@ -16,6 +16,9 @@ pub struct Report {
     height: u32,
     stride: Vec<u32>,
     memory_planes: usize,
+    /// Frames a second that the source agreed to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rate: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     mode: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -53,6 +56,9 @@ struct Frames {
     dropped_by_camera: u64,
     dropped_by_display: u64,
     errored: u64,
+    /// The camera may have dropped more, at the end, than could be counted.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    more_dropped_by_camera: bool,
 }
 
 #[derive(Serialize)]
@@ -144,6 +150,7 @@ impl Report {
             height: 0,
             stride: Vec::new(),
             memory_planes: 0,
+            rate: None,
             mode: None,
             path: None,
             flow: None,
@@ -161,6 +168,11 @@ impl Report {
         self.memory_planes = layout.memory_planes();
     }
 
+    /// What the source says of its rate, which its driver may have rounded.
+    pub fn rated(&mut self, rate: Option<f64>) {
+        self.rate = rate.map(|rate| round(rate, 1e3));
+    }
+
     pub fn refuse(&mut self, refusal: &Refusal) {
         self.refusals.push(RefusalReport::from(refusal));
     }
@@ -170,7 +182,6 @@ impl Report {
     }
 
     pub fn flowed(&mut self, account: &Account, sink: &SinkSays<'_>, buffers: usize) {
-        let shown = account.presented.max(1) as f64;
         let latency = &account.latency;
         account.refusals.iter().for_each(|refusal| self.refuse(refusal));
         let mut copies = sink.ledger.clone();
@@ -184,6 +195,7 @@ impl Report {
                 dropped_by_camera: account.lost.dropped,
                 dropped_by_display: account.dropped_by_sink,
                 errored: account.lost.errored,
+                more_dropped_by_camera: account.lost.uncounted,
             },
             seconds: round(account.duration.as_secs_f64(), 1e6),
             fps: account.fps.map(|fps| round(fps, 1e2)),
@@ -204,7 +216,10 @@ impl Report {
                     why: step.why.clone(),
                 })
                 .collect(),
-            cpu_us_per_frame: account.cpu.map(|cpu| round(cpu.as_secs_f64() * 1e6 / shown, 1e3)),
+            cpu_us_per_frame: account
+                .cpu
+                .filter(|_| account.presented > 0)
+                .map(|cpu| round(cpu.as_secs_f64() * 1e6 / account.presented as f64, 1e3)),
             latency_us: (|| {
                 let at = |quantile| latency.quantile(quantile);
                 Some(LatencyReport { p50: at(0.5)?, p99: at(0.99)?, max: at(1.0)?, measured: latency.count() })
@@ -238,15 +253,19 @@ impl Report {
                 0 => "no byte copied".to_owned(),
                 bytes => format!("{bytes} bytes copied"),
             };
-            rows.push(("path", format!("{path}, {copied}, {} of {} buffers imported", flow.imports, flow.buffers)));
+            rows.push(("path", format!("{path}, {copied}, {} imports for {} buffers", flow.imports, flow.buffers)));
             for copy in &flow.copies {
                 rows.push(("copies", format!("{} of {} bytes: {}", copy.count, copy.bytes, copy.cause)));
             }
-            let Frames { captured, presented, dropped_by_camera, dropped_by_display, errored } = flow.frames;
+            let Frames { captured, presented, dropped_by_camera, dropped_by_display, errored, .. } = flow.frames;
+            let more = match flow.frames.more_dropped_by_camera {
+                true => " (and at the end, for want of a buffer, an unknown number)",
+                false => "",
+            };
             rows.push((
                 "frames",
                 format!(
-                    "{captured} captured, {presented} shown, {dropped_by_camera} dropped by the camera, \
+                    "{captured} captured, {presented} shown, {dropped_by_camera} dropped by the camera{more}, \
                      {dropped_by_display} by the display, {errored} damaged"
                 ),
             ));
@@ -255,8 +274,10 @@ impl Report {
             if let Some(cpu) = flow.cpu_us_per_frame {
                 rows.push(("cpu", format!("{cpu:.0} µs a frame")));
             }
-            if let Some(LatencyReport { p50, p99, max, .. }) = &flow.latency_us {
-                rows.push(("latency", format!("{p50} µs median, {p99} µs for 99 %, {max} µs at most")));
+            if let Some(LatencyReport { p50, p99, max, measured }) = &flow.latency_us {
+                // Not of a frame that is stamped with a time to come, as vivid does: there is none.
+                let of = if *measured < presented { format!(", of {measured} frames") } else { String::new() };
+                rows.push(("latency", format!("{p50} µs median, {p99} µs for 99 %, {max} µs at most{of}")));
             }
             if let Some(verify) = &flow.verify {
                 let wrong = verify.first_wrong.as_ref().map_or(String::new(), |first| {

@@ -65,6 +65,16 @@ build_module() {
 		{ tail -n 30 "/build/log-$series" >&2; die "cannot build $dir for $release"; }
 }
 
+# Applies a patch to a source tree, where it fits: not every kernel has what it changes.
+apply() {
+	local release=$1 name=$2 tree=$3
+	if patch -s -f --dry-run -d "$tree" -p1 <"/patches/$name.patch" >/dev/null; then
+		patch -s -f -d "$tree" -p1 <"/patches/$name.patch"
+	else
+		say "kernel $release: $name.patch does not fit: built without it"
+	fi
+}
+
 # Unpacks from the kernel source only what is built, and builds it.
 build_modules() {
 	local series=$1 release=$2 tarball src=/build/source-$1 dir
@@ -74,14 +84,12 @@ build_modules() {
 	tar -xf "$tarball" -C "$src" --strip-components=1 --wildcards \
 		'*/drivers/gpu/drm/vkms' '*/drivers/media/test-drivers/vimc' '*/include/media/tpg'
 	rm -rf "/build/pkg-$series"
-	# As it is first, for the tests of what dmaflow does about the fault; then without it, where it has it and the patch fits.
+	# As it is first, for the tests of what dmaflow does about its fault; then with the patches that fit.
 	build_module "$series" "$release" drivers/gpu/drm/vkms
 	install -D -m 644 -t "/lib/modules/$release/stock" "$src"/drivers/gpu/drm/vkms/vkms.ko
-	if patch -s -f --dry-run -d "$src" -p1 </vkms-planes.patch >/dev/null; then
-		patch -s -f -d "$src" -p1 </vkms-planes.patch
-	else
-		say "kernel $release: vkms stays as it is: vkms-planes.patch does not fit"
-	fi
+	apply "$release" vkms-planes "$src"
+	# vkms takes this header from the packages. Only what is built here sees the change.
+	apply "$release" fixed-point "/usr/src/linux-headers-${release%-amd64}-common"
 	for dir in drivers/gpu/drm/vkms drivers/media/test-drivers/vimc; do
 		build_module "$series" "$release" "$dir"
 		install -D -m 644 -t "/lib/modules/$release/extra" "$src/$dir"/*.ko

@@ -6,7 +6,7 @@ root=$1
 PATH=$PATH:/usr/sbin:/sbin
 
 # Not wanted in the image: apt's lists and caches.
-rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/var/log/* "$root"/kernels.sh "$root"/vkms-planes.patch
+rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/var/log/* "$root"/kernels.sh "$root"/patches
 mkdir -p "$root/out"
 chroot "$root" ldd --version | sed -n '1s/.* //p' >"$root/out/glibc"
 mv "$root/kernels" "$root/out/kernels"

@@ -72,7 +72,7 @@ TMPDIR=$work setpriv --pdeathsig KILL "${contain[@]}" mmdebstrap --mode="$mode" 
 	--aptopt='Acquire::Languages "none"' --aptopt='Acquire::Retries "3"' \
 	--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
 	--dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/info/*' \
-	--customize-hook="copy-in '$here/kernels.sh' '$here/vkms-planes.patch' /" \
+	--customize-hook="copy-in '$here/kernels.sh' '$here/patches' /" \
 	--customize-hook="chroot \"\$1\" /kernels.sh" \
 	--customize-hook="'$work/image.hook' \"\$1\"" \
 	--customize-hook="tar-out /out '$tmp/out.tar'" \

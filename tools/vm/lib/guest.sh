@@ -3,7 +3,7 @@
 
 # A guest is known by what made it, so that a changed recipe makes a new one and two checkouts can share one.
 guest_key() {
-	(cd "$vm_dir" && cat guest/packages guest/kernels.sh guest/vkms-planes.patch guest/make-image.sh guest/make.sh) | sha256sum | cut -c1-12
+	(cd "$vm_dir" && cat guest/packages guest/kernels.sh guest/patches/*.patch guest/make-image.sh guest/make.sh) | sha256sum | cut -c1-12
 }
 
 guest_dir=
