@@ -16,18 +16,21 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::camera::{open, request};
 use crate::harness::{Outcome, PASSED, Test, note};
-use crate::vgem::{Vgem, now_us, render_nodes};
+use crate::modules::VirtioGpu;
+use crate::vgem::{Vgem, now_us, render_node};
 
 const NEEDS: &[&str] = &["vivid", "vgem", "udmabuf"];
+const SYNCOBJS: &[&str] = &["vgem", "udmabuf", "virtio-gpu"];
 
 pub const TESTS: &[Test] = &[
     Test { name: "fences::of_a_dma_buf", needs: NEEDS, seconds: 120, run: of_a_dma_buf },
     Test { name: "fences::put_into_a_dma_buf", needs: NEEDS, seconds: 120, run: put_into_a_dma_buf },
     Test { name: "fences::merged", needs: NEEDS, seconds: 120, run: merged },
     Test { name: "fences::sw_sync", needs: &["sw_sync"], seconds: 120, run: sw_sync },
-    Test { name: "fences::syncobj", needs: NEEDS, seconds: 120, run: syncobj },
+    Test { name: "fences::syncobj", needs: SYNCOBJS, seconds: 120, run: syncobj },
     Test { name: "fences::release_holds_the_slot_back", needs: NEEDS, seconds: 120, run: release_holds },
     Test { name: "fences::release_of_all_slots", needs: NEEDS, seconds: 120, run: release_of_all },
+    Test { name: "fences::a_start_waits_for_a_slot", needs: NEEDS, seconds: 120, run: start_waits },
     Test { name: "fences::acquire_holds_the_slot_back", needs: NEEDS, seconds: 120, run: acquire_holds },
     Test { name: "fences::the_cpu_waits_before_it_reads", needs: NEEDS, seconds: 120, run: the_cpu_waits },
     Test { name: "fences::nothing_leaks", needs: NEEDS, seconds: 120, run: nothing_leaks },
@@ -172,27 +175,38 @@ fn syncobj() -> anyhow::Result<Outcome> {
     let vgem = Vgem::open()?;
     let refused = Syncobj::new(&*vgem).err().context("vgem has syncobjs now: use it here")?;
     ensure!(refused.kind() == Kind::Unsupported && refused.line().contains("no syncobjs"), "{refused:?}");
+    let driver = VirtioGpu::load()?;
+    let device = render_node("virtio_gpu")?;
+    let before = descriptors()?;
     let (fence, signal) = vgem.fence()?;
-    for node in render_nodes()? {
-        let device = fs::File::options().read(true).write(true).open(&node)?;
-        let Ok(syncobj) = Syncobj::new(&device) else { continue };
-        note(&format!("syncobjs of {}", node.display()));
-        let error = syncobj.export().err().context("it holds no fence yet")?;
-        ensure!(error.kind() == Kind::Invalid, "{error:?}");
-        syncobj.import(&fence)?;
-        let out = syncobj.export()?;
-        ensure!(!out.is_signalled() && out.fences()?[0].driver == "vgem", "{:?}", out.fences()?);
-        let other = SyncFile::from(OwnedFd::from(fs::File::open("/dev/null")?));
-        ensure!(syncobj.import(&other).is_err(), "/dev/null is no fence");
-        // Whom the fence was handed to keeps it.
-        drop(syncobj);
-        signal.now()?;
-        ensure!(out.check()?, "{out}");
-        let again = Syncobj::from_sync_file(&device, &out)?;
-        ensure!(again.export()?.is_signalled() && again.handle() != 0, "{again:?}");
-        return PASSED;
-    }
-    Ok(Outcome::Skipped("no driver here has syncobjs".to_owned()))
+    let syncobj = Syncobj::new(&device)?;
+    let error = syncobj.export().err().context("it holds no fence yet")?;
+    ensure!(error.kind() == Kind::Invalid && error.line().contains("it holds no fence"), "{error:?}");
+    syncobj.import(&fence)?;
+    let out = syncobj.export()?;
+    ensure!(!out.is_signalled() && out.fences()?[0].driver == "vgem", "{:?}", out.fences()?);
+    let other = SyncFile::from(OwnedFd::from(fs::File::open("/dev/null")?));
+    let error = syncobj.import(&other).err().context("/dev/null is no fence")?;
+    ensure!(error.kind() == Kind::Invalid && error.line().contains("no sync file"), "{error:?}");
+    // Whom the fence was handed to keeps it.
+    drop((syncobj, fence));
+    ensure!(!out.is_signalled(), "it has gone with the syncobj");
+    signal.now()?;
+    ensure!(out.check()?, "{out}");
+    // A new fence takes the place of the one of before, in both directions.
+    let again = Syncobj::from_sync_file(&device, &out)?;
+    ensure!(again.handle() != 0 && again.export()?.is_signalled(), "{again:?}");
+    let (fence, signal) = vgem.fence()?;
+    again.import(&fence)?;
+    let open = again.export()?;
+    ensure!(!open.is_signalled() && out.is_signalled(), "{open}; {out}");
+    signal.now()?;
+    open.wait(Duration::from_secs(5))?;
+    drop((again, out, open, fence, other));
+    ensure!(descriptors()? == before, "{} descriptors instead of {before}", descriptors()?);
+    drop(device);
+    driver.unload()?;
+    PASSED
 }
 
 fn camera(buffers: u32) -> Result<Camera> {
@@ -257,6 +271,40 @@ fn release_of_all() -> anyhow::Result<Outcome> {
         .map(|_| camera.next().map(|frame| frame.slot()))
         .collect::<Result<_, _>>()?;
     ensure!(slots.len() == camera.buffers().len(), "only {slots:?} came back");
+    PASSED
+}
+
+/// A flow that begins while devices still read every frame of the one before begins when one has done so.
+fn start_waits() -> anyhow::Result<Outcome> {
+    let (mut camera, vgem) = (camera(2)?, Vgem::open()?);
+    let mut signals = Vec::new();
+    let frames = (0..camera.buffers().len())
+        .map(|_| camera.next())
+        .collect::<Result<Vec<_>, _>>()?;
+    for frame in frames {
+        let (fence, signal) = vgem.fence()?;
+        frame.release_after(fence);
+        signals.push(signal);
+    }
+    camera.stop()?;
+    camera.set_watchdog(Duration::from_millis(400));
+    let start = Instant::now();
+    let error = camera.start().err().context("it started without a buffer")?;
+    ensure!(error.kind() == Kind::Timeout && error.line().contains("waits for the fence of vgem"), "{}", error.line());
+    ensure!(start.elapsed() >= Duration::from_millis(400), "after {:?}", start.elapsed());
+    camera.set_watchdog(Duration::from_secs(8));
+    let signaller = signals.pop().context("no signal")?.after(NOT_YET);
+    let start = Instant::now();
+    camera.start()?;
+    ensure!(start.elapsed() >= NOT_YET, "it started after {:?}", start.elapsed());
+    let signalled = Instant::now();
+    camera.next()?;
+    note(&format!("a frame came {:?} after the start", signalled.elapsed()));
+    signaller.join().expect("no panic")?;
+    for signal in signals {
+        signal.now()?;
+    }
+    camera.next()?;
     PASSED
 }
 

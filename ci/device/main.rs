@@ -18,6 +18,7 @@ mod capture;
 mod causes;
 mod commands;
 mod cow;
+mod crc;
 mod cycles;
 mod display;
 mod faults;

@@ -38,16 +38,20 @@ mod uapi {
     nix::ioctl_write_ptr!(signal, b'd', 0x42, Signal);
 }
 
-/// An open vgem. Closing it signals what has not been.
-pub struct Vgem(fs::File);
+/// An open render node. Closing vgem's signals what has not been.
+#[derive(Debug)]
+pub struct RenderNode(fs::File);
 
-impl AsFd for Vgem {
+/// Where the fences come from.
+pub type Vgem = RenderNode;
+
+impl AsFd for RenderNode {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
 }
 
-impl drm::Device for Vgem {}
+impl drm::Device for RenderNode {}
 
 /// A fence's signal to come.
 pub struct Signal {
@@ -55,28 +59,25 @@ pub struct Signal {
     fence: u32,
 }
 
-/// The render nodes of this machine's DRM devices.
-pub fn render_nodes() -> Result<Vec<PathBuf>> {
+/// The open render node of a DRM driver.
+pub fn render_node(driver: &str) -> Result<RenderNode> {
     let nodes = fs::read_dir("/dev/dri")?.flatten().map(|entry| entry.path());
-    let mut nodes: Vec<_> = nodes
-        .filter(|path| {
-            path.file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with("renderD"))
-        })
-        .collect();
-    nodes.sort();
-    Ok(nodes)
+    let named = |path: &PathBuf| {
+        path.file_name()
+            .is_some_and(|name| name.to_string_lossy().starts_with("renderD"))
+    };
+    for path in nodes.filter(named) {
+        let node = RenderNode(fs::File::options().read(true).write(true).open(&path)?);
+        if node.get_driver().is_ok_and(|its| its.name().to_string_lossy() == driver) {
+            return Ok(node);
+        }
+    }
+    bail!("{driver} has no render node")
 }
 
 impl Vgem {
     pub fn open() -> Result<Arc<Vgem>> {
-        for node in render_nodes()? {
-            let vgem = Vgem(fs::File::options().read(true).write(true).open(&node)?);
-            if vgem.get_driver().is_ok_and(|driver| driver.name().to_string_lossy() == "vgem") {
-                return Ok(Arc::new(vgem));
-            }
-        }
-        bail!("vgem has no render node")
+        Ok(Arc::new(render_node("vgem")?))
     }
 
     /// Attaches a fence to a dma-buf: of a writer, or else of a reader.

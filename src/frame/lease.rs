@@ -195,6 +195,13 @@ impl Slots {
         self.releases.of(self.free.load(Ordering::Acquire))
     }
 
+    /// `; slot 2 waits for the fence of …` for each of [`release_fences`](Slots::release_fences), or nothing: for errors.
+    pub(crate) fn waits_for(&self) -> String {
+        let fences = self.release_fences();
+        let fences = fences.iter().map(|(index, fence)| format!("; slot {index} waits for {fence}"));
+        fences.collect()
+    }
+
     /// How many slots the driver has.
     pub(crate) fn queued(&self) -> u32 {
         let queued = |slot: &&Slot| slot.stage.load(Ordering::Relaxed) == Stage::Queued as u8;

@@ -65,8 +65,8 @@ pub struct DisplayRequest {
 /// A display: one connector of a card, driven by this process.
 ///
 /// It holds the lease of the frame on screen and of the one that is about to be; a lease is given up when the commit that
-/// *replaced* the frame has completed: its frames need no release fences. Dropping the display puts back what was on screen before, also after an error or while a
-/// panic unwinds; when the process is killed, the kernel turns its picture off.
+/// *replaced* the frame has completed, so that its frames need no release fences. Dropping the display puts back what was on screen
+/// before, also after an error or while a panic unwinds; when the process is killed, the kernel turns its picture off.
 #[derive(Debug)]
 pub struct Display {
     pub(super) card: Arc<Card>,

@@ -132,9 +132,11 @@ impl Display {
         self.request.fence_timeout.unwrap_or(PATIENCE)
     }
 
-    /// How its [`OUT_FENCE_PTR`](https://docs.kernel.org/gpu/drm-kms.html#explicit-fencing-properties) is had: the fence of the last frame
-    /// submitted, which signals when that frame is on screen, and the one that was there before is not read any more. Taken once; `None`
-    /// before the second frame, or if [`DisplayRequest::out_fences`](super::DisplayRequest::out_fences) was not set.
+    /// The fence of the last frame submitted, which signals when that frame is on screen: the CRTC's
+    /// [`OUT_FENCE_PTR`](https://docs.kernel.org/gpu/drm-kms.html#explicit-fencing-properties). Taken once; `None` before the second
+    /// frame, or if [`DisplayRequest::out_fences`](super::DisplayRequest::out_fences) was not set.
+    ///
+    /// It says nothing of the frame that was there before: the display gives that up by itself.
     pub fn take_out_fence(&mut self) -> Option<SyncFile> {
         self.out_fence.take()
     }

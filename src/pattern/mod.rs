@@ -350,6 +350,12 @@ impl Source for Pattern {
     fn stalled(&self) -> Error {
         let views: Vec<_> = self.slots.0.views().infos().iter().map(ToString::to_string).collect();
         let error = Error::new(Kind::Timeout, "get a frame from", NAME);
+        let fences = self.slots.0.waits_for();
+        if !fences.is_empty() {
+            return error
+                .because(format!("of its buffers, {}{fences}", self.slots()))
+                .repair("a device that reads the frames does not come to an end; or ask for more buffers");
+        }
         if views.is_empty() {
             return error
                 .because(format!("of its buffers, {}", self.slots()))

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::agree::{agree_format, agree_rate, agree_strides, memory_lens};
-use super::queue::{Allocated, Dequeued, Idle, Queue, Streaming, fences_of, held_by};
+use super::queue::{Allocated, Dequeued, Idle, Queue, Streaming, held_by};
 use super::{Device, Event, Rate};
 use crate::clock::now_us;
 use crate::endpoint::{Ready, Source, SourceCounts};
@@ -299,6 +299,9 @@ impl Source for Camera {
     }
 
     fn start(&mut self) -> Result<()> {
+        if matches!(self.queue, State::Allocated(_)) {
+            self.wait_for_a_slot()?;
+        }
         // Before the flow: what changes from here on is told.
         self.device.subscribe();
         let (state, result) = match std::mem::replace(&mut self.queue, State::Turning) {
@@ -411,11 +414,11 @@ impl Source for Camera {
     fn stalled(&self) -> Error {
         let error = Error::new(Kind::Timeout, "get a frame from", self.name.clone());
         let cause = format!("none came for {} s", self.watchdog.as_secs_f64());
-        match &self.queue {
-            State::Streaming(queue) if queue.counts().queued == 0 => {
-                let (views, fences) = (queue.views(), fences_of(queue.slots()));
+        match self.slots() {
+            Some(slots) if slots.queued() == 0 => {
+                let (views, fences) = (self.views(), slots.waits_for());
                 let held = held_by(&views);
-                let cause = format!("{cause}; the camera has no buffer to fill: {}{held}{fences}", queue.counts());
+                let cause = format!("{cause}; the camera has no buffer to fill: {}{held}{fences}", slots.counts());
                 error.because(cause).repair(match (views.is_empty(), fences.is_empty()) {
                     (true, true) => "drop frames sooner, or ask for more buffers",
                     (false, true) => {

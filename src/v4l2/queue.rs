@@ -18,7 +18,7 @@ use std::sync::Arc;
 use nix::libc;
 use v4l::v4l_sys as sys;
 
-pub(super) use self::shortage::{fences_of, held_by};
+pub(super) use self::shortage::held_by;
 use super::raw::{self, BufferCall, MAX_V4L2_PLANES};
 use super::{Api, Device};
 use crate::causes::Call;

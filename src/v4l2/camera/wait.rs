@@ -37,6 +37,34 @@ impl Camera {
             }
         }
     }
+
+    /// Before a flow starts: where release fences keep every slot that nobody holds, waits until one is free. A flow that has not had a
+    /// buffer yet counts as failed for whoever polls it (`waiting_for_buffers` in videobuf2-core.c). Without fences no system call.
+    pub(super) fn wait_for_a_slot(&self) -> Result<()> {
+        let begin = Instant::now();
+        while let Some(slots) = self.slots() {
+            // Looked at, it stays free.
+            if slots.take_free().next().is_some() {
+                break;
+            }
+            let fences = self.release_fences();
+            if fences.is_empty() {
+                // All that are not queued are held by somebody: no affair of fences.
+                break;
+            }
+            let mut fds: Vec<_> = fences
+                .iter()
+                .map(|fence| PollFd::new(fence.as_fd(), PollFlags::POLLIN))
+                .collect();
+            let left = self.watchdog.saturating_sub(begin.elapsed());
+            match poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
+                Ok(0) => return Err(self.stalled()),
+                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                Err(errno) => return Err::<(), _>(errno).context("wait for", || self.name.clone()),
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What came of a camera's descriptor, which is nothing if one of the fences has signalled first; `None` when the time is up.

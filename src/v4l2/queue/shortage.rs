@@ -68,10 +68,3 @@ pub(in crate::v4l2) fn held_by(views: &[ViewInfo]) -> String {
     let views: Vec<_> = views.iter().map(ToString::to_string).collect();
     if views.is_empty() { String::new() } else { format!("; views of {}", views.join(", ")) }
 }
-
-/// `; slot 2 waits for the fence of …`, or nothing.
-pub(in crate::v4l2) fn fences_of(slots: &Slots) -> String {
-    let fences = slots.release_fences();
-    let fences = fences.iter().map(|(index, fence)| format!("; slot {index} waits for {fence}"));
-    fences.collect()
-}
