@@ -356,12 +356,19 @@ pub trait Sink {
         Vec::new()
     }
 
+    /// How much longer those may take: when that time is over, [`dispatch`](Sink::dispatch) gives up, with an error that names the fence.
+    /// `None` without one. No system call.
+    fn acquire_time_left(&self) -> Option<Duration> {
+        None
+    }
+
     /// How it waited for the acquire fences of its frames, as far as it was not by reading the frames itself.
     fn fence_use(&self) -> FenceUse {
         FenceUse::default()
     }
 
-    /// Handles what [`event_fd`](Sink::event_fd) or one of [`acquire_fences`](Sink::acquire_fences) announced.
+    /// Handles what [`event_fd`](Sink::event_fd) or one of [`acquire_fences`](Sink::acquire_fences) announced, or that the latter's
+    /// [time](Sink::acquire_time_left) is over.
     ///
     /// # Errors
     /// The device's failure.

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::process::Command;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use dmaflow::endpoint::{Ready, Sink, Source, SourceCounts};
@@ -20,7 +20,7 @@ use dmaflow::v4l2::Camera;
 
 use crate::fences_shown::{NOT_YET, camera, fifo_request, lit, signalled, soon_after};
 use crate::harness::{Outcome, PASSED, Test, note};
-use crate::process::finish;
+use crate::process::{State, finish};
 use crate::vgem::{Signal, Vgem};
 
 const NEEDS: &[&str] = &["vivid", "vkms", "vgem", "udmabuf"];
@@ -34,6 +34,8 @@ pub const TESTS: &[Test] = &[
     },
     Test { name: "fences_flow::in_fifo", needs: NEEDS, seconds: 180, run: || pipe(Present::Fifo) },
     Test { name: "fences_flow::in_mailbox", needs: NEEDS, seconds: 180, run: || pipe(Present::Mailbox) },
+    Test { name: "fences_flow::never_in_fifo", needs: NEEDS, seconds: 120, run: || never(Present::Fifo) },
+    Test { name: "fences_flow::never_in_mailbox", needs: NEEDS, seconds: 120, run: || never(Present::Mailbox) },
 ];
 
 /// Set for the process that strace runs, to what becomes of the commit with a fence.
@@ -106,8 +108,17 @@ struct Fenced {
     camera: Camera,
     vgem: Arc<Vgem>,
     signallers: Vec<JoinHandle<Result<u64>>>,
-    /// How much later each fence is signalled.
-    late: Duration,
+    /// How much later each fence is signalled; `None` for never.
+    late: Option<Duration>,
+    /// Frames at first that have no fence.
+    ready: u32,
+    open: Vec<Signal>,
+}
+
+impl Fenced {
+    fn new(late: Option<Duration>, ready: u32) -> Result<Fenced> {
+        Ok(Fenced { camera: camera()?, vgem: Vgem::open()?, signallers: Vec::new(), late, ready, open: Vec::new() })
+    }
 }
 
 impl AsFd for Fenced {
@@ -139,10 +150,17 @@ impl Source for Fenced {
 
     fn try_next(&mut self, ready: Ready) -> dmaflow::Result<Option<Frame>> {
         let Some(frame) = self.camera.try_next(ready)? else { return Ok(None) };
+        if self.ready > 0 {
+            self.ready -= 1;
+            return Ok(Some(frame));
+        }
         let made = self.vgem.fence();
         let (fence, signal): (SyncFile, Signal) = made
             .map_err(|cause| Error::new(Kind::System, "make a fence for", "a frame").because(format!("{cause:#}")))?;
-        self.signallers.push(signal.after(self.late));
+        match self.late {
+            Some(late) => self.signallers.push(signal.after(late)),
+            None => self.open.push(signal),
+        }
         Ok(Some(frame.with_acquire_fence(fence)))
     }
 
@@ -176,8 +194,7 @@ fn pipe(present: Present) -> anyhow::Result<Outcome> {
     const FRAMES: u64 = 60;
     let descriptors = || fs::read_dir("/proc/self/fd").map(Iterator::count);
     let before = descriptors()?;
-    let mut source =
-        Fenced { camera: camera()?, vgem: Vgem::open()?, signallers: Vec::new(), late: Duration::from_millis(25) };
+    let mut source = Fenced::new(Some(Duration::from_millis(25)), 0)?;
     let mut display = Display::find("vkms", DisplayRequest { present, ..DisplayRequest::default() })?;
     let limits = Limits { frames: Some(FRAMES), duration: None };
     let account = Pipe::join(&mut source, &mut display, Path::ZeroCopy, limits)?.run(None, &mut |_| {})?;
@@ -196,5 +213,40 @@ fn pipe(present: Present) -> anyhow::Result<Outcome> {
     }
     drop((display, source));
     ensure!(descriptors()? == before, "{} descriptors instead of {before}", descriptors()?);
+    PASSED
+}
+
+/// Fences that do not signal end the flow in time, with an error that names one; camera and display are as before. In a mailbox that is
+/// before the camera, whose buffers all wait for fences, is said to have stalled.
+fn never(present: Present) -> anyhow::Result<Outcome> {
+    const TIMEOUT: Duration = Duration::from_millis(700);
+    let state = State::read();
+    let mut source = Fenced::new(None, 10)?;
+    let request = DisplayRequest { present, fence_timeout: Some(TIMEOUT), ..DisplayRequest::default() };
+    let mut display = Display::find("vkms", request)?;
+    let limits = Limits { frames: Some(1000), duration: None };
+    let start = Instant::now();
+    let ran = Pipe::join(&mut source, &mut display, Path::ZeroCopy, limits)?.run(None, &mut |_| {});
+    let (error, took) = (ran.err().context("frames were shown before their fences")?, start.elapsed());
+    let line = error.line();
+    note(&format!("after {took:?}: {line}"));
+    ensure!(error.kind() == Kind::Timeout && line.contains("wait for the fence of vgem (timeline unbound)"), "{line}");
+    ensure!(took >= TIMEOUT && took < TIMEOUT + Duration::from_secs(3), "after {took:?}");
+    let stopped = source.camera.recycle().err().context("the camera goes on")?;
+    ensure!(stopped.kind() == Kind::Invalid, "{}", stopped.line());
+    // What is with the kernel cannot be taken back before its fence has signalled.
+    let signallers: Vec<_> = source.open.drain(..).map(|signal| signal.after(NOT_YET)).collect();
+    let start = Instant::now();
+    display.restore()?;
+    ensure!(start.elapsed() < Duration::from_secs(5), "put back after {:?}", start.elapsed());
+    for signaller in signallers {
+        signalled(signaller)?;
+    }
+    drop(display);
+    state.is_back()?;
+    // All buffers come back.
+    for _ in 0..2 * source.camera.buffers().len() {
+        source.camera.next()?;
+    }
     PASSED
 }

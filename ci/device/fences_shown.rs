@@ -5,7 +5,7 @@ use std::thread::{JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use dmaflow::endpoint::{Shown, Sink};
+use dmaflow::endpoint::{Shown, Sink, Source};
 use dmaflow::error::{Error, Kind};
 use dmaflow::fence::{CpuWait, FenceState, FenceUse};
 use dmaflow::kms::{Display, DisplayRequest, Present};
@@ -13,7 +13,7 @@ use dmaflow::v4l2::{Camera, CameraRequest, Device};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::camera::request;
-use crate::crc::crc;
+use crate::crc::{changed_from, crc};
 use crate::display::join;
 use crate::harness::{Outcome, PASSED, Test, note};
 use crate::modules::Witness;
@@ -23,8 +23,14 @@ use crate::vgem::{Vgem, now_us};
 const NEEDS: &[&str] = &["vivid", "vkms", "vgem", "udmabuf"];
 
 pub const TESTS: &[Test] = &[
-    Test { name: "fences_shown::fifo", needs: NEEDS, seconds: 120, run: || fifo(false) },
-    Test { name: "fences_shown::fifo_by_the_cpu", needs: NEEDS, seconds: 120, run: || fifo(true) },
+    Test { name: "fences_shown::fifo", needs: NEEDS, seconds: 120, run: || fifo(None) },
+    Test { name: "fences_shown::fifo_by_the_cpu", needs: NEEDS, seconds: 120, run: || fifo(Some(CpuWait::Asked)) },
+    Test {
+        name: "fences_shown::fifo_with_few_buffers",
+        needs: NEEDS,
+        seconds: 120,
+        run: || fifo(Some(CpuWait::Buffers)),
+    },
     Test { name: "fences_shown::fifo_several", needs: NEEDS, seconds: 120, run: fifo_several },
     Test { name: "fences_shown::first_frame", needs: NEEDS, seconds: 120, run: first_frame },
     Test { name: "fences_shown::mailbox", needs: NEEDS, seconds: 120, run: mailbox },
@@ -39,6 +45,9 @@ pub const TESTS: &[Test] = &[
 /// As long as nothing must happen: many refreshes of the display.
 pub const NOT_YET: Duration = Duration::from_millis(300);
 
+/// What a call that waits for no fence may take where a processor is emulated on a busy machine: less than any fence is waited for.
+const WAITS_NOT: Duration = Duration::from_secs(3);
+
 /// What "at once" may be where a processor is emulated on a busy machine, in µs.
 const AT_ONCE_US: u64 = 1_500_000;
 
@@ -46,7 +55,11 @@ const AT_ONCE_US: u64 = 1_500_000;
 const REFRESH_US: u64 = 20_000;
 
 pub fn camera() -> Result<Camera> {
-    let request = CameraRequest { buffers: Some(8), ..request("XR24", (640, 360)) };
+    camera_with(8)
+}
+
+fn camera_with(buffers: u32) -> Result<Camera> {
+    let request = CameraRequest { buffers: Some(buffers), ..request("XR24", (640, 360)) };
     Ok(Camera::open(Device::find("vivid")?, &request)?)
 }
 
@@ -73,7 +86,8 @@ fn wait_shown(display: &mut Display) -> Result<Shown> {
         let fences = display.acquire_fences();
         let fds = std::iter::once(display.as_fd()).chain(fences);
         let mut fds: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
-        poll(&mut fds, PollTimeout::from(2000_u16))?;
+        let left = display.acquire_time_left().unwrap_or(Duration::from_secs(2));
+        poll(&mut fds, PollTimeout::try_from(left)?)?;
         drop(fds);
         if let Some(shown) = display.dispatch()? {
             return Ok(shown);
@@ -94,22 +108,27 @@ pub fn signalled(signaller: JoinHandle<Result<u64>>) -> Result<u64> {
     signaller.join().expect("no panic")
 }
 
-fn fifo(by_cpu: bool) -> anyhow::Result<Outcome> {
-    let (mut camera, vgem) = (camera()?, Vgem::open()?);
-    let mut display = lit(&mut camera, DisplayRequest { wait_by_cpu: by_cpu, ..fifo_request() })?;
+/// The device waits for the fence, or the CPU does: because it was asked to, or because each commit itself waits, on a display that reads
+/// late and has too few buffers to hold one frame more.
+fn fifo(by_cpu: Option<CpuWait>) -> anyhow::Result<Outcome> {
+    let buffers = if by_cpu == Some(CpuWait::Buffers) { 3 } else { 8 };
+    let (mut camera, vgem) = (camera_with(buffers)?, Vgem::open()?);
+    ensure!(camera.buffers().len() == buffers as usize, "{} buffers", camera.buffers().len());
+    let mut display =
+        lit(&mut camera, DisplayRequest { wait_by_cpu: by_cpu == Some(CpuWait::Asked), ..fifo_request() })?;
     let before = crc()?;
     let (fence, signal) = vgem.fence()?;
     let frame = camera.next()?.with_acquire_fence(fence);
     let sequence = frame.meta().sequence;
     let start = Instant::now();
-    let signalled_us = if by_cpu {
+    let signalled_us = if by_cpu.is_some() {
         let signaller = signal.after(NOT_YET);
         display.present(frame)?;
         ensure!(start.elapsed() >= NOT_YET, "presented after {:?}", start.elapsed());
         signalled(signaller)?
     } else {
         display.present(frame)?;
-        ensure!(start.elapsed() < NOT_YET, "presenting waited for {:?}", start.elapsed());
+        ensure!(start.elapsed() < WAITS_NOT, "presenting waited for {:?}", start.elapsed());
         sleep(NOT_YET);
         ensure!(crc()? == before && display.dispatch()?.is_none(), "it was shown before its fence had signalled");
         let at_us = now_us()?;
@@ -119,10 +138,10 @@ fn fifo(by_cpu: bool) -> anyhow::Result<Outcome> {
     let shown = wait_shown(&mut display)?;
     ensure!(shown.meta.sequence == sequence, "frame {} and not {sequence}", shown.meta.sequence);
     soon_after(&shown, signalled_us)?;
-    ensure!(crc()? != before, "the picture is still that of before");
+    changed_from(before)?;
     let expected = match by_cpu {
-        true => FenceUse { by_device: 0, by_cpu: 1, why: Some(CpuWait::Asked) },
-        false => FenceUse { by_device: 1, by_cpu: 0, why: None },
+        Some(_) => FenceUse { by_device: 0, by_cpu: 1, why: by_cpu },
+        None => FenceUse { by_device: 1, by_cpu: 0, why: None },
     };
     ensure!(display.fence_use() == expected, "{:?}", display.fence_use());
     display.restore()?;
@@ -188,7 +207,7 @@ fn mailbox() -> anyhow::Result<Outcome> {
     let frame = camera.next()?.with_acquire_fence(fence);
     let sequence = frame.meta().sequence;
     let start = Instant::now();
-    ensure!(display.present(frame)?.is_none() && start.elapsed() < NOT_YET, "presenting waited");
+    ensure!(display.present(frame)?.is_none() && start.elapsed() < WAITS_NOT, "presenting waited");
     ensure!(display.acquire_fences().len() == 1 && !display.wants_event(), "{:?}", display.acquire_fences());
     sleep(NOT_YET);
     ensure!(display.dispatch()?.is_none() && crc()? == before, "it was shown before its fence had signalled");
@@ -196,7 +215,8 @@ fn mailbox() -> anyhow::Result<Outcome> {
     let shown = wait_shown(&mut display)?;
     ensure!(shown.meta.sequence == sequence, "frame {} and not {sequence}", shown.meta.sequence);
     soon_after(&shown, signalled(signaller)?)?;
-    ensure!(crc()? != before && display.acquire_fences().is_empty(), "{:?}", display.acquire_fences());
+    changed_from(before)?;
+    ensure!(display.acquire_fences().is_empty(), "{:?}", display.acquire_fences());
     ensure!(display.fence_use() == FenceUse { by_device: 0, by_cpu: 1, why: Some(CpuWait::Mailbox) }, "one fence");
     // At the end what is held is waited for.
     let (fence, signal) = vgem.fence()?;
@@ -273,8 +293,7 @@ fn implicit() -> anyhow::Result<Outcome> {
         let shown = wait_shown(&mut display)?;
         soon_after(&shown, at_us)?;
         ensure!(shown.meta.sequence == sequence, "frame {} and not {sequence}", shown.meta.sequence);
-        let after = crc()?;
-        ensure!(after != now, "explicit {explicit}: frame {sequence} has the CRC {after:x} of the one before");
+        changed_from(now).with_context(|| format!("explicit {explicit}, frame {sequence}"))?;
         ensure!(display.fence_use().by_device == u64::from(explicit), "{:?}", display.fence_use());
     }
     display.restore()?;
@@ -288,8 +307,14 @@ fn is_late(error: Option<Error>, start: Instant) -> Result<()> {
     let (error, waited) = (error.context("it was shown")?, start.elapsed());
     let line = error.line();
     ensure!(error.kind() == Kind::Timeout && line.contains("vgem (timeline unbound)"), "{line}");
-    ensure!(line.contains("has not signalled for 0.4"), "{line}");
-    ensure!(waited < SHORT + Duration::from_secs(3), "after {waited:?}");
+    // Where a processor is emulated on a busy machine a look may come late.
+    let told = line
+        .split("has not signalled for ")
+        .nth(1)
+        .and_then(|rest| rest.split(' ').next());
+    let seconds: f64 = told.context(line.clone())?.parse()?;
+    ensure!((SHORT.as_secs_f64()..3.4).contains(&seconds), "{line}");
+    ensure!(waited < Duration::from_secs_f64(seconds + 3.0), "after {waited:?}: {line}");
     note(&line);
     Ok(())
 }

@@ -378,6 +378,10 @@ impl Sink for Display {
         self.mailbox.fences()
     }
 
+    fn acquire_time_left(&self) -> Option<Duration> {
+        self.mailbox.time_left(self.fence_timeout())
+    }
+
     fn fence_use(&self) -> FenceUse {
         self.fence_use
     }

@@ -99,6 +99,12 @@ impl Mailbox {
         open.filter_map(|held| held.frame.acquire_fence()).map(AsFd::as_fd).collect()
     }
 
+    /// What the first in line has left of `timeout`; `None` if it is ready, or there is none.
+    pub(super) fn time_left(&self, timeout: Duration) -> Option<Duration> {
+        let since = self.first.as_ref()?.since?;
+        Some(timeout.saturating_sub(since.elapsed()))
+    }
+
     /// # Errors
     /// If the first in line has waited longer than `timeout`: it is dropped.
     pub(super) fn check_time(&mut self, timeout: Duration) -> Result<()> {
@@ -215,9 +221,10 @@ mod tests {
         let mut mailbox = Mailbox::default();
         let (held, _end) = open(0);
         mailbox.put(held).unwrap();
+        assert!(mailbox.time_left(Duration::from_secs(60)).unwrap() > Duration::from_secs(50));
         mailbox.check_time(Duration::from_secs(60)).unwrap();
         assert_eq!(mailbox.check_time(Duration::ZERO).unwrap_err().kind(), Kind::Timeout);
-        assert!(mailbox.is_empty());
+        assert!(mailbox.is_empty() && mailbox.time_left(Duration::ZERO).is_none());
         mailbox.check_time(Duration::ZERO).unwrap();
         let (held, _end) = open(1);
         mailbox.put(held).unwrap();

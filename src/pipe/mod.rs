@@ -254,11 +254,16 @@ impl<'a> Pipe<'a> {
     fn wait(&self, waiter: &Waiter, end: Option<u64>) -> Result<Option<Wake>> {
         let watchdog = self.watchdog_left();
         let remaining = end.map(|end| Duration::from_micros(end.saturating_sub(now_us())));
-        let timeout = [watchdog, remaining].into_iter().flatten().min();
+        let late = self.sink.acquire_time_left();
+        let timeout = [watchdog, remaining, late].into_iter().flatten().min();
         let fences = Fences { sink: self.sink.acquire_fences(), source: self.source.release_fences() };
         let wake = waiter
             .wait(timeout, self.sink.wants_event(), &fences)
             .context("wait for", || self.source.name())?;
+        if wake.is_none() && late.is_some() && late == timeout {
+            // No fence has signalled, and that is for the sink to tell.
+            return Ok(Some(Wake { fence: true, ..Wake::default() }));
+        }
         if wake.is_some() || remaining.is_some_and(|remaining| watchdog.is_none_or(|watchdog| remaining <= watchdog)) {
             return Ok(wake);
         }

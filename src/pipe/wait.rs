@@ -26,7 +26,7 @@ pub(super) struct Wake {
     pub source: Option<Ready>,
     pub stop: bool,
     pub sink: bool,
-    /// A fence that the sink waits for has signalled.
+    /// A fence that the sink waits for has signalled, or has taken too long.
     pub fence: bool,
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 use dmaflow::endpoint::{JoinError, Rung, Shown, Sink, Verdict};
 use dmaflow::error::Result;
@@ -63,6 +64,10 @@ impl Sink for Keeper<'_> {
 
     fn acquire_fences(&self) -> Vec<BorrowedFd<'_>> {
         self.inner.acquire_fences()
+    }
+
+    fn acquire_time_left(&self) -> Option<Duration> {
+        self.inner.acquire_time_left()
     }
 
     fn fence_use(&self) -> FenceUse {
