@@ -213,11 +213,12 @@ impl Slots {
         &self.views
     }
 
-    /// Makes a slot free by detaching the views of one that views alone keep, the oldest first. Whether one is free now.
+    /// Makes a slot free by detaching the views of one that views alone keep, the oldest first: no device either, by a release fence.
+    /// Whether one is free now.
     pub(crate) fn detach_oldest_view(&self) -> bool {
         self.views.detach_oldest(|index, views| {
             let slot = self.slots.get(index as usize);
-            slot.is_some_and(|slot| slot.leases.load(Ordering::Acquire) == views)
+            slot.is_some_and(|slot| slot.leases.load(Ordering::Acquire) == views) && self.releases.is_done(index)
         })
     }
 

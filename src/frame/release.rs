@@ -33,7 +33,8 @@ impl Releases {
         self.fenced.fetch_or(1 << index, Ordering::Relaxed);
     }
 
-    /// Whether no fence keeps the slot, which nobody holds. Fences that have signalled are closed. One system call for each, none without.
+    /// Whether no fence keeps the slot, which nobody holds, or holds to add one. Fences that have signalled are closed. One system call
+    /// for each, none without.
     pub(super) fn is_done(&self, index: u32) -> bool {
         if self.fenced.load(Ordering::Relaxed) & (1 << index) == 0 {
             return true;
