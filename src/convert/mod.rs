@@ -299,7 +299,6 @@ impl Rows {
     }
 }
 
-/// Two planes of a layout that share bytes.
 /// Whether another plane starts in what the rows of this one leave free.
 fn beside(layout: &Layout, plane: usize) -> bool {
     let planes = layout.planes();
@@ -316,6 +315,7 @@ fn beside(layout: &Layout, plane: usize) -> bool {
     })
 }
 
+/// Two planes of a layout that share bytes.
 fn overlap(layout: &Layout) -> Option<(usize, usize)> {
     let span = |plane: usize| {
         let place = layout.planes()[plane];
