@@ -13,6 +13,7 @@ use crate::format::{Format, Layout};
 use crate::frame::{Buffer, Frame, FrameMeta, Room, ViewPolicy};
 use crate::ledger::{Copies, Ledger};
 
+pub use crate::error::errno_name;
 pub use import::{ImportCache, Importer};
 
 /// What `poll` said of a source's descriptor.
@@ -247,14 +248,6 @@ impl fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
-/// The symbol of an errno, as in `EINVAL`.
-pub fn errno_name(errno: i32) -> String {
-    match nix::errno::Errno::from_raw(errno) {
-        nix::errno::Errno::UnknownErrno => errno.to_string(),
-        known => format!("{known:?}"),
-    }
-}
-
 /// Why a source and a sink could not be joined.
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
@@ -335,6 +328,9 @@ pub trait Sink {
 
     /// Takes a frame, and tells which frame has come on show meanwhile, or because of it.
     ///
+    /// A sink that drops a frame while its device still reads it leaves a [release fence](Frame::release_after) with it. One that reads
+    /// it waits for its [acquire fence](Frame::acquire_fence) first, or has its device wait.
+    ///
     /// # Errors
     /// The device's refusal; [`Kind::Ended`] when it takes no more, as when nobody reads a pipe any more.
     fn present(&mut self, frame: Frame) -> Result<Option<Shown>>;
@@ -400,7 +396,7 @@ pub trait Sink {
         None
     }
 
-    /// Frames taken and never shown, because a newer one came first.
+    /// Frames taken and never shown, because a newer one came first, or because their fences failed or took too long.
     fn dropped(&self) -> u64 {
         0
     }

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -17,7 +18,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::camera::{open, request};
 use crate::harness::{Outcome, PASSED, Test, note};
 use crate::modules::VirtioGpu;
-use crate::vgem::{Vgem, now_us, render_node};
+use crate::vgem::{RenderNode, Vgem, now_us, render_node};
 
 const NEEDS: &[&str] = &["vivid", "vgem", "udmabuf"];
 const SYNCOBJS: &[&str] = &["vgem", "udmabuf", "virtio-gpu"];
@@ -202,11 +203,48 @@ fn syncobj() -> anyhow::Result<Outcome> {
     ensure!(!open.is_signalled() && out.is_signalled(), "{open}; {out}");
     signal.now()?;
     open.wait(Duration::from_secs(5))?;
+    shared(&device, &vgem)?;
+    timeline(&device, &vgem)?;
     drop((again, out, open, fence, other));
     ensure!(descriptors()? == before, "{} descriptors instead of {before}", descriptors()?);
     drop(device);
     driver.unload()?;
     PASSED
+}
+
+/// Passed on by a descriptor, as to another process: two handles to one syncobj.
+fn shared(device: &RenderNode, vgem: &Arc<Vgem>) -> Result<()> {
+    let one = Syncobj::new(device)?;
+    let other = Syncobj::open(device, one.share()?)?;
+    let (fence, signal) = vgem.fence()?;
+    one.import(&fence)?;
+    drop(one);
+    let out = other.export()?;
+    ensure!(!out.is_signalled() && out.fences()?[0].driver == "vgem", "{:?}", out.fences()?);
+    signal.now()?;
+    ensure!(out.check()?, "{out}");
+    let refused = Syncobj::open(device, &fence).err().context("a sync file is no syncobj")?;
+    ensure!(refused.kind() == Kind::Invalid && refused.line().contains("no syncobj"), "{refused:?}");
+    Ok(())
+}
+
+/// Points of a timeline: each comes after those before it.
+fn timeline(device: &RenderNode, vgem: &Arc<Vgem>) -> Result<()> {
+    let timeline = Syncobj::new(device)?;
+    let [(first, first_signal), (second, second_signal)] = [vgem.fence()?, vgem.fence()?];
+    timeline.import_at(1, &first)?;
+    timeline.import_at(2, &second)?;
+    let [one, two] = [timeline.export_at(1)?, timeline.export_at(2)?];
+    ensure!(!one.is_signalled() && !two.is_signalled(), "{one}; {two}");
+    let missing = timeline.export_at(3).err().context("nobody has added point 3")?;
+    ensure!(missing.kind() == Kind::Invalid && missing.line().contains("nobody has added"), "{missing:?}");
+    second_signal.now()?;
+    ensure!(second.is_signalled() && !two.is_signalled(), "point 2 came before point 1");
+    first_signal.now()?;
+    ensure!(one.check()? && two.check()?, "{one}; {two}");
+    // A point that has come can still be asked for.
+    ensure!(timeline.export_at(1)?.check()?, "point 1 is forgotten");
+    Ok(())
 }
 
 fn camera(buffers: u32) -> Result<Camera> {
@@ -240,6 +278,15 @@ fn release_holds() -> anyhow::Result<Outcome> {
     second_signal.now()?;
     ensure!(comes_again(&mut camera, slot)?, "slot {slot} was lost");
     ensure!(camera.release_fences().is_empty(), "{:?}", camera.release_fences());
+    // What a reader has put into the memory itself, taken along.
+    let frame = camera.next()?;
+    let slot = frame.slot();
+    let signal = vgem.attach(frame.buffer().dma_buf(0).context("a dma-buf")?, false)?;
+    frame.release_after_implicit_fences()?;
+    drop(frame);
+    ensure!(!comes_again(&mut camera, slot)?, "slot {slot} was filled while it is read");
+    signal.now()?;
+    ensure!(comes_again(&mut camera, slot)?, "slot {slot} was lost");
     PASSED
 }
 

@@ -1,5 +1,6 @@
 //! Frames with acquire fences through the pipe's own loop, and a driver that refuses them.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::process::Command;
@@ -8,22 +9,23 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use dmaflow::endpoint::{Ready, Sink, Source, SourceCounts};
+use dmaflow::endpoint::{JoinError, Ready, Rung, Shown, Sink, Source, SourceCounts};
 use dmaflow::error::{Error, Kind};
 use dmaflow::fence::{CpuWait, FenceUse, SyncFile};
-use dmaflow::format::Layout;
+use dmaflow::format::{Format, Layout};
 use dmaflow::frame::{Buffer, Frame};
 use dmaflow::kms::{Display, DisplayRequest, Present};
 use dmaflow::ladder::Path;
 use dmaflow::pipe::{Limits, Pipe};
 use dmaflow::v4l2::Camera;
 
-use crate::fences_shown::{NOT_YET, camera, fifo_request, lit, signalled, soon_after};
+use crate::fences_shown::{NOT_YET, camera, camera_with, fifo_request, lit, signalled, soon_after};
 use crate::harness::{Outcome, PASSED, Test, note};
 use crate::process::{State, finish};
-use crate::vgem::{Signal, Vgem};
+use crate::vgem::{Signal, Vgem, now_us};
 
 const NEEDS: &[&str] = &["vivid", "vkms", "vgem", "udmabuf"];
+const READER: &[&str] = &["vivid", "vgem", "udmabuf"];
 
 pub const TESTS: &[Test] = &[
     Test {
@@ -36,6 +38,8 @@ pub const TESTS: &[Test] = &[
     Test { name: "fences_flow::in_mailbox", needs: NEEDS, seconds: 180, run: || pipe(Present::Mailbox) },
     Test { name: "fences_flow::never_in_fifo", needs: NEEDS, seconds: 120, run: || never(Present::Fifo) },
     Test { name: "fences_flow::never_in_mailbox", needs: NEEDS, seconds: 120, run: || never(Present::Mailbox) },
+    Test { name: "fences_flow::released_by_the_sink", needs: READER, seconds: 120, run: released },
+    Test { name: "fences_flow::never_released", needs: READER, seconds: 120, run: never_released },
 ];
 
 /// Set for the process that strace runs, to what becomes of the commit with a fence.
@@ -249,5 +253,116 @@ fn never(present: Present) -> anyhow::Result<Outcome> {
     }
     drop(source);
     state.is_back()?;
+    PASSED
+}
+
+/// A sink whose device goes on reading each frame for a time after it has taken it, and has dropped it.
+struct Reader {
+    vgem: Arc<Vgem>,
+    /// How long; `None` for ever.
+    reads: Option<Duration>,
+    /// The last fence of each slot.
+    fences: BTreeMap<u32, Arc<SyncFile>>,
+    signallers: Vec<JoinHandle<Result<u64>>>,
+    open: Vec<Signal>,
+    /// Frames that came in a slot that was being read.
+    overwritten: Vec<u32>,
+}
+
+impl Reader {
+    fn new(reads: Option<Duration>) -> Result<Reader> {
+        let (signallers, open, overwritten) = (Vec::new(), Vec::new(), Vec::new());
+        Ok(Reader { vgem: Vgem::open()?, reads, fences: BTreeMap::new(), signallers, open, overwritten })
+    }
+}
+
+impl Sink for Reader {
+    fn name(&self) -> &str {
+        "reader"
+    }
+
+    fn formats(&self) -> Option<Vec<Format>> {
+        None
+    }
+
+    fn join(&mut self, _: &Layout, _: Option<f64>, _: &[Buffer]) -> Result<Rung, JoinError> {
+        Ok(Rung::Exported)
+    }
+
+    fn present(&mut self, frame: Frame) -> dmaflow::Result<Option<Shown>> {
+        let made = || -> Result<(SyncFile, Signal, u64)> {
+            let (fence, signal) = self.vgem.fence()?;
+            Ok((fence, signal, now_us()?))
+        };
+        let (fence, signal, at_us) = made()
+            .map_err(|cause| Error::new(Kind::System, "make a fence for", "a frame").because(format!("{cause:#}")))?;
+        let fence = Arc::new(fence);
+        if self
+            .fences
+            .insert(frame.slot(), Arc::clone(&fence))
+            .is_some_and(|before| !before.is_signalled())
+        {
+            self.overwritten.push(frame.meta().sequence);
+        }
+        frame.release_after(fence);
+        match self.reads {
+            Some(time) => self.signallers.push(signal.after(time)),
+            None => self.open.push(signal),
+        }
+        Ok(Some(Shown { meta: *frame.meta(), at_us }))
+    }
+}
+
+/// No slot is filled while the sink's device reads it, which is longer than the camera takes for all of them; the signals are what the flow
+/// goes on by.
+fn released() -> anyhow::Result<Outcome> {
+    const FRAMES: u64 = 40;
+    let descriptors = || fs::read_dir("/proc/self/fd").map(Iterator::count);
+    let before = descriptors()?;
+    let mut camera = camera_with(4)?;
+    let (buffers, period) = (camera.buffers().len(), Duration::from_millis(17));
+    let reads = period * 3 * u32::try_from(buffers)?;
+    let mut reader = Reader::new(Some(reads))?;
+    let limits = Limits { frames: Some(FRAMES), duration: None };
+    let start = Instant::now();
+    let account = Pipe::join(&mut camera, &mut reader, Path::ZeroCopy, limits)?.run(None, &mut |_| {})?;
+    let took = start.elapsed();
+    ensure!(reader.overwritten.is_empty(), "filled while they were read: frames {:?}", reader.overwritten);
+    ensure!(account.captured == FRAMES && account.presented == FRAMES, "{account:?}");
+    // Each slot is read in full before it comes again.
+    let rounds = u32::try_from((FRAMES - 1) / buffers as u64)?;
+    ensure!(took >= reads * rounds, "{FRAMES} frames in {buffers} buffers took {took:?}, each read for {reads:?}");
+    note(&format!("{FRAMES} frames in {buffers} buffers, each read for {reads:?}, took {took:?}"));
+    for signaller in std::mem::take(&mut reader.signallers) {
+        signalled(signaller)?;
+    }
+    // The queue closes what has signalled when it looks at its slots.
+    camera.next()?;
+    ensure!(camera.release_fences().is_empty(), "{:?}", camera.release_fences());
+    drop((reader, camera));
+    ensure!(descriptors()? == before, "{} descriptors instead of {before}", descriptors()?);
+    PASSED
+}
+
+/// A device that never comes to an end stops the flow in time, with an error that names its fences.
+fn never_released() -> anyhow::Result<Outcome> {
+    const WATCHDOG: Duration = Duration::from_millis(600);
+    let mut camera = camera_with(4)?;
+    camera.set_watchdog(WATCHDOG);
+    let buffers = camera.buffers().len();
+    let mut reader = Reader::new(None)?;
+    let limits = Limits { frames: Some(1000), duration: None };
+    let start = Instant::now();
+    let ran = Pipe::join(&mut camera, &mut reader, Path::ZeroCopy, limits)?.run(None, &mut |_| {});
+    let (error, took) = (ran.err().context("its slots were filled while they were read")?, start.elapsed());
+    let line = error.line();
+    note(&format!("after {took:?}: {line}"));
+    ensure!(error.kind() == Kind::Timeout && reader.overwritten.is_empty(), "{line}; {:?}", reader.overwritten);
+    ensure!(line.matches("waits for the fence of vgem (timeline unbound)").count() == buffers, "{line}");
+    ensure!(took >= WATCHDOG && took < WATCHDOG + Duration::from_secs(3), "after {took:?}");
+    for signal in reader.open.drain(..) {
+        signal.now()?;
+    }
+    camera.next()?;
     PASSED
 }

@@ -58,7 +58,7 @@ pub fn camera() -> Result<Camera> {
     camera_with(8)
 }
 
-fn camera_with(buffers: u32) -> Result<Camera> {
+pub fn camera_with(buffers: u32) -> Result<Camera> {
     let request = CameraRequest { buffers: Some(buffers), ..request("XR24", (640, 360)) };
     Ok(Camera::open(Device::find("vivid")?, &request)?)
 }

@@ -253,8 +253,11 @@ impl std::fmt::Display for SyncFile {
     }
 }
 
-/// Takes over a descriptor, for example of a `VkSemaphore` or a `VkFence`. Nothing is asked of the kernel: whether it is a sync file
-/// shows when it is used.
+/// Takes over a descriptor, for example of a `VkSemaphore` or a `VkFence` (`VK_EXTERNAL_SEMAPHORE_HANDLE_TYPE_SYNC_FD_BIT`). Nothing is
+/// asked of the kernel: whether it is a sync file shows when it is used.
+///
+/// Vulkan may give -1 instead, which is no descriptor and means that the fence has signalled (`vkGetSemaphoreFdKHR`): an absent fence, here
+/// and wherever an `Option` is.
 impl From<OwnedFd> for SyncFile {
     fn from(fd: OwnedFd) -> SyncFile {
         SyncFile(fd)

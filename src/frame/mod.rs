@@ -87,6 +87,11 @@ impl Frame {
         self.acquire.as_ref().map_or(Ok(()), |fence| fence.wait(timeout))
     }
 
+    /// The acquire fence has signalled, and what became of its work has been told: it is not asked again.
+    pub(crate) fn acquired(&mut self) {
+        self.acquire = None;
+    }
+
     /// Opens the memory for reading by the CPU ([`Buffer::read`]) when it holds the picture, for which it waits 5 s at most.
     ///
     /// # Errors
@@ -102,8 +107,21 @@ impl Frame {
         self.lease.release_after(fence);
     }
 
+    /// As [`release_after`](Frame::release_after) with the fences of readers and writers that are in its dma-bufs now, for a consumer that
+    /// synchronises implicitly, as OpenGL does: V4L2 does not look for them before it fills the memory again. To be called when the work
+    /// that reads the frame has been submitted. Cost: one system call for each memory plane.
+    ///
+    /// # Errors
+    /// As [`SyncFile::export`].
+    pub fn release_after_implicit_fences(&self) -> Result<()> {
+        for dma_buf in (0u32..).map_while(|memory| self.buffer.dma_buf(memory)) {
+            self.release_after(SyncFile::export(dma_buf, Access::ReadWrite)?);
+        }
+        Ok(())
+    }
+
     /// The memory and its layout. A clone of the buffer keeps the memory alive but not the frame: without the lease the
-    /// camera may fill it again.
+    /// camera may fill it again. The buffer knows nothing of the [acquire fence](Frame::acquire_fence).
     pub fn buffer(&self) -> &Buffer {
         &self.buffer
     }

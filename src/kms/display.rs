@@ -82,7 +82,6 @@ pub struct Display {
     pub(super) pending: Option<Frame>,
     pub(super) mailbox: Mailbox,
     pub(super) fifo: Fifo,
-    pub(super) dropped: u64,
     /// Imports made before the join that holds.
     imports_before: u64,
     /// What verification found on ways that were left.
@@ -153,7 +152,6 @@ impl Display {
             pending: None,
             mailbox: Mailbox::default(),
             fifo: Fifo::new(),
-            dropped: 0,
             imports_before: 0,
             verified: Verdict::default(),
             ledger: Ledger::new(),
@@ -349,8 +347,12 @@ impl Sink for Display {
     }
 
     fn inspect(&mut self, frame: &Frame, place: u64) -> Result<()> {
+        let timeout = self.fence_timeout();
         match self.way.as_mut().and_then(|way| way.verifier.as_mut()) {
-            Some(verifier) => verifier.expect(frame, place),
+            Some(verifier) => {
+                frame.wait_acquired(timeout)?;
+                verifier.expect(frame, place)
+            }
             None => Ok(()),
         }
     }
@@ -389,8 +391,12 @@ impl Sink for Display {
     fn dispatch(&mut self) -> Result<Option<Shown>> {
         if self.in_turn() {
             self.fifo.read(&self.card)?;
-            if let Some(frame) = self.pending.take_if(|_| self.fifo.all_read()) {
-                self.put_on_screen(frame);
+            if self.fifo.all_read() {
+                // That its fence has signalled is certain now, and not that its work has succeeded.
+                self.pending_acquired()?;
+                if let Some(frame) = self.pending.take() {
+                    self.put_on_screen(frame);
+                }
             }
             return Ok(self.fifo.told());
         }
@@ -414,7 +420,7 @@ impl Sink for Display {
     }
 
     fn dropped(&self) -> u64 {
-        self.dropped
+        self.mailbox.dropped()
     }
 
     fn imports(&self) -> u64 {

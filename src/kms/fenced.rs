@@ -183,9 +183,18 @@ impl Display {
     }
 
     /// Waits until the frame that is on its way waits for no fence any more; without one no system call.
-    pub(super) fn pending_acquired(&self) -> Result<()> {
-        let pending = self.pending.as_ref();
-        pending.map_or(Ok(()), |frame| frame.wait_acquired(self.fence_timeout()))
+    ///
+    /// # Errors
+    /// As [`Frame::wait_acquired`]. That the work has failed is told once: the kernel shows the frame all the same
+    /// (`drm_atomic_helper_wait_for_fences`), and those after it are as good as any.
+    pub(super) fn pending_acquired(&mut self) -> Result<()> {
+        let timeout = self.fence_timeout();
+        let Some(frame) = &mut self.pending else { return Ok(()) };
+        let acquired = frame.wait_acquired(timeout);
+        if !matches!(&acquired, Err(late) if late.kind() == Kind::Timeout) {
+            frame.acquired();
+        }
+        acquired
     }
 
     /// In fifo: sends a frame with the fence that the device is to wait for, or waits for it by the CPU.
@@ -196,7 +205,7 @@ impl Display {
             return self.acquire_by_cpu(frame, why).map(|()| Sent::Acquired(None));
         }
         if self.way.as_ref().is_some_and(|way| !way.flip.takes_fences()) {
-            return self.acquire_by_cpu(frame, CpuWait::Driver).map(|()| Sent::Acquired(None));
+            return self.acquire_by_cpu(frame, CpuWait::Missing).map(|()| Sent::Acquired(None));
         }
         let flags = CommitFlags { nonblock: true, event: true, ..CommitFlags::default() };
         let mut sent = self.commit_flip(frame, flags, Some(fence))?;
@@ -254,7 +263,7 @@ impl Display {
     /// # Errors
     /// What the commit says; if a fence has not signalled in time, or what it stands for has failed: its frame is dropped.
     pub(super) fn advance(&mut self) -> Result<()> {
-        self.dropped += self.mailbox.look()?;
+        self.mailbox.look()?;
         if self.pending.is_none()
             && let Some(frame) = self.mailbox.take_ready()
         {

@@ -18,6 +18,8 @@ impl Display {
         if !self.way.as_ref().is_some_and(|way| way.lit) {
             return Ok(());
         }
+        // The commit waits for a frame that is still on its way, and that frame may wait for a fence, without limit.
+        self.pending_acquired()?;
         let Some(frame) = self.on_screen.clone() else { return Ok(()) };
         let layout = *frame.buffer().layout();
         let buffer = self

@@ -19,6 +19,7 @@ pub(super) struct Mailbox {
     first: Option<Held>,
     /// Newer than the first, and not ready.
     newer: Option<Held>,
+    dropped: u64,
 }
 
 #[derive(Debug)]
@@ -46,34 +47,48 @@ impl Held {
 }
 
 impl Mailbox {
-    /// Adds a frame, newer than all before. Returns how many were dropped for it. Without a fence no system call.
+    /// Adds a frame, newer than all before. Without a fence no system call.
     ///
     /// # Errors
     /// If the work that a fence stands for has failed: that frame is dropped.
-    pub(super) fn put(&mut self, frame: Frame) -> Result<u64> {
+    pub(super) fn put(&mut self, frame: Frame) -> Result<()> {
         let since = frame.acquire_fence().map(|_| Instant::now());
-        let before = self.newer.replace(Held { frame, since }).is_some();
-        Ok(u64::from(before) + self.look()?)
+        self.dropped += u64::from(self.newer.replace(Held { frame, since }).is_some());
+        self.look()
     }
 
-    /// Looks whether the newer frame is ready, or is the first in line. Returns how many frames were dropped.
+    /// Looks whether the newer frame is ready, or is the first in line.
     ///
     /// # Errors
     /// If the work that a fence stands for has failed: that frame is dropped.
-    pub(super) fn look(&mut self) -> Result<u64> {
-        let mut dropped = 0;
-        if let Some(mut newer) = self.newer.take() {
-            if newer.look()? || self.first.is_none() {
-                dropped += u64::from(self.first.replace(newer).is_some());
-            } else {
-                self.newer = Some(newer);
+    pub(super) fn look(&mut self) -> Result<()> {
+        match self.newer.take().map(|mut newer| newer.look().map(|ready| (ready, newer))) {
+            Some(Ok((ready, newer))) if ready || self.first.is_none() => {
+                self.dropped += u64::from(self.first.replace(newer).is_some());
             }
+            Some(Ok((_, newer))) => self.newer = Some(newer),
+            Some(Err(failed)) => {
+                self.dropped += 1;
+                return Err(failed);
+            }
+            None => {}
         }
         if let Some(Err(failed)) = self.first.as_mut().map(Held::look) {
-            self.first = self.newer.take();
+            self.drop_first();
             return Err(failed);
         }
-        Ok(dropped)
+        Ok(())
+    }
+
+    /// The first in line is not shown; the one behind it takes its place.
+    fn drop_first(&mut self) {
+        self.dropped += u64::from(self.first.is_some());
+        self.first = self.newer.take();
+    }
+
+    /// How many frames were dropped: for newer ones, or because their fences failed or took too long.
+    pub(super) fn dropped(&self) -> u64 {
+        self.dropped
     }
 
     /// The frame to show next, if one is ready. What is behind it waits on.
@@ -108,12 +123,15 @@ impl Mailbox {
     /// # Errors
     /// If the first in line has waited longer than `timeout`: it is dropped.
     pub(super) fn check_time(&mut self, timeout: Duration) -> Result<()> {
-        let late = |first: &mut Held| first.since.is_some_and(|since| since.elapsed() >= timeout);
-        let Some(late) = self.first.take_if(late) else { return Ok(()) };
-        self.first = self.newer.take();
+        let Some(Held { frame, since: Some(since) }) = &self.first else { return Ok(()) };
+        let waited = since.elapsed();
+        if waited < timeout {
+            return Ok(());
+        }
         // It may have signalled since the last look, and is late all the same.
-        let waited = late.since.map_or(timeout, |since| since.elapsed());
-        late.frame.acquire_fence().map_or(Ok(()), |fence| Err(fence.overdue(waited)))
+        let late = frame.acquire_fence().map_or(Ok(()), |fence| Err(fence.overdue(waited)));
+        self.drop_first();
+        late
     }
 
     /// Waits for the first in line, as long as it has left of `timeout`.
@@ -121,24 +139,27 @@ impl Mailbox {
     /// # Errors
     /// As [`Frame::wait_acquired`]: it is dropped.
     pub(super) fn wait(&mut self, timeout: Duration) -> Result<()> {
-        let Some(mut first) = self.first.take_if(|first| first.since.is_some()) else { return Ok(()) };
-        let since = first.since.unwrap_or_else(Instant::now);
-        let waited = first.frame.wait_acquired(timeout.saturating_sub(since.elapsed()));
-        if waited.is_ok() {
-            first.since = None;
-            self.first = Some(first);
-            return waited;
-        }
-        self.first = self.newer.take();
-        match (waited, first.frame.acquire_fence()) {
+        let Some(first) = &mut self.first else { return Ok(()) };
+        let Some(since) = first.since else { return Ok(()) };
+        let waited = match first.frame.wait_acquired(timeout.saturating_sub(since.elapsed())) {
             // It has waited longer than this call.
-            (Err(late), Some(fence)) if late.kind() == Kind::Timeout => Err(fence.overdue(since.elapsed())),
-            (waited, _) => waited,
+            Err(late) if late.kind() == Kind::Timeout => first
+                .frame
+                .acquire_fence()
+                .map_or(Ok(()), |fence| Err(fence.overdue(since.elapsed()))),
+            other => other,
+        };
+        match waited {
+            Ok(()) => first.since = None,
+            Err(_) => self.drop_first(),
         }
+        waited
     }
 
+    /// Gives up what is held; that counts as dropped.
     pub(super) fn clear(&mut self) {
-        (self.first, self.newer) = (None, None);
+        self.drop_first();
+        self.drop_first();
     }
 }
 
@@ -173,8 +194,8 @@ mod tests {
     #[test]
     fn without_fences_the_newest_is_shown() {
         let mut mailbox = Mailbox::default();
-        let dropped: u64 = (0..4).map(|sequence| mailbox.put(frame(sequence)).unwrap()).sum();
-        assert_eq!((dropped, next(&mut mailbox), next(&mut mailbox)), (3, Some(3), None));
+        (0..4).for_each(|sequence| mailbox.put(frame(sequence)).unwrap());
+        assert_eq!((mailbox.dropped(), next(&mut mailbox), next(&mut mailbox)), (3, Some(3), None));
         assert!(mailbox.is_empty() && mailbox.fences().is_empty());
     }
 
@@ -182,10 +203,10 @@ mod tests {
     fn an_open_fence_does_not_block_newer_frames() {
         let mut mailbox = Mailbox::default();
         let (held, _end) = open(0);
-        assert_eq!(mailbox.put(held).unwrap(), 0);
+        mailbox.put(held).unwrap();
         assert!(!mailbox.is_ready() && !mailbox.is_empty() && mailbox.fences().len() == 1);
-        assert_eq!(mailbox.put(frame(1)).unwrap(), 1);
-        assert_eq!((next(&mut mailbox), mailbox.is_empty()), (Some(1), true));
+        mailbox.put(frame(1)).unwrap();
+        assert_eq!((next(&mut mailbox), mailbox.is_empty(), mailbox.dropped()), (Some(1), true, 1));
     }
 
     /// A frame that is ready is not given up for one that is not.
@@ -194,8 +215,8 @@ mod tests {
         let mut mailbox = Mailbox::default();
         mailbox.put(frame(0)).unwrap();
         let (held, _end) = open(1);
-        assert_eq!(mailbox.put(held).unwrap(), 0);
-        assert_eq!((next(&mut mailbox), next(&mut mailbox)), (Some(0), None));
+        mailbox.put(held).unwrap();
+        assert_eq!((next(&mut mailbox), next(&mut mailbox), mailbox.dropped()), (Some(0), None, 0));
         assert_eq!(mailbox.fences().len(), 1, "the other is first in line now");
     }
 
@@ -204,16 +225,17 @@ mod tests {
     fn the_first_in_line_keeps_its_place() {
         let mut mailbox = Mailbox::default();
         let (frames, ends): (Vec<_>, Vec<_>) = (0..5).map(open).unzip();
-        let dropped: u64 = frames.into_iter().map(|frame| mailbox.put(frame).unwrap()).sum();
-        assert_eq!((dropped, mailbox.fences().len()), (3, 2));
+        frames.into_iter().for_each(|frame| mailbox.put(frame).unwrap());
+        assert_eq!((mailbox.dropped(), mailbox.fences().len()), (3, 2));
         // A pipe is no sync file, so its signal is told as the failure of what it stands for: the first alone.
         write(&ends[0], b"x").unwrap();
         assert_eq!(mailbox.look().unwrap_err().kind(), Kind::Unsupported);
-        assert_eq!(mailbox.look().unwrap(), 0);
+        mailbox.look().unwrap();
         assert_eq!(mailbox.fences().len(), 1, "the newest has taken its place");
         write(&ends[4], b"x").unwrap();
         assert_eq!(mailbox.look().unwrap_err().kind(), Kind::Unsupported);
         assert!(mailbox.is_empty());
+        assert_eq!(mailbox.dropped(), 5, "every frame is accounted for");
     }
 
     #[test]
@@ -231,5 +253,11 @@ mod tests {
         assert_eq!(mailbox.wait(Duration::from_millis(5)).unwrap_err().kind(), Kind::Timeout);
         assert!(mailbox.is_empty());
         mailbox.wait(Duration::ZERO).unwrap();
+        // Given up with the display.
+        let frames: Vec<_> = [2, 3].map(open).into();
+        frames.iter().for_each(|(frame, _)| mailbox.put(frame.clone()).unwrap());
+        mailbox.clear();
+        assert!(mailbox.is_empty());
+        assert_eq!(mailbox.dropped(), 4);
     }
 }

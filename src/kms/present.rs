@@ -155,7 +155,7 @@ impl Display {
     /// frame that is ready goes before older ones that are not; see [`Mailbox`](super::mailbox::Mailbox).
     pub(super) fn queue(&mut self, frame: Frame) -> Result<Option<Shown>> {
         // Before the look at the event, which submits what waits: that is to be the newest.
-        self.dropped += self.mailbox.put(frame)?;
+        self.mailbox.put(frame)?;
         if self.pending.is_none() {
             return self.advance().map(|()| None);
         }
@@ -188,8 +188,10 @@ impl Display {
     }
 
     /// What is on screen until now is given up, or, where the driver may still read it, held until the frame after this one comes here.
-    pub(super) fn put_on_screen(&mut self, frame: Frame) {
+    pub(super) fn put_on_screen(&mut self, mut frame: Frame) {
         frame.lease().mark_on_screen();
+        // It has signalled, or it would not be there.
+        frame.acquired();
         let before = self.on_screen.replace(frame);
         self.leaving = before.filter(|_| self.way.as_ref().is_some_and(|way| way.holds));
         if let Some(leaving) = &self.leaving {
