@@ -1,8 +1,8 @@
 //! Frames with acquire fences on their way to the screen: handed to the device, or waited for by the CPU.
 //!
 //! Nothing in the kernel gives up waiting for a fence, and a commit that waits cannot be taken back. So a commit that *itself* waits (a
-//! blocking one) is made only when every fence before it has signalled, for which there is a time; and one that does not wait is
-//! made with an open fence in fifo alone, where the frames after it have to wait anyhow.
+//! blocking one) is made only when the fences of the frames before it have signalled, for which there is a time; and one that does not
+//! wait is made with an open fence in fifo alone, where the frames after it have to wait anyhow.
 
 use std::io;
 use std::os::fd::AsFd;
