@@ -1,9 +1,8 @@
-//! Frames with acquire fences through the pipe's own loop, and a driver that refuses them.
+//! Frames with fences through the pipe's own loop.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::process::Command;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -11,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use dmaflow::endpoint::{JoinError, Ready, Rung, Shown, Sink, Source, SourceCounts};
 use dmaflow::error::{Error, Kind};
-use dmaflow::fence::{CpuWait, FenceUse, SyncFile};
+use dmaflow::fence::SyncFile;
 use dmaflow::format::{Format, Layout};
 use dmaflow::frame::{Buffer, Frame};
 use dmaflow::kms::{Display, DisplayRequest, Present};
@@ -19,21 +18,15 @@ use dmaflow::ladder::Path;
 use dmaflow::pipe::{Limits, Pipe};
 use dmaflow::v4l2::Camera;
 
-use crate::fences_shown::{NOT_YET, camera, camera_with, fifo_request, lit, signalled, soon_after};
+use crate::fences_shown::{NOT_YET, camera, camera_with, signalled};
 use crate::harness::{Outcome, PASSED, Test, note};
-use crate::process::{State, finish};
+use crate::process::State;
 use crate::vgem::{Signal, Vgem, now_us};
 
 const NEEDS: &[&str] = &["vivid", "vkms", "vgem", "udmabuf"];
 const READER: &[&str] = &["vivid", "vgem", "udmabuf"];
 
 pub const TESTS: &[Test] = &[
-    Test {
-        name: REFUSED,
-        needs: &["vivid", "vkms", "vgem", "udmabuf", "strace"],
-        seconds: 240,
-        run: refused_by_the_driver,
-    },
     Test { name: "fences_flow::in_fifo", needs: NEEDS, seconds: 180, run: || pipe(Present::Fifo) },
     Test { name: "fences_flow::in_mailbox", needs: NEEDS, seconds: 180, run: || pipe(Present::Mailbox) },
     Test { name: "fences_flow::never_in_fifo", needs: NEEDS, seconds: 120, run: || never(Present::Fifo) },
@@ -41,71 +34,6 @@ pub const TESTS: &[Test] = &[
     Test { name: "fences_flow::released_by_the_sink", needs: READER, seconds: 120, run: released },
     Test { name: "fences_flow::never_released", needs: READER, seconds: 120, run: never_released },
 ];
-
-/// Set for the process that strace runs, to what becomes of the commit with a fence.
-const UNDER_STRACE: &str = "DMAFLOW_TEST_FENCE";
-const REFUSED: &str = "fences_flow::refused_by_the_driver";
-
-/// A driver that refuses `IN_FENCE_FD`, as nvidia-drm did: strace has the kernel answer so to the first commit with one.
-fn refused_by_the_driver() -> anyhow::Result<Outcome> {
-    if let Ok(how) = std::env::var(UNDER_STRACE) {
-        return under_strace(how == "refused");
-    }
-    let log = format!("/tmp/strace-fence.{}", std::process::id());
-    let run = |how: &str, inject: &[String]| -> Result<String> {
-        let mut command = Command::new("strace");
-        command.args(["-e", "trace=ioctl", "-o", &log]).args(inject);
-        command
-            .arg(std::env::current_exe()?)
-            .args(["--run-one", REFUSED])
-            .env(UNDER_STRACE, how);
-        finish(&mut command)?.has_status(0)?;
-        Ok(fs::read_to_string(&log)?)
-    };
-    // The test commit, the first picture, and the one with the fence.
-    let seen = run("taken", &[])?;
-    let commits = seen.lines().zip(1..).filter(|(line, _)| line.contains("MODE_ATOMIC"));
-    let (_, place) = commits.take(3).last().context("strace saw no commits")?;
-    let told = run("refused", &["-e".to_owned(), format!("inject=ioctl:error=EPERM:when={place}")])?;
-    fs::remove_file(&log)?;
-    let injected = told
-        .lines()
-        .find(|line| line.contains("INJECTED"))
-        .context("nothing was refused")?;
-    ensure!(injected.contains("MODE_ATOMIC"), "another call was refused: {injected}");
-    PASSED
-}
-
-fn under_strace(refused: bool) -> anyhow::Result<Outcome> {
-    let (mut camera, vgem) = (camera()?, Vgem::open()?);
-    let mut display = lit(&mut camera, fifo_request())?;
-    let mut signallers = Vec::new();
-    let mut told = Vec::new();
-    for _ in 0..2 {
-        let (fence, signal) = vgem.fence()?;
-        let frame = camera.next()?.with_acquire_fence(fence);
-        signallers.push((frame.meta().sequence, signal.after(NOT_YET)));
-        told.extend(display.present(frame)?);
-    }
-    while let Some(shown) = display.finish()? {
-        told.push(shown);
-    }
-    for (sequence, signaller) in signallers {
-        let shown = told
-            .iter()
-            .find(|shown| shown.meta.sequence == sequence)
-            .context("it was not shown")?;
-        soon_after(shown, signalled(signaller)?)?;
-    }
-    // Once refused, the next is not tried.
-    let expected = match refused {
-        true => FenceUse { by_device: 0, by_cpu: 2, why: Some(CpuWait::Refused(nix::libc::EPERM)) },
-        false => FenceUse { by_device: 2, by_cpu: 0, why: None },
-    };
-    ensure!(display.fence_use() == expected, "{:?}", display.fence_use());
-    display.restore()?;
-    PASSED
-}
 
 /// A camera whose frames are written for some time after they come, by another device.
 struct Fenced {

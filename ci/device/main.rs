@@ -23,6 +23,7 @@ mod cycles;
 mod display;
 mod faults;
 mod fences;
+mod fences_faults;
 mod fences_flow;
 mod fences_shown;
 mod formats;
@@ -58,6 +59,7 @@ fn main() -> std::process::ExitCode {
         nonblocking::TESTS,
         fences_shown::TESTS,
         fences_flow::TESTS,
+        fences_faults::TESTS,
         screen::TESTS,
         commands::TESTS,
         sinks::TESTS,
