@@ -18,6 +18,15 @@ pub(crate) enum Call {
     Commit,
     /// `DRM_IOCTL_MODE_CREATE_DUMB`.
     CreateDumb,
+    /// `gbm_bo_import`.
+    #[cfg(feature = "gbm")]
+    GbmImport,
+    /// `DRM_IOCTL_PRIME_FD_TO_HANDLE` of a device whose GBM refused an import.
+    #[cfg(feature = "gbm")]
+    GbmPrime,
+    /// `gbm_bo_create` and `gbm_bo_create_with_modifiers`.
+    #[cfg(feature = "gbm")]
+    GbmCreate,
     /// `VIDIOC_S_FMT`.
     SetFormat,
     /// `VIDIOC_REQBUFS` for memory of the driver's.
@@ -55,6 +64,12 @@ impl Call {
             Call::AddFramebuffer => "AddFB2",
             Call::Commit => "atomic commit",
             Call::CreateDumb => "CREATE_DUMB",
+            #[cfg(feature = "gbm")]
+            Call::GbmImport => "gbm_bo_import",
+            #[cfg(feature = "gbm")]
+            Call::GbmPrime => "PRIME import",
+            #[cfg(feature = "gbm")]
+            Call::GbmCreate => "gbm_bo_create",
             Call::SetFormat => "VIDIOC_S_FMT",
             Call::RequestOwn | Call::RequestImport => "VIDIOC_REQBUFS",
             Call::ImportBuffer => "VIDIOC_QBUF",
@@ -70,6 +85,12 @@ impl Call {
             Call::AddFramebuffer => add_framebuffer(errno),
             Call::Commit => commit(errno),
             Call::CreateDumb => create_dumb(errno),
+            #[cfg(feature = "gbm")]
+            Call::GbmImport => gbm_import(errno),
+            #[cfg(feature = "gbm")]
+            Call::GbmPrime => gbm_prime(errno),
+            #[cfg(feature = "gbm")]
+            Call::GbmCreate => gbm_create(errno),
             Call::SetFormat => set_format(errno),
             Call::RequestOwn => request_own(errno),
             Call::RequestImport => request_import(errno),
@@ -168,6 +189,57 @@ const fn create_dumb(errno: i32) -> Cause {
     }
 }
 
+/// gbm_dri_bo_import (gbm_dri.c): for whatever its driver did not like, EINVAL with GBM_BO_IMPORT_FD and ENOSYS with
+/// GBM_BO_IMPORT_FD_MODIFIER. Memory and format have been looked at before.
+#[cfg(feature = "gbm")]
+const fn gbm_import(errno: i32) -> Cause {
+    match errno {
+        libc::ENOMEM => cause("no memory is left to import the buffer for the GPU", FEWER),
+        _ => cause(
+            "the GPU's driver takes no such buffer; likely the stride, an offset or the tiling",
+            "let the camera capture into the GPU's own buffers, or ask for rows of a multiple of 256 bytes (--stride)",
+        ),
+    }
+}
+
+/// drm_gem_prime_fd_to_handle, as for a display.
+#[cfg(feature = "gbm")]
+const fn gbm_prime(errno: i32) -> Cause {
+    match errno {
+        libc::EINVAL | libc::EBUSY => cause(
+            "the GPU cannot use this memory; likely it is not contiguous, or fixed where the GPU cannot reach it",
+            "let the camera capture into the GPU's own buffers",
+        ),
+        libc::EBADF => cause("the buffer's descriptor was closed", "export it again"),
+        libc::ENOMEM => cause("no memory or address space is left to map the buffer for the GPU", FEWER),
+        libc::ENOSYS | libc::EOPNOTSUPP | libc::ENOTTY => {
+            cause("the GPU's kernel driver imports no dma-bufs", "use another device, or let frames be copied")
+        }
+        libc::EACCES | libc::EPERM => cause("this process may not use the GPU", "use its render node (renderD128)"),
+        libc::EMFILE | libc::ENFILE => {
+            cause("no descriptor is left to open the GPU with", "raise the limit (`ulimit -n`)")
+        }
+        libc::ENODEV => cause("the GPU is gone", "plug it in again"),
+        _ => cause("the GPU's kernel driver refused the memory", LOG),
+    }
+}
+
+/// gbm_dri_bo_create (gbm_dri.c), and the driver's own.
+#[cfg(feature = "gbm")]
+const fn gbm_create(errno: i32) -> Cause {
+    match errno {
+        libc::EACCES | libc::EPERM => {
+            cause("this process may not make buffers through this node", "use the card's node")
+        }
+        libc::ENOMEM | libc::ENOSPC => cause("no memory of the GPU's is left", FEWER),
+        libc::EINVAL | libc::ENOSYS => cause(
+            "the GPU's driver makes no buffer of this size or tiling",
+            "choose a smaller size, or another maker's memory",
+        ),
+        _ => cause("the GPU's driver made no buffer", LOG),
+    }
+}
+
 /// v4l_s_fmt (v4l2-ioctl.c) and the driver's own checks.
 const fn set_format(errno: i32) -> Cause {
     match errno {
@@ -263,11 +335,17 @@ const fn stream_on(errno: i32) -> Cause {
 mod tests {
     use super::*;
 
-    const ALL: [Call; 10] = [
+    const ALL: &[Call] = &[
         Call::PrimeImport,
         Call::AddFramebuffer,
         Call::Commit,
         Call::CreateDumb,
+        #[cfg(feature = "gbm")]
+        Call::GbmImport,
+        #[cfg(feature = "gbm")]
+        Call::GbmPrime,
+        #[cfg(feature = "gbm")]
+        Call::GbmCreate,
         Call::SetFormat,
         Call::RequestOwn,
         Call::RequestImport,

@@ -4,6 +4,7 @@ mod import;
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -314,6 +315,11 @@ pub trait Sink {
     fn allocate(&mut self, layout: &Layout, room: &Room, count: u32) -> Result<Vec<Buffer>> {
         let _ = (layout, room, count);
         Err(Error::new(Kind::Unsupported, "make buffers of", self.name()).because("it has no memory of its own"))
+    }
+
+    /// The node of the DRM card that it shows frames on, for others who make memory for that card; `None` for a sink that is no display.
+    fn card_node(&self) -> Option<&Path> {
+        None
     }
 
     /// Sees each frame right after its capture, before anyone else touches it. A sink that verifies predicts here what it

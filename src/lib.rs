@@ -23,6 +23,7 @@
 //! - [`frame`]: buffers, frames, leases. [`endpoint`]: the traits of sources, sinks and importers, and refusals.
 //! - [`fence`]: what says that a device is done with memory, and travels with frames.
 //! - [`convert`]: a picture in another format, made by the CPU.
+//! - `gbm` (cargo feature `gbm`): a GPU driver's importer and allocator, and a sink that imports each frame.
 //! - [`v4l2`], [`pattern`]: sources. [`kms`], [`sink`]: sinks. [`pipe`]: the loop between them. [`ledger`]: what was copied.
 //! - [`probe`]: the [`ladder`]'s rungs, each tried for real in every format of a source.
 //! - [`bufs`]: every dma-buf of the machine, who holds it, and what only grows.
@@ -40,6 +41,8 @@ pub mod error;
 pub mod fence;
 pub mod format;
 pub mod frame;
+#[cfg(feature = "gbm")]
+pub mod gbm;
 pub mod kms;
 pub mod ladder;
 pub mod ledger;

@@ -31,6 +31,11 @@ pub(crate) trait Named: Sized {
 
     /// Path and driver, for a list of those that are there.
     fn describe(&self) -> String;
+
+    /// Whether the two are nodes of one device: then the first of them is meant by its name.
+    fn is_same(&self, _other: &Self) -> bool {
+        false
+    }
 }
 
 /// How well a name fits what a device is called, the best first.
@@ -94,10 +99,15 @@ pub(crate) fn find<D: Named>(name: &str, nodes: &[PathBuf]) -> Result<D> {
         }
     }
     if let Some(best) = found.iter().map(|(fit, _)| *fit).min() {
-        found.retain(|(fit, _)| *fit == best);
-        let candidates: Vec<_> = found.iter().map(|(_, device)| device.describe()).collect();
-        return match (found.pop(), found.is_empty()) {
-            (Some((_, device)), true) => Ok(device),
+        let mut distinct: Vec<D> = Vec::with_capacity(1);
+        for (_, device) in found.into_iter().filter(|(fit, _)| *fit == best) {
+            if !distinct.iter().any(|known| known.is_same(&device)) {
+                distinct.push(device);
+            }
+        }
+        let candidates: Vec<_> = distinct.iter().map(Named::describe).collect();
+        return match (distinct.pop(), distinct.is_empty()) {
+            (Some(device), true) => Ok(device),
             _ => Err(wrong("several are called so").repair(format!("name one of them: {}", candidates.join(", ")))),
         };
     }
@@ -170,13 +180,17 @@ mod tests {
         fn names(&self) -> Vec<&str> {
             match self.0.to_str() {
                 Some("/dev/n1") => vec!["odd", "Integrated Camera: HD"],
-                Some("/dev/n3") => vec!["odder", "Camera"],
+                Some("/dev/n3" | "/dev/twin3") => vec!["odder", "Camera"],
                 _ => vec!["oddest", "Integrated IR camera"],
             }
         }
 
         fn describe(&self) -> String {
             self.0.display().to_string()
+        }
+
+        fn is_same(&self, other: &Odd) -> bool {
+            self.names() == other.names()
         }
     }
 
@@ -200,6 +214,9 @@ mod tests {
         let line =
             "cannot find an odd one called \"integrated\": several are called so (name one of them: /dev/n1, /dev/n5)";
         assert_eq!(error.line(), line);
+        let twins = ["/dev/twin3", "/dev/n3"].map(PathBuf::from);
+        assert_eq!(find::<Odd>("odder", &twins).unwrap().0, twins[0], "two nodes of one device");
+        assert_eq!(find::<Odd>("n3", &twins).unwrap().0, twins[1]);
         assert_eq!(find::<Odd>("n3", &nodes).unwrap().0, nodes[2]);
         assert_eq!(find::<Odd>("n0", &nodes).unwrap_err().kind(), Kind::Permission);
         let error = find::<Odd>("even", &nodes).unwrap_err();

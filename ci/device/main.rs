@@ -27,6 +27,8 @@ mod fences_faults;
 mod fences_flow;
 mod fences_shown;
 mod formats;
+#[cfg(feature = "gbm")]
+mod gbm;
 mod gone;
 mod harness;
 mod inputs;
@@ -66,6 +68,8 @@ fn main() -> std::process::ExitCode {
         outputs::TESTS,
         snap::TESTS,
         bufs::TESTS,
+        #[cfg(feature = "gbm")]
+        gbm::TESTS,
         probe::TESTS,
         verify::TESTS,
         faults::TESTS,

@@ -1,6 +1,7 @@
 //! One display as a sink: imports once, shows frame after frame, and puts back what was there before.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -344,6 +345,10 @@ impl Sink for Display {
     fn allocate(&mut self, layout: &Layout, room: &Room, count: u32) -> Result<Vec<Buffer>> {
         let align = self.stride_align();
         (0..count).map(|_| self.card.make_buffer(layout, room, align)).collect()
+    }
+
+    fn card_node(&self) -> Option<&Path> {
+        Some(&self.card.info().path)
     }
 
     fn inspect(&mut self, frame: &Frame, place: u64) -> Result<()> {

@@ -56,46 +56,50 @@ impl Display {
     pub(super) fn show_in_turn(&mut self, frame: Frame) -> Result<Option<Shown>> {
         // What is on its way may wait for a fence, without limit, and a commit that waits for it would too.
         self.pending_acquired()?;
-        let on_its_way = match frame.acquire_fence() {
+        let (on_its_way, event) = match frame.acquire_fence() {
             None => self.send(&frame)?,
             Some(fence) => match self.send_fenced(&frame, fence)? {
-                Sent::OnItsWay => true,
+                Sent::OnItsWay => (true, true),
                 Sent::Acquired(refused) => {
-                    let on_its_way = self.send(&frame)?;
+                    let sent = self.send(&frame)?;
                     // It was the fence, and will be with the next.
                     self.by_cpu = self.by_cpu.or(refused.map(CpuWait::Refused));
-                    on_its_way
+                    sent
                 }
             },
         };
-        self.fifo.submitted(*frame.meta());
+        let meta = *frame.meta();
         // Either commit says that what was on its way is on screen, and so that what it replaced is not.
         if let Some(before) = self.pending.take() {
             self.put_on_screen(before);
         }
         match on_its_way {
-            true => self.pending = Some(frame),
+            true => {
+                self.pending = Some(frame);
+                self.fifo.submitted(meta);
+            }
             false => {
                 self.put_on_screen(frame);
                 // Such a commit is cleaned up when it returns: nobody reads what it replaced.
                 self.leaving = None;
+                self.fifo.arrived(&self.card, meta, event, self.period_us())?;
             }
         }
         self.fifo.next_shown(&self.card, usize::from(on_its_way))
     }
 
-    /// Whether the frame is on its way; otherwise it is on screen.
-    fn send(&mut self, frame: &Frame) -> Result<bool> {
-        let flags = CommitFlags { event: true, ..CommitFlags::default() };
+    /// Whether the frame is on its way, or otherwise on screen, and whether that has, or will have, an event.
+    fn send(&mut self, frame: &Frame) -> Result<(bool, bool)> {
         let mut on_its_way = !self.each_waits() && !self.fifo.waits();
-        if on_its_way && !self.flip(frame, CommitFlags { nonblock: true, ..flags })? {
+        if on_its_way && !self.flip(frame, CommitFlags { nonblock: true, event: true, ..CommitFlags::default() })? {
             self.fifo.refused();
             on_its_way = false;
         }
+        let event = on_its_way || self.fifo.wants_event();
         if !on_its_way {
-            self.flip(frame, flags)?;
+            self.flip(frame, CommitFlags { event, ..CommitFlags::default() })?;
         }
-        Ok(on_its_way)
+        Ok((on_its_way, event))
     }
 
     /// Whether each commit waits until its frame is on screen, since there are too few buffers to hold one that has left it.
@@ -145,10 +149,15 @@ impl Display {
             return Err(error.repair("an earlier commit has not completed"));
         }
         self.pending = Some(frame);
-        let period = self.way.as_ref().map_or(0, |way| way.route.period_us()).max(1);
+        let period = self.period_us();
         let since_last = now_us().saturating_sub(self.last_flip_us);
         self.flip_due_us = self.last_flip_us + (since_last / period + 1) * period;
         Ok(())
+    }
+
+    /// The time from one flip to the next by the mode's refresh, in µs; 1 if that is not known.
+    fn period_us(&self) -> u64 {
+        self.way.as_ref().map_or(0, |way| way.route.period_us()).max(1)
     }
 
     /// Submits a frame if the one before is on screen and its fence has signalled, else keeps it, instead of one that waits already. A

@@ -1,8 +1,8 @@
 //! The fallback ladder: a source and a sink are joined by the first rung that holds, and each that does not leaves its reason.
 //!
 //! 1. **exported**: the source's own buffers, imported by the sink. No copy.
-//! 2. **reverse**: buffers of the sink, or of an allocator, that the source captures into. No copy: the cure for strides, alignment and
-//!    contiguity.
+//! 2. **reverse**: buffers of the sink, of its card's GBM, or of an allocator, that the source captures into. No copy: the cure for
+//!    strides, alignment and contiguity.
 //! 3. **converted**: the GPU makes of each frame one that the sink takes. This build has none.
 //! 4. **copied**: the CPU writes each frame into a buffer that the sink takes. One copy, in the ledger.
 //!
@@ -30,6 +30,15 @@ pub enum Path {
     ZeroCopy,
     /// A copy at once: to compare with, or to keep the source's buffers for nobody but the source.
     Copy,
+    /// The rung [`Rung::Reverse`] with the buffers of this maker, else a refusal.
+    Reverse(Maker),
+}
+
+impl Path {
+    /// Whether it is a refusal where pixels would be copied or converted.
+    pub fn is_zero_copy(self) -> bool {
+        matches!(self, Path::ZeroCopy | Path::Reverse(_))
+    }
 }
 
 /// A source and a sink, joined.
@@ -66,6 +75,9 @@ fn last(refusals: &[Refusal]) -> String {
 /// # Errors
 /// [`NoWay`]. The source has buffers of its own again then.
 pub fn join(source: &mut dyn Source, sink: &mut dyn Sink, path: Path) -> Result<Joined, NoWay> {
+    if let Path::Reverse(maker) = path {
+        return demanded(source, sink, maker);
+    }
     let mut refusals = Vec::new();
     if path != Path::Copy || sink.formats().is_none() {
         match exported(source, sink) {
@@ -104,6 +116,26 @@ pub fn join(source: &mut dyn Source, sink: &mut dyn Sink, path: Path) -> Result<
     }
 }
 
+/// The buffers of this maker, and no others.
+fn demanded(source: &mut dyn Source, sink: &mut dyn Sink, maker: Maker) -> Result<Joined, NoWay> {
+    let (layout, count) = (*source.layout(), buffer_count(source));
+    let refusal = match lacks_format(&layout, sink, None) {
+        Some(refusal) => refusal,
+        None => match reverse_by(source, sink, maker, count)? {
+            Ok(Rung::Reverse) => return Ok(Joined { rung: Rung::Reverse, refusals: Vec::new(), copier: None }),
+            Ok(_) => {
+                put_back(source, &layout)?;
+                Refusal { rung: Rung::Reverse, ..reads_itself() }
+            }
+            Err(refusal) => {
+                put_back(source, &layout)?;
+                refusal
+            }
+        },
+    };
+    Err(NoWay::Refused(vec![refusal]))
+}
+
 /// The source's own buffers. A sink that reads each frame with the CPU says [`Rung::Copied`].
 ///
 /// # Errors
@@ -135,20 +167,47 @@ pub fn converted() -> Refusal {
 }
 
 /// Who makes buffers that the source does not.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Maker {
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[non_exhaustive]
+pub enum Maker {
+    /// The sink itself: a display's dumb buffers, a GPU's own.
     Sink,
+    /// The GBM of the display's card: what the driver makes for scanout where that is more than dumb buffers.
+    #[cfg(feature = "gbm")]
+    Gbm,
+    /// An allocator that belongs to no device.
     Allocator(Allocator),
 }
 
 impl Maker {
-    /// In the order in which they are tried. A heap before udmabuf: its memory may be what the devices share.
-    pub(crate) const DMA_BUF: [Maker; 3] =
-        [Maker::Sink, Maker::Allocator(Allocator::SystemHeap), Maker::Allocator(Allocator::Udmabuf)];
+    /// In the order in which they are tried. The kernel's part of a display before the GPU driver's, which has to be loaded; a heap before
+    /// udmabuf: its memory may be what the devices share.
+    const DMA_BUF: &[Maker] = &[
+        Maker::Sink,
+        #[cfg(feature = "gbm")]
+        Maker::Gbm,
+        Maker::Allocator(Allocator::SystemHeap),
+        Maker::Allocator(Allocator::Udmabuf),
+    ];
+
+    /// Those that there are for this sink, in the order in which they are tried.
+    pub(crate) fn of_dma_bufs(sink: &dyn Sink) -> impl Iterator<Item = Maker> + use<> {
+        // One that makes the same dumb buffers again, and prints lines of its own while it does, is there for who asks for it alone.
+        #[cfg(feature = "gbm")]
+        let has_gbm = sink.card_node().is_some_and(crate::gbm::Device::renders);
+        let there = move |maker: &Maker| match maker {
+            #[cfg(feature = "gbm")]
+            Maker::Gbm => has_gbm,
+            Maker::Sink | Maker::Allocator(_) => true,
+        };
+        Maker::DMA_BUF.iter().copied().filter(there)
+    }
 
     pub(crate) fn name(self, sink: &dyn Sink) -> String {
         match self {
             Maker::Sink => sink.name().to_owned(),
+            #[cfg(feature = "gbm")]
+            Maker::Gbm => format!("GBM on {}", sink.name()),
             Maker::Allocator(allocator) => allocator.to_string(),
         }
     }
@@ -156,6 +215,8 @@ impl Maker {
     fn make(self, sink: &mut dyn Sink, layout: &Layout, room: &Room, count: u32) -> Result<Vec<Buffer>> {
         match self {
             Maker::Sink => sink.allocate(layout, room, count),
+            #[cfg(feature = "gbm")]
+            Maker::Gbm => by_gbm(sink, layout, room, count),
             // Rows as the pickiest displays known want them; where the source has agreed to a layout it has such rows already.
             Maker::Allocator(allocator) => {
                 let layout = layout.with_stride_align(STRIDE);
@@ -164,6 +225,20 @@ impl Maker {
             }
         }
     }
+}
+
+/// Linear, so that a camera or the CPU can fill them, and fit for scanout.
+#[cfg(feature = "gbm")]
+fn by_gbm(sink: &dyn Sink, layout: &Layout, room: &Room, count: u32) -> Result<Vec<Buffer>> {
+    use crate::format::Modifier;
+    use crate::gbm::{Device, Usage};
+    let Some(card) = sink.card_node() else {
+        let error = Error::new(Kind::Unsupported, "make buffers by GBM for", sink.name()).because("it is no display");
+        return Err(error.repair("use the sink's own buffers"));
+    };
+    let device = Device::of_card(card)?;
+    let make = |_| device.make_buffer(layout, room, Usage::SCANOUT, &[Modifier::LINEAR]);
+    (0..count).map(make).collect()
 }
 
 /// AMD's displays want strides in multiples of 256 bytes; no other known one wants more.
@@ -183,11 +258,11 @@ pub fn reverse(
     if let Some(refusal) = lacks_format(&layout, sink, exported) {
         return Ok((None, vec![refusal]));
     }
-    let count = u32::try_from(source.buffers().len()).unwrap_or(u32::MAX).max(1);
+    let count = buffer_count(source);
     let mut refusals = Vec::new();
-    for maker in Maker::DMA_BUF {
+    for maker in Maker::of_dma_bufs(sink) {
         match reverse_by(source, sink, maker, count)? {
-            Ok(()) => return Ok((Some(Rung::Reverse), refusals)),
+            Ok(_) => return Ok((Some(Rung::Reverse), refusals)),
             Err(refusal) => refusals.push(refusal),
         }
         put_back(source, &layout)?;
@@ -197,6 +272,11 @@ pub fn reverse(
     }
     put_back(source, &layout)?;
     Ok((None, refusals))
+}
+
+/// As many as the source has.
+pub(crate) fn buffer_count(source: &dyn Source) -> u32 {
+    u32::try_from(source.buffers().len()).unwrap_or(u32::MAX).max(1)
 }
 
 /// What no other buffers cure: whoever makes the memory, the pixels are what they are.
@@ -211,7 +291,8 @@ pub(crate) fn lacks_format(layout: &Layout, sink: &dyn Sink, exported: Option<&R
     Some(Refusal { rung: Rung::Reverse, step, errno: None, why, repair })
 }
 
-/// Buffers of this maker. `Ok(Err(…))` has the reason why not; the source may be without buffers then.
+/// Buffers of this maker; [`Rung::Copied`] for a sink that reads each frame with the CPU. `Ok(Err(…))` has the reason why not; the source
+/// may be without buffers then.
 ///
 /// # Errors
 /// If the source or the sink is gone.
@@ -220,11 +301,12 @@ pub(crate) fn reverse_by(
     sink: &mut dyn Sink,
     maker: Maker,
     count: u32,
-) -> Result<Result<(), Refusal>> {
+) -> Result<Result<Rung, Refusal>> {
     let layout = *source.layout();
     let whose = maker.name(sink);
     let refusal = match try_reverse(source, sink, maker, &layout, count) {
-        Ok(()) => return Ok(Ok(())),
+        Ok(Rung::Exported) => return Ok(Ok(Rung::Reverse)),
+        Ok(other) => return Ok(Ok(other)),
         Err(JoinError::Refused(refusal)) => Refusal { rung: Rung::Reverse, ..refusal },
         Err(JoinError::Failed(error)) if error.kind() == Kind::Disconnected => return Err(error),
         Err(JoinError::Failed(error)) => Refusal::from_error(Rung::Reverse, &error),
@@ -249,7 +331,7 @@ fn try_reverse(
     maker: Maker,
     layout: &Layout,
     count: u32,
-) -> Result<(), JoinError> {
+) -> Result<Rung, JoinError> {
     // One buffer first, which the source need not know of: it tells the strides, and whether the sink takes such memory at all.
     let first = one_memory_plane(layout)?;
     let trial = maker.make(sink, &first, &Room::default(), 1)?;
@@ -268,7 +350,7 @@ fn try_reverse(
     }
     let buffers = maker.make(sink, &agreed, &room, count)?;
     source.use_buffers(buffers)?;
-    sink.join(source.layout(), source.rate(), source.buffers()).map(drop)
+    sink.join(source.layout(), source.rate(), source.buffers())
 }
 
 /// The same picture in one memory plane, its rows as short as they can be.
@@ -311,7 +393,7 @@ pub fn copied(source: &dyn Source, sink: &mut dyn Sink, demanded: bool) -> Resul
     let takes = |format: &Format| taken.as_ref().is_none_or(|taken| taken.contains(format));
     let mut refused = None;
     for target in Converter::targets(layout.format()).filter(takes) {
-        for maker in Maker::DMA_BUF.into_iter().chain([Maker::Allocator(Allocator::Plain)]) {
+        for maker in Maker::of_dma_bufs(sink).chain([Maker::Allocator(Allocator::Plain)]) {
             match try_copied(source, sink, maker, target, demanded) {
                 Ok(copier) => return Ok(Ok(copier)),
                 Err(JoinError::Refused(refusal)) => {

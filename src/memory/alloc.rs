@@ -19,7 +19,7 @@ use super::page_size;
 const LONGEST: usize = i64::MAX as usize;
 
 /// A place that memory for frames comes from.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Allocator {
     /// `/dev/udmabuf` over a memfd: page-wise memory, cached. The memfd stays reachable ([`DmaBuf::memfd`]).
     Udmabuf,

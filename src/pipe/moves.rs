@@ -8,7 +8,7 @@ use super::{Pipe, Progress};
 use crate::clock::now_us;
 use crate::endpoint::{JoinError, Refusal, Rung};
 use crate::error::{Context, Error, Kind, Result};
-use crate::ladder::{self, Joined, NoWay, Path};
+use crate::ladder::{self, Joined, NoWay};
 
 /// A step from one rung to another while frames flowed, a change at the source, or [news](crate::endpoint::Sink::news) of the sink, which
 /// leave the rung as it was.
@@ -146,7 +146,7 @@ impl Pipe<'_> {
                 let error = Error::new(Kind::Unsupported, "show the new format of", self.source.name());
                 // As for the first frame: of the way that costs nothing where that was demanded, else of the last resort.
                 let mut refusals = refusals.into_iter();
-                let told = if self.path == Path::ZeroCopy { refusals.next() } else { refusals.next_back() };
+                let told = if self.path.is_zero_copy() { refusals.next() } else { refusals.next_back() };
                 return Err(match told {
                     Some(refusal) => error.because(refusal),
                     None => error,

@@ -64,14 +64,14 @@ impl Bench<'_> {
     /// The buffers of each maker in turn, until one holds.
     pub(super) fn reverse(&mut self, exported: Option<&Refusal>) -> Result<Outcome, End> {
         let mut refused = Vec::new();
-        for maker in Maker::DMA_BUF {
+        for maker in Maker::of_dma_bufs(self.sink) {
             let mut source = self.open()?;
             if let Some(refusal) = self.never_reverse(source.as_ref(), exported) {
                 return Ok(Outcome::Refused(vec![Refusal { rung: Rung::Reverse, ..refusal }]));
             }
-            let count = u32::try_from(source.buffers().len()).unwrap_or(u32::MAX).max(1);
+            let count = ladder::buffer_count(source.as_ref());
             match ladder::reverse_by(source.as_mut(), self.sink, maker, count).map_err(End::Failed)? {
-                Ok(()) => match self.outcome(Rung::Reverse, source, None, refused, Some(Memory::Of(maker)))? {
+                Ok(_) => match self.outcome(Rung::Reverse, source, None, refused, Some(Memory::Of(maker)))? {
                     Outcome::Refused(refusals) => refused = refusals,
                     holds => return Ok(holds),
                 },

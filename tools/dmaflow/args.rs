@@ -11,8 +11,9 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 /// Below every help text.
 const NAMES: &str = "\
 SOURCE  /dev/videoN | a driver or card name (vivid) | pattern (a test card, no device needed)
-SINK    /dev/dri/cardN | a driver name (vkms) | png:FILE | y4m:FILE | raw:FILE | null
+SINK    /dev/dri/cardN | a driver name (vkms) | gbm | gbm:DEVICE | png:FILE | y4m:FILE | raw:FILE | null
         (y4m:- and raw:- write the frames to stdout, and the result to stderr)
+DEVICE  /dev/dri/renderDN | /dev/dri/cardN | a driver name (amdgpu, vgem)
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 3 zero copy demanded and refused, 4 a frame was shown wrong";
 
@@ -63,14 +64,16 @@ pub struct ListArgs {
 /// Below the help text of `probe`.
 const PROBE: &str = "\
 SOURCE    /dev/videoN | a driver or card name (vivid) | pattern (a test card, no device needed)
-SINK      /dev/dri/cardN | a driver name (vkms) | null
+SINK      /dev/dri/cardN | a driver name (vkms) | gbm | gbm:DEVICE | null
+DEVICE    /dev/dri/renderDN | /dev/dri/cardN | a driver name (amdgpu, vgem)
 
 exported  the source's own buffers, used by the sink: no copy
-reverse   buffers of the sink, of a dma-heap or of udmabuf, that the source captures into: no copy
+reverse   buffers of the sink, of GBM, a dma-heap or udmabuf, that the source captures into: no copy
 converted the GPU makes of each frame one that the sink takes
 copied    the CPU copies each frame
 
-A rung is ok when two frames that came that way have been shown. Pictures appear on the display meanwhile; it is put back.
+A rung is ok when two frames that came that way have been shown, or with gbm imported. Pictures appear on the display meanwhile; it is
+put back.
 Exit status: 0 everything was tried, whatever was refused; 1 something failed; 2 wrong usage";
 
 #[derive(ClapArgs)]
@@ -79,7 +82,7 @@ pub struct ProbeArgs {
     /// Where frames come from [default: every camera]
     #[arg(long, value_name = "SOURCE", value_parser = NonEmptyStringValueParser::new())]
     pub from: Option<String>,
-    /// Where frames go [default: every display]
+    /// Where frames go [default: every display, and the first device with GBM]
     #[arg(long, value_name = "SINK", value_parser = NonEmptyStringValueParser::new())]
     pub to: Option<String>,
     /// Size in pixels [default: what the source has]
@@ -113,6 +116,9 @@ pub struct PipeArgs {
     /// Without a copy where that works, or fail rather than copy, or copy always
     #[arg(long, value_enum, default_value_t = PathChoice::Auto, value_name = "PATH")]
     pub path: PathChoice,
+    /// Capture into memory that WHO made, and into no other: the rung "reverse", or fail
+    #[arg(long, value_enum, value_name = "WHO", conflicts_with = "path")]
+    pub memory: Option<MakerChoice>,
     /// Show every frame in order, or always the newest
     #[arg(long, value_enum, default_value_t = PresentChoice::Fifo, value_name = "HOW")]
     pub present: PresentChoice,
@@ -213,6 +219,19 @@ pub enum PathChoice {
     ZeroCopy,
     // Always copy.
     Copy,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum MakerChoice {
+    // The sink: a display's dumb buffers, the buffers of a device with GBM.
+    Sink,
+    // The GBM of the display's card.
+    #[cfg(feature = "gbm")]
+    Gbm,
+    // The system dma-heap.
+    Heap,
+    // udmabuf over a memfd.
+    Udmabuf,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -5,6 +5,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use anyhow::{Context, bail};
 use dmaflow::endpoint::{Sink, Source};
 use dmaflow::format::{Format, Fourcc};
+#[cfg(feature = "gbm")]
+use dmaflow::gbm;
 use dmaflow::kms::{Card, Display, DisplayRequest, Present};
 use dmaflow::pattern::{Pattern, PatternRequest};
 use dmaflow::sink::{Null, Png, Raw, Y4m};
@@ -20,6 +22,8 @@ const USUAL_RATE: f64 = 60.0;
 /// A sink of any sort. Displays are kept apart: what they show can be looked at.
 pub enum AnySink {
     Display(Box<Display>),
+    #[cfg(feature = "gbm")]
+    Gbm(gbm::Gbm),
     Png(Png),
     Y4m(Y4m),
     Raw(Raw),
@@ -30,6 +34,8 @@ impl AnySink {
     pub fn as_dyn(&mut self) -> &mut dyn Sink {
         match self {
             AnySink::Display(display) => display.as_mut(),
+            #[cfg(feature = "gbm")]
+            AnySink::Gbm(gbm) => gbm,
             AnySink::Png(png) => png,
             AnySink::Y4m(y4m) => y4m,
             AnySink::Raw(raw) => raw,
@@ -41,6 +47,8 @@ impl AnySink {
     pub fn restore(&mut self) -> dmaflow::error::Result<()> {
         match self {
             AnySink::Display(display) => display.restore(),
+            #[cfg(feature = "gbm")]
+            AnySink::Gbm(_) => Ok(()),
             AnySink::Png(_) | AnySink::Y4m(_) | AnySink::Raw(_) | AnySink::Null(_) => Ok(()),
         }
     }
@@ -86,10 +94,13 @@ pub fn open_sink(args: &PipeArgs, stop: BorrowedFd<'_>) -> anyhow::Result<AnySin
             let raw = Raw::new(place).stop_at(stop()?);
             AnySink::Raw(if copy { raw.by_copy() } else { raw })
         }
+        Some(("gbm", "")) => bail!(Usage("gbm: needs a device, as in gbm:/dev/dri/renderD128".into())),
+        Some(("gbm", device)) => open_gbm(Some(device))?,
         Some(("unix", _)) => bail!(Usage("this version has no sink unix:".into())),
         Some(_) => bail!(Usage(format!("there is no sink called \"{name}\""))),
         None if name == "null" => AnySink::Null(Null::new()),
-        None if name == "vulkan" || name == "gbm" => bail!(Usage(format!("this version has no sink {name}"))),
+        None if name == "gbm" => open_gbm(None)?,
+        None if name == "vulkan" => bail!(Usage(format!("this version has no sink {name}"))),
         None => display(Card::find(name)?)?,
     };
     if verify && !matches!(sink, AnySink::Display(_)) {
@@ -97,6 +108,28 @@ pub fn open_sink(args: &PipeArgs, stop: BorrowedFd<'_>) -> anyhow::Result<AnySin
     }
     Ok(sink)
 }
+
+/// The GBM of a device as a sink, else of the first that has it.
+#[cfg(feature = "gbm")]
+pub fn open_gbm(device: Option<&str>) -> anyhow::Result<AnySink> {
+    let device = match device {
+        Some(name) => gbm::Device::find(name)?,
+        None => {
+            let device = gbm::Device::first()?;
+            note(&format!("to gbm:{} ({})", device.name(), device.info().driver));
+            device
+        }
+    };
+    Ok(AnySink::Gbm(gbm::Gbm::new(device)))
+}
+
+#[cfg(not(feature = "gbm"))]
+pub fn open_gbm(_: Option<&str>) -> anyhow::Result<AnySink> {
+    bail!(Usage(NO_GBM.into()))
+}
+
+#[cfg(not(feature = "gbm"))]
+pub const NO_GBM: &str = "this dmaflow was built without GBM (cargo feature gbm)";
 
 /// Opens the source called `name`, else the first camera. `formats` are those that the sink takes.
 pub fn open_source(

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 use std::time::Duration;
 
 use dmaflow::endpoint::{JoinError, Rung, Shown, Sink, Verdict};
@@ -40,6 +41,10 @@ impl Sink for Keeper<'_> {
 
     fn allocate(&mut self, layout: &Layout, room: &Room, count: u32) -> Result<Vec<Buffer>> {
         self.inner.allocate(layout, room, count)
+    }
+
+    fn card_node(&self) -> Option<&Path> {
+        self.inner.card_node()
     }
 
     fn inspect(&mut self, frame: &Frame, place: u64) -> Result<()> {

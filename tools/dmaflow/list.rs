@@ -15,6 +15,7 @@ use crate::output;
 struct Listing {
     cameras: Vec<CameraListing>,
     displays: Vec<DisplayListing>,
+    gbm: GbmListing,
     allocators: Vec<AllocatorListing>,
     shared: Vec<SharedListing>,
     /// Devices that are there and could not be opened, and why.
@@ -65,6 +66,28 @@ struct ConnectorListing {
     modes: Vec<String>,
 }
 
+/// What GPU drivers import and make.
+#[derive(Serialize)]
+struct GbmListing {
+    devices: Vec<GbmDeviceListing>,
+    /// Why there is none, or not all.
+    why_not: Vec<String>,
+    /// What the drivers' libraries printed meanwhile.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    said: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct GbmDeviceListing {
+    path: String,
+    driver: String,
+    /// The formats that it imports; left out where none could be tried.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    imports: Option<Vec<String>>,
+    /// The formats in which it makes buffers for a camera to fill.
+    makes: Vec<String>,
+}
+
 #[derive(Serialize)]
 struct AllocatorListing {
     name: String,
@@ -83,8 +106,14 @@ struct SharedListing {
 
 pub fn run(args: &ListArgs) -> anyhow::Result<ExitCode> {
     output::check()?;
-    let mut listing =
-        Listing { cameras: vec![], displays: vec![], allocators: allocators(), shared: vec![], refused: vec![] };
+    let mut listing = Listing {
+        cameras: vec![],
+        displays: vec![],
+        gbm: gbm(),
+        allocators: allocators(),
+        shared: vec![],
+        refused: vec![],
+    };
     let mut camera_formats = Vec::new();
     for info in Device::list() {
         let device = match info.and_then(|info| Device::open(&info.path)) {
@@ -162,6 +191,32 @@ fn camera(device: &Device, offers: &[FormatOffer]) -> anyhow::Result<CameraListi
     })
 }
 
+#[cfg(feature = "gbm")]
+fn gbm() -> GbmListing {
+    let names = |formats: &[Format]| formats.iter().map(Format::to_string).collect::<Vec<_>>();
+    let mut listing = GbmListing { devices: vec![], why_not: vec![], said: vec![] };
+    // Mesa tells of what it tries in vain, also where it goes on with success.
+    let ((), said) = crate::hear::hear(|| {
+        for device in dmaflow::gbm::Device::list() {
+            match device {
+                Ok(device) => listing.devices.push(GbmDeviceListing {
+                    path: device.name(),
+                    driver: device.info().driver.clone(),
+                    imports: device.formats().map(names),
+                    makes: names(&device.formats_made()),
+                }),
+                Err(error) => listing.why_not.push(error.line()),
+            }
+        }
+    });
+    GbmListing { said, ..listing }
+}
+
+#[cfg(not(feature = "gbm"))]
+fn gbm() -> GbmListing {
+    GbmListing { devices: vec![], why_not: vec![crate::ends::NO_GBM.to_owned()], said: vec![] }
+}
+
 fn connector(offer: &ConnectorOffer) -> ConnectorListing {
     let modes = offer.modes.iter().map(|mode| {
         let preferred = if mode.preferred { " preferred" } else { "" };
@@ -224,6 +279,19 @@ fn table(listing: &Listing) -> String {
         lines.push(format!("    formats  {}", display.formats.join(" ")));
     }
     if listing.displays.is_empty() {
+        none(&mut lines);
+    }
+    lines.push("GBM".to_owned());
+    for device in &listing.gbm.devices {
+        let list = |formats: &[String]| if formats.is_empty() { "nothing".to_owned() } else { formats.join(" ") };
+        lines.push(format!("  {}  ({})", device.path, device.driver));
+        let imports = device.imports.as_deref().map_or_else(|| "not tried".to_owned(), list);
+        lines.push(format!("    imports  {imports}"));
+        lines.push(format!("    makes    {}", list(&device.makes)));
+    }
+    lines.extend(listing.gbm.why_not.iter().map(|line| format!("  {line}")));
+    lines.extend(listing.gbm.said.iter().map(|line| format!("  said by libgbm: {line}")));
+    if listing.gbm.devices.is_empty() && listing.gbm.why_not.is_empty() {
         none(&mut lines);
     }
     lines.push("allocators".to_owned());

@@ -5,6 +5,8 @@ mod bufs;
 mod bufs_report;
 mod ends;
 mod failure;
+#[cfg(feature = "gbm")]
+mod hear;
 mod keep;
 mod list;
 mod live;

@@ -8,13 +8,14 @@ use anyhow::{anyhow, bail};
 use dmaflow::endpoint::{Refusal, Sink, Source};
 use dmaflow::error::Kind;
 use dmaflow::frame::ViewPolicy;
-use dmaflow::ladder::{NoWay, Path};
+use dmaflow::ladder::{Maker, NoWay, Path};
+use dmaflow::memory::Allocator;
 use dmaflow::pipe::{Limits, Pipe};
 use dmaflow::sink::write_png;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 
-use crate::args::{PathChoice, PipeArgs, PolicyChoice};
+use crate::args::{MakerChoice, PathChoice, PipeArgs, PolicyChoice};
 use crate::ends::{AnySink, open_sink, open_source, takes_stdout};
 use crate::failure::{NotPutBack, Usage, WRONG_FRAME, ZeroCopyRefused};
 use crate::keep::Keeper;
@@ -57,11 +58,7 @@ fn flow(
     stop: &SignalFd,
     report: &mut Report,
 ) -> anyhow::Result<ExitCode> {
-    let path = match args.path {
-        PathChoice::Auto => Path::Auto,
-        PathChoice::ZeroCopy => Path::ZeroCopy,
-        PathChoice::Copy => Path::Copy,
-    };
+    let path = path(args);
     source.set_view_policy(match args.view_policy {
         PolicyChoice::Detach => ViewPolicy::Detach,
         PolicyChoice::Wait => ViewPolicy::Wait,
@@ -89,7 +86,7 @@ fn flow(
         Ok(account) => account,
         Err(error) => {
             return match refusal_in(&error) {
-                Some(refusal) if path == Path::ZeroCopy => refused(args, vec![refusal], report),
+                Some(refusal) if path.is_zero_copy() => refused(args, vec![refusal], report),
                 _ => Err(error.into()),
             };
         }
@@ -144,14 +141,25 @@ fn refused(args: &PipeArgs, refusals: Vec<Refusal>, report: &mut Report) -> anyh
         tell(args, &report.json()?)?;
     }
     // The first says why the way that costs nothing is closed; the last, why the last resort is.
-    let told = match args.path {
-        PathChoice::ZeroCopy => refusals.into_iter().next(),
-        PathChoice::Auto | PathChoice::Copy => refusals.into_iter().next_back(),
-    };
-    match (args.path, told) {
-        (PathChoice::ZeroCopy, Some(refusal)) => Err(ZeroCopyRefused(refusal).into()),
+    let zero_copy = path(args).is_zero_copy();
+    let told = if zero_copy { refusals.into_iter().next() } else { refusals.into_iter().next_back() };
+    match (zero_copy, told) {
+        (true, Some(refusal)) => Err(ZeroCopyRefused(refusal).into()),
         (_, Some(refusal)) => Err(anyhow!("cannot join source and sink: {refusal}")),
         (_, None) => Err(anyhow!("cannot join source and sink")),
+    }
+}
+
+fn path(args: &PipeArgs) -> Path {
+    match (args.memory, args.path) {
+        (Some(MakerChoice::Sink), _) => Path::Reverse(Maker::Sink),
+        #[cfg(feature = "gbm")]
+        (Some(MakerChoice::Gbm), _) => Path::Reverse(Maker::Gbm),
+        (Some(MakerChoice::Heap), _) => Path::Reverse(Maker::Allocator(Allocator::SystemHeap)),
+        (Some(MakerChoice::Udmabuf), _) => Path::Reverse(Maker::Allocator(Allocator::Udmabuf)),
+        (None, PathChoice::Auto) => Path::Auto,
+        (None, PathChoice::ZeroCopy) => Path::ZeroCopy,
+        (None, PathChoice::Copy) => Path::Copy,
     }
 }
 

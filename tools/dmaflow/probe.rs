@@ -7,6 +7,8 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 use dmaflow::error::Result;
+#[cfg(feature = "gbm")]
+use dmaflow::gbm;
 use dmaflow::kms::{Card, Display, DisplayRequest};
 use dmaflow::probe::{CameraFormats, Candidate, End, PatternFormats, Probe, probe};
 use dmaflow::sink::Null;
@@ -29,6 +31,8 @@ enum Source {
 
 enum Target {
     Display(PathBuf, String),
+    #[cfg(feature = "gbm")]
+    Gbm(gbm::Device),
     Null,
 }
 
@@ -133,14 +137,16 @@ fn sources(name: Option<&str>, failed: &mut Vec<String>) -> anyhow::Result<Vec<S
     })
 }
 
-/// The displays that were asked for. Those that cannot be opened go to `failed`.
+/// The sinks that were asked for, else the displays and GBM. Displays that cannot be opened go to `failed`.
 fn targets(name: Option<&str>, failed: &mut Vec<String>) -> anyhow::Result<Vec<Target>> {
     let display = |card: &Card| Target::Display(card.info().path.clone(), card.info().driver.clone());
     Ok(match name {
         Some("null") => vec![Target::Null],
-        Some(name @ ("vulkan" | "gbm")) => bail!(Usage(format!("this version has no sink {name}"))),
+        Some("vulkan") => bail!(Usage("this version has no sink vulkan".into())),
+        Some("gbm:") => bail!(Usage("gbm: needs a device, as in gbm:/dev/dri/renderD128".into())),
+        Some(name) if name == "gbm" || name.starts_with("gbm:") => vec![gbm_target(name.strip_prefix("gbm:"))?],
         Some(name) if name.contains(':') => {
-            bail!(Usage(format!("probe tries displays and null; {name} takes every frame by the CPU")))
+            bail!(Usage(format!("probe tries displays, gbm and null; {name} takes every frame by the CPU")))
         }
         Some(name) => vec![display(&Card::find(name)?)],
         None => {
@@ -152,9 +158,29 @@ fn targets(name: Option<&str>, failed: &mut Vec<String>) -> anyhow::Result<Vec<T
                     Err(error) => failed.push(error.line()),
                 }
             }
-            if targets.is_empty() { vec![display(&first)] } else { targets }
+            if targets.is_empty() {
+                targets.push(display(&first));
+            }
+            // A machine without GBM is nothing that failed.
+            #[cfg(feature = "gbm")]
+            targets.extend(gbm::Device::first().ok().map(Target::Gbm));
+            targets
         }
     })
+}
+
+#[cfg(feature = "gbm")]
+fn gbm_target(device: Option<&str>) -> anyhow::Result<Target> {
+    let device = match device {
+        Some(name) => gbm::Device::find(name)?,
+        None => gbm::Device::first()?,
+    };
+    Ok(Target::Gbm(device))
+}
+
+#[cfg(not(feature = "gbm"))]
+fn gbm_target(_: Option<&str>) -> anyhow::Result<Target> {
+    bail!(Usage(crate::ends::NO_GBM.into()))
 }
 
 impl Source {
@@ -172,6 +198,8 @@ impl Target {
     fn names(&self) -> (String, Option<String>) {
         match self {
             Target::Display(path, driver) => (path.display().to_string(), Some(driver.clone())),
+            #[cfg(feature = "gbm")]
+            Target::Gbm(device) => (format!("gbm:{}", device.name()), Some(device.info().driver.clone())),
             Target::Null => ("null".to_owned(), None),
         }
     }
@@ -183,6 +211,8 @@ impl Pair {
             Target::Display(path, _) => {
                 AnySink::Display(Box::new(Display::open(Card::open(path)?, DisplayRequest::default())?))
             }
+            #[cfg(feature = "gbm")]
+            Target::Gbm(device) => AnySink::Gbm(gbm::Gbm::new(device.clone())),
             Target::Null => AnySink::Null(Null::new()),
         };
         let candidate = match source {
