@@ -17,6 +17,9 @@ use crate::uapi::{self, RawFence};
 /// Under which name the kernel lists fences that were merged here.
 const MERGED: &[u8] = b"dmaflow";
 
+/// The kernel's word for the driver of a fence that has signalled, since Linux 6.17 (`dma_fence_driver_name`).
+const DETACHED: &str = "detached-driver";
+
 /// A file over one or several fences of the kernel, which signal once and never again become active. Readable (`POLLIN`) when all
 /// of them have signalled; closes on exec. See linux/sync_file.h and drivers/dma-buf/sync_file.c.
 #[derive(Debug)]
@@ -47,7 +50,7 @@ impl FenceState {
 /// What the kernel tells of one fence.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct FenceInfo {
-    /// The driver that signals it. Newer kernels have forgotten it when it has signalled (`detached-driver`, since Linux 6.17).
+    /// The driver that signals it. Since Linux 6.17 it is forgotten when it has signalled, and `detached-driver` stands here.
     pub driver: String,
     /// The driver's name of what signals one fence after the other: an engine, a queue.
     pub timeline: String,
@@ -244,7 +247,10 @@ impl std::fmt::Display for SyncFile {
         let mut names = String::new();
         for fence in named {
             let comma = if names.is_empty() { "" } else { ", " };
-            write!(names, "{comma}{} (timeline {})", fence.driver, fence.timeline)?;
+            match fence.driver.as_str() {
+                DETACHED => write!(names, "{comma}a driver that has let go of it")?,
+                driver => write!(names, "{comma}{driver} (timeline {})", fence.timeline)?,
+            }
         }
         match names.is_empty() {
             true => f.write_str("a fence"),

@@ -195,6 +195,8 @@ impl Maker {
         // One that makes the same dumb buffers again, and prints lines of its own while it does, is there for who asks for it alone.
         #[cfg(feature = "gbm")]
         let has_gbm = sink.card_node().is_some_and(crate::gbm::Device::renders);
+        #[cfg(not(feature = "gbm"))]
+        let _ = sink;
         let there = move |maker: &Maker| match maker {
             #[cfg(feature = "gbm")]
             Maker::Gbm => has_gbm,
