@@ -10,7 +10,8 @@ use anyhow::{Context, Result, ensure};
 use dmaflow::endpoint::{Ready, Source};
 use dmaflow::error::Kind;
 use dmaflow::fence::{FenceState, SyncFile, Syncobj};
-use dmaflow::memory::Access;
+use dmaflow::frame::{Buffer, Room};
+use dmaflow::memory::{Access, Allocator};
 use dmaflow::v4l2::{Camera, CameraRequest, Device};
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -30,6 +31,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "fences::sw_sync", needs: &["sw_sync"], seconds: 120, run: sw_sync },
     Test { name: "fences::syncobj", needs: SYNCOBJS, seconds: 120, run: syncobj },
     Test { name: "fences::release_holds_the_slot_back", needs: NEEDS, seconds: 120, run: release_holds },
+    Test { name: "fences::release_survives_other_buffers", needs: NEEDS, seconds: 120, run: release_survives },
     Test { name: "fences::release_of_all_slots", needs: NEEDS, seconds: 120, run: release_of_all },
     Test { name: "fences::a_start_waits_for_a_slot", needs: NEEDS, seconds: 120, run: start_waits },
     Test { name: "fences::acquire_holds_the_slot_back", needs: NEEDS, seconds: 120, run: acquire_holds },
@@ -290,6 +292,44 @@ fn release_holds() -> anyhow::Result<Outcome> {
     PASSED
 }
 
+/// Memory that the camera gives up while a device reads it, and that it is given again: not filled before the device is done.
+fn release_survives() -> anyhow::Result<Outcome> {
+    let (mut camera, vgem) = (camera(4)?, Vgem::open()?);
+    let room = Room::for_lens(&camera.memory_lens()?);
+    let layout = *camera.layout();
+    let buffers = Buffer::allocate_all(Allocator::Udmabuf, &layout, &room, 4)?;
+    camera.use_buffers(buffers.clone())?;
+    let frame = camera.next()?;
+    let read = frame.buffer().clone();
+    let (fence, signal) = vgem.fence()?;
+    frame.release_after(fence);
+    drop(frame);
+    // Other memory, the same again, the same in another order.
+    for (own, turned) in [(true, 0), (false, 0), (false, 1)] {
+        camera.stop()?;
+        if own {
+            camera.use_own_buffers()?;
+            camera.next()?;
+            camera.stop()?;
+        }
+        let mut again = buffers.clone();
+        again.rotate_left(turned);
+        camera.use_buffers(again)?;
+        let slot = (0u32..).zip(camera.buffers()).find(|(_, buffer)| buffer.same_memory(&read));
+        let (slot, _) = slot.context("the memory is not there")?;
+        ensure!(
+            !comes_again(&mut camera, slot)?,
+            "own {own}, turned {turned}: slot {slot} was filled while it is read"
+        );
+        ensure!(camera.release_fences().len() == 1, "{:?}", camera.release_fences());
+    }
+    signal.now()?;
+    let slot = (0u32..).zip(camera.buffers()).find(|(_, buffer)| buffer.same_memory(&read));
+    let (slot, _) = slot.context("the memory is not there")?;
+    ensure!(comes_again(&mut camera, slot)?, "slot {slot} was lost");
+    PASSED
+}
+
 /// Without a slot to fill, the signal itself is what frames come by; without one the stall names the fences.
 fn release_of_all() -> anyhow::Result<Outcome> {
     let (mut camera, vgem) = (camera(4)?, Vgem::open()?);
@@ -420,10 +460,14 @@ fn nothing_leaks() -> anyhow::Result<Outcome> {
     }
     camera.recycle()?;
     ensure!(descriptors()? == before, "{} descriptors of before {before}", descriptors()?);
+    drop(camera);
     // Also of a queue that goes while fences are open.
-    let (fence, _signal) = vgem.fence()?;
+    let before = descriptors()?;
+    let mut camera = self::camera(4)?;
+    let (fence, signal) = vgem.fence()?;
     camera.next()?.release_after(fence);
-    drop((camera, vgem));
-    ensure!(descriptors()? < before, "{} descriptors of before {before}", descriptors()?);
+    drop(camera);
+    ensure!(descriptors()? == before, "{} descriptors of before {before}", descriptors()?);
+    signal.now()?;
     PASSED
 }

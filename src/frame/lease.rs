@@ -202,6 +202,19 @@ impl Slots {
         fences.collect()
     }
 
+    /// The open fences of all slots, also of those that are held, with the slots' indices. Neither a system call nor an allocation without
+    /// one.
+    pub(crate) fn open_fences(&self) -> Vec<(u32, std::sync::Arc<SyncFile>)> {
+        let mut fences = self.releases.of(u64::MAX);
+        fences.retain(|(_, fence)| !fence.is_signalled());
+        fences
+    }
+
+    /// A slot is not to be filled before this fence has signalled: a device reads its memory from before the slot was made.
+    pub(crate) fn hold_back(&self, index: u32, fence: std::sync::Arc<SyncFile>) {
+        self.releases.add(index, fence);
+    }
+
     /// How many slots the driver has.
     pub(crate) fn queued(&self) -> u32 {
         let queued = |slot: &&Slot| slot.stage.load(Ordering::Relaxed) == Stage::Queued as u8;
@@ -318,7 +331,8 @@ impl Lease {
     }
 
     /// The slot is not filled again before this fence has signalled, however early its last lease is dropped: a device goes on reading
-    /// the memory until then. Several add up. One that takes a sync file is closed by the queue when it looks at its free slots.
+    /// the memory until then. Several add up. What has signalled is closed by the queue when it looks at its free slots, and, of a slot
+    /// that is held for long, when others are added.
     pub fn release_after(&self, fence: impl Into<std::sync::Arc<SyncFile>>) {
         self.slots.releases.add(self.index, fence.into());
     }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::agree::{agree_format, agree_rate, agree_strides, memory_lens};
-use super::queue::{Allocated, Dequeued, Idle, Queue, Streaming, held_by};
+use super::queue::{Allocated, Dequeued, Idle, Queue, StillRead, Streaming, held_by};
 use super::{Device, Event, Rate};
 use crate::clock::now_us;
 use crate::endpoint::{Ready, Source, SourceCounts};
@@ -65,6 +65,8 @@ pub struct Camera {
     request: CameraRequest,
     /// What of that could not be kept at the last change.
     not_kept: Vec<String>,
+    /// Memory of others that it has given up, and that devices still read.
+    still_read: Vec<StillRead>,
     /// How many buffers of its own it was asked for.
     own_buffers: u32,
     watchdog: Duration,
@@ -119,6 +121,7 @@ impl Camera {
             queue,
             request: request.clone(),
             not_kept: Vec::new(),
+            still_read: Vec::new(),
             own_buffers,
             watchdog: WATCHDOG,
             last: None,
@@ -156,6 +159,10 @@ impl Camera {
     /// A device that needs contiguous memory, or memory within its reach, refuses here, or in [`start`](Source::start) if its driver
     /// cannot try a buffer beforehand. [`use_own_buffers`](Camera::use_own_buffers) is the way back then.
     ///
+    /// Memory that devices still read, by the [release fences](crate::frame::Frame::release_after) of frames that this camera has filled
+    /// before, is not filled before those have signalled, also if the camera had other buffers in between. What is read for another camera,
+    /// and frames of before that somebody holds, are the caller's affair.
+    ///
     /// Cost: about four system calls and two for each buffer.
     ///
     /// # Errors
@@ -165,7 +172,10 @@ impl Camera {
         self.free()?;
         let (state, result) = match std::mem::replace(&mut self.queue, State::Turning) {
             State::Idle(queue) => match queue.import(buffers) {
-                Ok(queue) => (State::Allocated(queue), Ok(())),
+                Ok(queue) => {
+                    queue.hold_back(&mut self.still_read);
+                    (State::Allocated(queue), Ok(()))
+                }
                 Err(failed) => (State::Idle(failed.queue), Err(failed.error)),
             },
             other => (other, Ok(())),
@@ -216,13 +226,20 @@ impl Camera {
         }
     }
 
-    /// Gives up the buffers.
+    /// Gives up the buffers. What devices still read of others' memory is remembered, for when that comes back.
     fn free(&mut self) -> Result<()> {
+        self.still_read.retain(|(_, fence)| !fence.is_signalled());
         let (state, result) = match std::mem::replace(&mut self.queue, State::Turning) {
-            State::Allocated(queue) => match queue.release() {
-                Ok(queue) => (State::Idle(queue), Ok(())),
-                Err(failed) => (State::Allocated(failed.queue), Err(failed.error)),
-            },
+            State::Allocated(queue) => {
+                let still_read = queue.still_read();
+                match queue.release() {
+                    Ok(queue) => {
+                        self.still_read.extend(still_read);
+                        (State::Idle(queue), Ok(()))
+                    }
+                    Err(failed) => (State::Allocated(failed.queue), Err(failed.error)),
+                }
+            }
             State::Streaming(queue) => {
                 let error = Error::new(Kind::Busy, "change the buffers of", self.name.clone());
                 (State::Streaming(queue), Err(error.because("it streams").repair("stop it first")))

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use nix::libc;
 use v4l::v4l_sys as sys;
 
+pub(crate) use self::import::StillRead;
 pub(super) use self::shortage::held_by;
 use super::raw::{self, BufferCall, MAX_V4L2_PLANES};
 use super::{Api, Device};
