@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -62,7 +62,8 @@ pub struct FenceInfo {
 
 impl SyncFile {
     /// The fences that are in a dma-buf now and that such an access has to wait for: [`Access::Read`] for those of writers,
-    /// [`Access::ReadWrite`] for those of writers and readers. With none the sync file has signalled. Cost: one system call.
+    /// [`Access::ReadWrite`] for those of writers and readers. With none the sync file has signalled. Those that have signalled already are
+    /// not among them, nor whether their work had failed (`dma_resv_iter_first`). Cost: one system call.
     ///
     /// `DMA_BUF_IOCTL_EXPORT_SYNC_FILE`, `DMA_BUF_SYNC_READ` and `DMA_BUF_SYNC_RW` (linux/dma-buf.h).
     ///
@@ -74,6 +75,16 @@ impl SyncFile {
             .map(SyncFile)
             .context("take the fences of", || "a dma-buf")
             .map_err(|error| before_6_0(error).said_by("DMA_BUF_IOCTL_EXPORT_SYNC_FILE"))
+    }
+
+    /// Takes over what a C interface gives for a fence: a descriptor, or -1, which stands for one that has signalled
+    /// (`vkGetSemaphoreFdKHR`, `vkGetFenceFdKHR`; also `OUT_FENCE_PTR`), and of which nothing needs to be waited for: `None`.
+    ///
+    /// # Safety
+    /// A descriptor that is not negative must be open, and nobody else's to close ([`FromRawFd::from_raw_fd`]).
+    pub unsafe fn from_raw(fd: RawFd) -> Option<SyncFile> {
+        // SAFETY: the caller vouches for one that is not negative, and no other comes here.
+        (fd >= 0).then(|| SyncFile(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
     /// Adds these fences to a dma-buf: as a reader's ([`Access::Read`]), for which writers wait, or as a writer's
@@ -89,6 +100,9 @@ impl SyncFile {
     }
 
     /// A sync file that signals when both have (`SYNC_IOC_MERGE`). Cost: one system call.
+    ///
+    /// The kernel takes over only what has not signalled yet (`__dma_fence_unwrap_merge`, dma-fence-unwrap.c): work that had failed before
+    /// is forgotten. [`check`](SyncFile::check) both first where that matters.
     ///
     /// # Errors
     /// What the kernel says for want of descriptors or memory, or if one of both is no sync file.
@@ -262,8 +276,7 @@ impl std::fmt::Display for SyncFile {
 /// Takes over a descriptor, for example of a `VkSemaphore` or a `VkFence` (`VK_EXTERNAL_SEMAPHORE_HANDLE_TYPE_SYNC_FD_BIT`). Nothing is
 /// asked of the kernel: whether it is a sync file shows when it is used.
 ///
-/// Vulkan may give -1 instead, which is no descriptor and means that the fence has signalled (`vkGetSemaphoreFdKHR`): an absent fence, here
-/// and wherever an `Option` is.
+/// Vulkan may give -1 instead, which is no descriptor and means that the fence has signalled; [`SyncFile::from_raw`] takes either.
 impl From<OwnedFd> for SyncFile {
     fn from(fd: OwnedFd) -> SyncFile {
         SyncFile(fd)
@@ -303,6 +316,18 @@ mod tests {
         // Readable, and no sync file: no wait can vouch for it.
         assert_eq!(file.wait(Duration::ZERO).unwrap_err().kind(), Kind::Unsupported);
         assert_eq!(file.fences().unwrap_err().kind(), Kind::Unsupported);
+    }
+
+    /// What Vulkan gives for a fence that has signalled is no descriptor.
+    #[test]
+    fn an_absent_fence_is_none() {
+        use std::os::fd::{AsRawFd, IntoRawFd};
+        // SAFETY: -1 is no descriptor.
+        assert!(unsafe { SyncFile::from_raw(-1) }.is_none());
+        let fd = pipe().unwrap().0.into_raw_fd();
+        // SAFETY: it is open, and `into_raw_fd` has made it nobody's.
+        let file = unsafe { SyncFile::from_raw(fd) }.unwrap();
+        assert_eq!(file.as_fd().as_raw_fd(), fd);
     }
 
     #[test]
