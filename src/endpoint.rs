@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::{Error, Kind, Result};
-use crate::fence::{FenceUse, SyncFile};
+use crate::fence::{FenceUse, PATIENCE, SyncFile};
 use crate::format::{Format, Layout};
 use crate::frame::{Buffer, Frame, FrameMeta, Room, ViewPolicy};
 use crate::ledger::{Copies, Ledger};
@@ -290,6 +290,9 @@ impl Verdict {
 }
 
 /// Consumes frames.
+///
+/// A sink that wraps another passes on every method, also those that have a default: frames that the other holds back for their fences
+/// come to a halt where [`acquire_fences`](Sink::acquire_fences) is not.
 pub trait Sink {
     /// What a person calls it: a device node, or `png:FILE`.
     fn name(&self) -> &str;
@@ -338,7 +341,9 @@ pub trait Sink {
     /// it waits for its [acquire fence](Frame::acquire_fence) first, or has its device wait.
     ///
     /// # Errors
-    /// The device's refusal; [`Kind::Ended`] when it takes no more, as when nobody reads a pipe any more.
+    /// The device's refusal; [`Kind::Ended`] when it takes no more, as when nobody reads a pipe any more. The error may be that of a frame
+    /// before, whose fence has failed or taken too long: the frame given now is taken all the same, unless it cannot be while that fence
+    /// is open. So that nothing shown goes untold, such an error may come with a later call.
     fn present(&mut self, frame: Frame) -> Result<Option<Shown>>;
 
     /// What to poll for input, if the sink has something to say between two frames.
@@ -363,6 +368,24 @@ pub trait Sink {
     fn acquire_time_left(&self) -> Option<Duration> {
         None
     }
+
+    /// The acquire fences that [`present`](Sink::present) of the frame `next`, or without one [`finish`](Sink::finish), would wait for, and
+    /// so be deaf to everything else: who has an order to stop to listen for waits for them beforehand, each
+    /// [`fence_timeout`](Sink::fence_timeout) at most. Without one no allocation and no system call.
+    ///
+    /// That of `next` unless the sink has its device wait, or holds the frame back.
+    fn waits_for<'a>(&'a self, next: Option<&'a Frame>) -> Vec<&'a SyncFile> {
+        next.and_then(Frame::acquire_fence).into_iter().collect()
+    }
+
+    /// How long a fence may take to signal.
+    fn fence_timeout(&self) -> Duration {
+        PATIENCE
+    }
+
+    /// The flow ends, and fences are not waited for any more: gives up the frames that it holds back for them, and
+    /// [`finish`](Sink::finish) does not wait for one that the device holds back. Either counts as [dropped](Sink::dropped).
+    fn give_up(&mut self) {}
 
     /// How it waited for the acquire fences of its frames, as far as it was not by reading the frames itself.
     fn fence_use(&self) -> FenceUse {

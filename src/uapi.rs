@@ -13,8 +13,8 @@ use std::os::unix::fs::FileExt;
 use nix::errno::Errno;
 
 pub(crate) use fence::{
-    RawFence, dma_buf_export_sync_file, dma_buf_import_sync_file, sync_file_fences, sync_file_merge, sync_file_status,
-    syncobj_import,
+    RawFence, close_framebuffer, dma_buf_export_sync_file, dma_buf_import_sync_file, sync_file_fences, sync_file_merge,
+    sync_file_status, syncobj_import,
 };
 
 /// Runs a system call again while a signal interrupted it or the kernel asks to try again at once.

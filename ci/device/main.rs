@@ -25,6 +25,7 @@ mod faults;
 mod fences;
 mod fences_faults;
 mod fences_flow;
+mod fences_late;
 mod fences_shown;
 mod formats;
 #[cfg(feature = "gbm")]
@@ -60,6 +61,7 @@ fn main() -> std::process::ExitCode {
         display::TESTS,
         nonblocking::TESTS,
         fences_shown::TESTS,
+        fences_late::TESTS,
         fences_flow::TESTS,
         fences_faults::TESTS,
         screen::TESTS,

@@ -67,6 +67,11 @@ impl<I> ImportCache<I> {
         self.imports
     }
 
+    /// Takes all images out.
+    pub(crate) fn take_all(&mut self) -> impl Iterator<Item = I> + '_ {
+        self.entries.drain(..).map(|(_, image)| image)
+    }
+
     /// Forgets all images.
     pub fn clear(&mut self) {
         self.entries.clear();

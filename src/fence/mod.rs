@@ -22,7 +22,8 @@
 //! - V4L2 neither waits for fences nor adds any (videobuf2).
 //! - Every fence signals in the end: a driver whose device is stuck resets it, and signals with an error ("Indefinite DMA Fences" in
 //!   the kernel's Documentation/driver-api/dma-buf.rst). That may take longer than a person waits: AMD's and Intel's drivers give a job
-//!   several seconds.
+//!   several seconds. While one has not, a framebuffer of its commit cannot be removed either, nor the card closed that its console would
+//!   come back on; [`Display::restore`](crate::kms::Display::restore) tells what becomes of those.
 
 mod sync_file;
 mod syncobj;

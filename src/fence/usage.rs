@@ -30,6 +30,8 @@ pub enum CpuWait {
     Driver,
     /// The display's plane has no place for them: Linux before 4.10.
     Missing,
+    /// The display was busy with a frame before.
+    Busy,
     /// The driver refused a commit with this errno, and took the same without the fence.
     Refused(i32),
 }
@@ -58,6 +60,7 @@ impl fmt::Display for CpuWait {
             CpuWait::Asked => f.write_str("it was asked for"),
             CpuWait::Driver => f.write_str("the display's driver is known to fail with IN_FENCE_FD"),
             CpuWait::Missing => f.write_str("the display's plane has no IN_FENCE_FD"),
+            CpuWait::Busy => f.write_str("the display was busy with the frame before"),
             CpuWait::Refused(errno) => {
                 write!(f, "the display's driver refuses IN_FENCE_FD ({})", crate::error::errno_name(*errno))
             }

@@ -43,6 +43,8 @@ impl Frame {
     /// The same frame, whose memory holds the picture only when this fence has signalled: a device is still writing it. In place of the
     /// one that it had. The slot is not filled again before that either, however early the frame is dropped.
     ///
+    /// Of this clone and of those made from it: clones made before do not know of the fence, and whoever reads those does not wait.
+    ///
     /// The fence must cover every writer: who shows the frame waits for this one in place of those that are in the dma-buf
     /// (`drm_gem_plane_helper_prepare_fb`).
     #[must_use]
@@ -77,6 +79,10 @@ impl Frame {
     /// The fence before whose signal the memory does not hold the picture; `None` if it does.
     pub fn acquire_fence(&self) -> Option<&SyncFile> {
         self.acquire.as_deref()
+    }
+
+    pub(crate) fn shared_acquire_fence(&self) -> Option<Arc<SyncFile>> {
+        self.acquire.clone()
     }
 
     /// Waits until the memory holds the picture, `timeout` at most. Without an acquire fence no system call.

@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::libc;
 
@@ -22,9 +22,9 @@ use super::{Card, Snapshot};
 use crate::causes::{Call, Cause};
 use crate::endpoint::{ImportCache, JoinError, Refusal, Rung, Shown, Sink, Verdict};
 use crate::error::{Error, Kind, Result};
-use crate::fence::{CpuWait, FenceUse, SyncFile};
+use crate::fence::{CpuWait, FenceUse, PATIENCE, SyncFile};
 use crate::format::{Format, Layout};
-use crate::frame::{Buffer, Frame, Room};
+use crate::frame::{Buffer, Frame, FrameMeta, Room};
 use crate::ledger::Ledger;
 
 /// What happens to frames that come faster than the display shows them.
@@ -37,7 +37,9 @@ pub enum Present {
     Fifo,
     /// The newest frame is shown; presenting never waits, and a frame that waits is dropped for a newer one. A frame whose acquire fence
     /// has not signalled is held back, and does not stand in the way of newer ones that are ready. Two such frames are held at most: the
-    /// first in line and the newest.
+    /// first in line and the newest. So of frames with fences the display holds four, and a dropped one's buffer is not filled before its
+    /// fence has signalled: a camera needs two buffers more than by default ([`CameraRequest::buffers`](crate::v4l2::CameraRequest)) to
+    /// have one to fill meanwhile.
     Mailbox,
 }
 
@@ -46,7 +48,8 @@ pub enum Present {
 pub struct DisplayRequest {
     /// What happens to frames that come too fast.
     pub present: Present,
-    /// Whether each picture shown is compared with what was captured.
+    /// Whether each picture shown is compared with what was captured. For that the CPU reads each frame when it comes, so its fence is
+    /// waited for then, in a mailbox too.
     pub verify: bool,
     /// Strides must be a multiple of so many bytes, whatever the driver says: for displays that show a wrong picture instead of refusing
     /// one. `None` for what is known of the driver (256 for AMD's), 1 for nothing.
@@ -91,7 +94,16 @@ pub struct Display {
     pub(super) fence_use: FenceUse,
     /// Why fences are not handed to the driver.
     pub(super) by_cpu: Option<CpuWait>,
-    pub(super) out_fence: Option<SyncFile>,
+    /// Of the commit of this frame.
+    pub(super) out_fence: Option<(FrameMeta, SyncFile)>,
+    /// Frames that were dropped for their own fence or that of the one before, beside the mailbox's.
+    pub(super) lost: u64,
+    /// What went wrong with a frame, while another call had something else to tell.
+    pub(super) untold: Option<Error>,
+    /// What is on its way is not waited for: its fence has not signalled, and the flow has ended.
+    pub(super) given_up: bool,
+    /// Since when the picture of before is to be put back, and a fence is in the way.
+    pub(super) restoring_since: Option<Instant>,
     /// When the last frame came on screen, and when the pending one is expected to, by the mode's refresh; µs of `CLOCK_MONOTONIC`.
     pub(super) last_flip_us: u64,
     pub(super) flip_due_us: u64,
@@ -159,6 +171,10 @@ impl Display {
             fence_use: FenceUse::default(),
             by_cpu,
             out_fence: None,
+            lost: 0,
+            untold: None,
+            given_up: false,
+            restoring_since: None,
             last_flip_us: 0,
             flip_due_us: 0,
             framebuffers: ImportCache::new(),
@@ -187,14 +203,17 @@ impl Display {
 
     /// Puts back what was on screen before, and gives up every frame. Dropping does the same and cannot report a failure.
     ///
-    /// Where the kernel waits for the fence of a frame that is on its way, which cannot be taken back, this waits for it as well, 15 s at
-    /// most.
+    /// Where the kernel waits for the fence of a frame that is on its way, which cannot be taken back, this waits for it as well, three
+    /// times [`fence_timeout`](DisplayRequest::fence_timeout) at most in all. If it has not signalled by then, dropping the display leaves
+    /// that frame to the kernel, which shows it when it has: its slot and that of the frame on screen are not filled again, and the card
+    /// stays open, while this process lives. When it exits, the kernel waits for the fence before Linux 6.8, and where its console comes
+    /// back on that card.
     ///
     /// # Errors
     /// The kernel's refusal, for example if another process became DRM master; [`Kind::Timeout`] for such a fence.
     pub fn restore(&mut self) -> Result<()> {
         self.mailbox.clear();
-        self.can_restore()?;
+        self.wait_for_pending()?;
         let restored = match &mut self.way {
             Some(way) if way.lit || way.left => {
                 if let Some(verifier) = &mut way.verifier {
@@ -210,6 +229,7 @@ impl Display {
         // Otherwise a frame may still be on screen; it is given up after its framebuffer, when the display is dropped.
         if restored.is_ok() {
             (self.pending, self.on_screen, self.leaving, self.out_fence) = (None, None, None, None);
+            (self.untold, self.given_up, self.restoring_since) = (None, false, None);
             // The event of a flip that was pending is there by now, and is of no frame that comes later.
             while let Ok(Some(_)) = self.card.read_flip() {}
             self.fifo.clear();
@@ -363,6 +383,7 @@ impl Sink for Display {
     }
 
     fn present(&mut self, frame: Frame) -> Result<Option<Shown>> {
+        self.given_up = false;
         if !joined(&mut self.way, &self.name)?.lit {
             return self.light(frame).map(Some);
         }
@@ -386,7 +407,21 @@ impl Sink for Display {
     }
 
     fn acquire_time_left(&self) -> Option<Duration> {
-        self.mailbox.time_left(self.fence_timeout())
+        // What has still to be told is to be asked for at once.
+        let untold = self.untold.as_ref().map(|_| Duration::ZERO);
+        untold.or_else(|| self.mailbox.time_left(self.fence_timeout()))
+    }
+
+    fn waits_for<'a>(&'a self, next: Option<&'a Frame>) -> Vec<&'a SyncFile> {
+        self.fences_before(next)
+    }
+
+    fn fence_timeout(&self) -> Duration {
+        self.request.fence_timeout.unwrap_or(PATIENCE)
+    }
+
+    fn give_up(&mut self) {
+        self.give_up_fenced();
     }
 
     fn fence_use(&self) -> FenceUse {
@@ -403,14 +438,15 @@ impl Sink for Display {
                     self.put_on_screen(frame);
                 }
             }
-            return Ok(self.fifo.told());
+            let told = self.fifo.told();
+            return self.tell(told);
         }
         let shown = match self.card.read_flip()? {
             Some(flip) => self.pending.take().map(|frame| self.arrived(frame, flip)).transpose()?,
             None => None,
         };
-        self.advance()?;
-        Ok(shown)
+        self.advance();
+        self.tell(shown)
     }
 
     fn finish(&mut self) -> Result<Option<Shown>> {
@@ -425,7 +461,7 @@ impl Sink for Display {
     }
 
     fn dropped(&self) -> u64 {
-        self.mailbox.dropped()
+        self.mailbox.dropped() + self.lost
     }
 
     fn imports(&self) -> u64 {
@@ -458,6 +494,8 @@ impl AsFd for Display {
 impl Drop for Display {
     fn drop(&mut self) {
         // Nobody can act on a failure here; `restore` is for those who want to know.
-        let _ = self.restore();
+        if self.restore().is_err() && self.is_stuck() {
+            self.abandon();
+        }
     }
 }

@@ -6,7 +6,6 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::time::Duration;
 
 use nix::libc;
 
@@ -17,15 +16,11 @@ use super::flip::wait_readable;
 use super::present::FLIP_TIMEOUT_MS;
 use super::route::Route;
 use super::setup::Setup;
-use crate::endpoint::Shown;
+use crate::endpoint::{Shown, Sink};
 use crate::error::{Kind, Result};
-use crate::fence::{CpuWait, PATIENCE, SyncFile};
-use crate::frame::Frame;
+use crate::fence::{CpuWait, SyncFile};
+use crate::frame::{Frame, FrameMeta};
 use crate::memory::Access;
-
-/// How long the picture of before waits to be put back, while the kernel waits for the fence of a frame: longer than drivers let a job
-/// run, and than the 10 s after which vgem's fences signal by themselves.
-const RESTORE_PATIENCE: Duration = Duration::from_secs(15);
 
 /// The commit of every frame after the first: the plane's framebuffer, and its fences.
 #[derive(Debug)]
@@ -108,36 +103,31 @@ fn fd_value(fence: &SyncFile) -> u64 {
 /// # Errors
 /// What `commit` says.
 pub(super) fn out_fence_of<E>(commit: &mut dyn FnMut(u64) -> Result<(), E>) -> Result<Option<SyncFile>, E> {
-    use std::os::fd::{FromRawFd, OwnedFd};
     let mut fence: i32 = -1;
     // The kernel writes a descriptor to this address before the commit returns (prepare_signaling), and no later: `fence` is alive until
     // then, and has the kernel's `s32`.
     commit((&raw mut fence).expose_provenance() as u64)?;
     // SAFETY: the commit succeeded, so `fence` is a new descriptor that nobody else owns (complete_signaling), unless the driver made
-    // none and left it at -1, which is no descriptor.
-    Ok((fence >= 0).then(|| SyncFile::from(unsafe { OwnedFd::from_raw_fd(fence) })))
+    // none and left it at -1.
+    Ok(unsafe { SyncFile::from_raw(fence) })
 }
 
 /// What became of a frame with a fence.
 pub(super) enum Sent {
     /// It is on its way, and the device waits for its fence.
     OnItsWay,
-    /// It has still to be sent. Its fence has signalled; that the device was not to wait, or, with its errno, refused to.
-    Acquired(Option<i32>),
+    /// It has still to be sent. Its fence has signalled, for which this process has waited.
+    Acquired(CpuWait),
 }
 
 impl Display {
-    /// How long a fence is waited for.
-    pub(super) fn fence_timeout(&self) -> Duration {
-        self.request.fence_timeout.unwrap_or(PATIENCE)
-    }
-
-    /// The fence of the last frame submitted, which signals when that frame is on screen: the CRTC's
-    /// [`OUT_FENCE_PTR`](https://docs.kernel.org/gpu/drm-kms.html#explicit-fencing-properties). Taken once; `None` before the second
-    /// frame, or if [`DisplayRequest::out_fences`](super::DisplayRequest::out_fences) was not set.
+    /// The fence of the frame submitted last, which signals when that frame is on screen, and which frame that is: the CRTC's
+    /// [`OUT_FENCE_PTR`](https://docs.kernel.org/gpu/drm-kms.html#explicit-fencing-properties). In a mailbox that need not be the frame
+    /// presented last, which may be held back. Taken once; `None` before the second frame, after a commit that failed, and if
+    /// [`DisplayRequest::out_fences`](super::DisplayRequest::out_fences) was not set.
     ///
     /// It says nothing of the frame that was there before: the display gives that up by itself.
-    pub fn take_out_fence(&mut self) -> Option<SyncFile> {
+    pub fn take_out_fence(&mut self) -> Option<(FrameMeta, SyncFile)> {
         self.out_fence.take()
     }
 
@@ -148,69 +138,89 @@ impl Display {
         flags: CommitFlags,
         fence: Option<&SyncFile>,
     ) -> Result<io::Result<()>> {
+        // That of a frame before says nothing of this one.
+        self.out_fence = None;
         let framebuffer = self.framebuffer(frame)?;
         let way = super::display::joined(&mut self.way, &self.name)?;
         frame.lease().mark_pending();
-        Ok(way.flip.commit(&self.card, framebuffer, fence, flags).map(|out| {
-            if out.is_some() {
-                self.out_fence = out;
-            }
-        }))
+        let committed = way.flip.commit(&self.card, framebuffer, fence, flags);
+        Ok(committed.map(|out| self.out_fence = out.map(|out| (*frame.meta(), out))))
     }
 
-    /// Waits by the CPU for a frame's fence; without one no system call.
-    pub(super) fn acquire_by_cpu(&mut self, frame: &Frame, why: CpuWait) -> Result<()> {
-        let Some(fence) = frame.acquire_fence() else { return Ok(()) };
-        fence.wait(self.fence_timeout())?;
-        self.fence_use.waited(why);
-        Ok(())
+    /// Waits by the CPU for a frame's fence; without one no system call. Whether it had one.
+    ///
+    /// # Errors
+    /// As [`Frame::wait_acquired`]: the frame counts as dropped.
+    pub(super) fn acquire_by_cpu(&mut self, frame: &Frame) -> Result<bool> {
+        let Some(fence) = frame.acquire_fence() else { return Ok(false) };
+        let acquired = fence.wait(self.fence_timeout());
+        self.lost += u64::from(acquired.is_err());
+        acquired.map(|()| true)
     }
 
     /// Waits for all fences of the first frame: its commit waits, whatever is asked. Also for those that are in its memory, for which
     /// the kernel would wait without limit.
     pub(super) fn acquire_first(&mut self, frame: &Frame) -> Result<()> {
-        self.acquire_by_cpu(frame, self.by_cpu.unwrap_or(CpuWait::First))?;
+        let waited = self.acquire_by_cpu(frame)?;
         for dma_buf in (0u32..).map_while(|memory| frame.buffer().dma_buf(memory)) {
             // Before Linux 6.0 they cannot be asked for, and the kernel waits.
             let Ok(fence) = SyncFile::export(dma_buf, Access::Read) else { continue };
             match fence.wait(self.fence_timeout()) {
-                Err(late) if late.kind() == Kind::Timeout => return Err(late),
+                Err(late) if late.kind() == Kind::Timeout => {
+                    self.lost += 1;
+                    return Err(late);
+                }
                 // Work that failed some time ago says nothing of what the source has put there since.
                 _ => {}
             }
         }
+        if waited {
+            self.fence_use.waited(self.by_cpu.unwrap_or(CpuWait::First));
+        }
         Ok(())
     }
 
-    /// Waits until the frame that is on its way waits for no fence any more; without one no system call.
+    /// Waits until the frame that is on its way waits for no fence any more; without one no system call. That its work has failed is
+    /// [told later](Display::tell_later), once: the kernel shows the frame all the same (`drm_atomic_helper_wait_for_fences`), and those
+    /// after it are as good as any.
     ///
     /// # Errors
-    /// As [`Frame::wait_acquired`]. That the work has failed is told once: the kernel shows the frame all the same
-    /// (`drm_atomic_helper_wait_for_fences`), and those after it are as good as any.
+    /// [`Kind::Timeout`].
     pub(super) fn pending_acquired(&mut self) -> Result<()> {
         let timeout = self.fence_timeout();
         let Some(frame) = &mut self.pending else { return Ok(()) };
-        let acquired = frame.wait_acquired(timeout);
-        if !matches!(&acquired, Err(late) if late.kind() == Kind::Timeout) {
-            frame.acquired();
+        match frame.wait_acquired(timeout) {
+            Err(late) if late.kind() == Kind::Timeout => Err(late),
+            acquired => {
+                frame.acquired();
+                self.tell_later(acquired);
+                Ok(())
+            }
         }
-        acquired
+    }
+
+    /// In fifo: why a frame's fence is waited for by the CPU, as far as that is known before its commit.
+    pub(super) fn waits_by_cpu(&self) -> Option<CpuWait> {
+        // A commit that waits would wait for the fence too, without limit.
+        let each_waits = self.each_waits().then_some(CpuWait::Buffers);
+        let missing = || self.way.as_ref().is_some_and(|way| !way.flip.takes_fences());
+        self.by_cpu.or(each_waits).or_else(|| missing().then_some(CpuWait::Missing))
     }
 
     /// In fifo: sends a frame with the fence that the device is to wait for, or waits for it by the CPU.
     pub(super) fn send_fenced(&mut self, frame: &Frame, fence: &SyncFile) -> Result<Sent> {
-        // A commit that waits would wait for the fence too, without limit.
-        let each_waits = self.each_waits().then_some(CpuWait::Buffers);
-        if let Some(why) = self.by_cpu.or(each_waits) {
-            return self.acquire_by_cpu(frame, why).map(|()| Sent::Acquired(None));
+        if let Some(why) = self.waits_by_cpu() {
+            return self.acquire_by_cpu(frame).map(|_| Sent::Acquired(why));
         }
-        if self.way.as_ref().is_some_and(|way| !way.flip.takes_fences()) {
-            return self.acquire_by_cpu(frame, CpuWait::Missing).map(|()| Sent::Acquired(None));
+        // A commit that waits would wait for this frame's fence as well, without limit and with the card's locks held; so what is on its
+        // way is waited for, where a commit that does not wait is of no use.
+        if self.fifo.waits() {
+            self.settle()?;
         }
         let flags = CommitFlags { nonblock: true, event: true, ..CommitFlags::default() };
         let mut sent = self.commit_flip(frame, flags, Some(fence))?;
         if busy(&sent) {
-            // A commit that waits would wait for this frame's fence as well, without limit and with the card's locks held.
+            self.fifo.refused();
             self.settle()?;
             sent = self.commit_flip(frame, flags, Some(fence))?;
         }
@@ -220,11 +230,14 @@ impl Display {
                 Ok(Sent::OnItsWay)
             }
             // EPERM is nvidia-drm's (before 560), EINVAL a check of others. The frame is sent again without its fence: if it was not to
-            // blame, that says so.
+            // blame, that says so. A device that is gone says EINVAL as well, and is not waited for.
             Err(cause) => match cause.raw_os_error() {
-                Some(errno @ (libc::EPERM | libc::EINVAL | libc::EOPNOTSUPP | libc::EBUSY)) => {
-                    self.acquire_by_cpu(frame, CpuWait::Refused(errno))?;
-                    Ok(Sent::Acquired((errno != libc::EBUSY).then_some(errno)))
+                Some(errno @ (libc::EPERM | libc::EINVAL | libc::EOPNOTSUPP | libc::EBUSY)) if !self.card.is_gone() => {
+                    self.acquire_by_cpu(frame)?;
+                    Ok(Sent::Acquired(match errno {
+                        libc::EBUSY => CpuWait::Busy,
+                        errno => CpuWait::Refused(errno),
+                    }))
                 }
                 _ => explained(Err(cause), &self.card, "show a frame on").map(|()| Sent::OnItsWay),
             },
@@ -246,46 +259,60 @@ impl Display {
         Ok(())
     }
 
-    /// Before a commit that waits for everything on its way: that this will come to an end.
-    pub(super) fn can_restore(&self) -> Result<()> {
-        let pending = self.pending.as_ref().and_then(Frame::acquire_fence);
-        match pending.map(|fence| (fence, fence.wait(RESTORE_PATIENCE))) {
-            // One whose work has failed has signalled.
-            Some((fence, Err(error))) if !fence.is_signalled() => {
-                Err(error.repair("the kernel cannot put back the picture before that frame has been shown"))
-            }
-            _ => Ok(()),
+    /// Keeps what went wrong with another frame than the one that is asked for, to be told with the next call that has nothing to show.
+    /// The first of several: each frame of the others is counted.
+    pub(super) fn tell_later(&mut self, went: Result<()>) {
+        if let Err(error) = went
+            && self.untold.is_none()
+        {
+            self.untold = Some(error);
         }
     }
 
-    /// In mailbox: submits the newest frame that is ready, if nothing is on its way.
-    ///
-    /// # Errors
-    /// What the commit says; if a fence has not signalled in time, or what it stands for has failed: its frame is dropped.
-    pub(super) fn advance(&mut self) -> Result<()> {
-        self.mailbox.look()?;
+    /// What has come on screen, or else what went wrong before: neither is lost for the other.
+    pub(super) fn tell(&mut self, shown: Option<Shown>) -> Result<Option<Shown>> {
+        match shown {
+            None => self.untold.take().map_or(Ok(None), Err),
+            shown => Ok(shown),
+        }
+    }
+
+    /// In mailbox: submits the newest frame that is ready, if nothing is on its way. Drops a frame whose fence has failed or taken too
+    /// long, which is [told later](Display::tell_later), as is what the commit says.
+    pub(super) fn advance(&mut self) {
+        let looked = self.mailbox.look();
+        self.tell_later(looked);
         if self.pending.is_none()
             && let Some(frame) = self.mailbox.take_ready()
         {
-            if frame.acquire_fence().is_some() {
-                self.fence_use.waited(CpuWait::Mailbox);
+            let had_fence = frame.acquire_fence().is_some();
+            let submitted = self.submit(frame);
+            if had_fence && submitted.is_ok() {
+                self.fence_use.waited(match self.request.verify {
+                    true => CpuWait::Verified,
+                    false => CpuWait::Mailbox,
+                });
             }
-            return self.submit(frame);
+            self.tell_later(submitted);
+            return;
         }
-        self.mailbox.check_time(self.fence_timeout())
+        let in_time = self.mailbox.check_time(self.fence_timeout());
+        self.tell_later(in_time);
     }
 
-    /// In mailbox: waits for the next frame that is on its way or held, until it is on screen.
+    /// In mailbox: waits for the next frame that is on its way or held, until it is on screen. Failures come after the last of them.
     pub(super) fn finish_newest(&mut self) -> Result<Option<Shown>> {
-        if self.pending.is_none() {
-            self.mailbox.wait(self.fence_timeout())?;
-            self.advance()?;
+        // Each round submits a frame or drops one.
+        while self.pending.is_none() && !self.mailbox.is_empty() {
+            let waited = self.mailbox.wait(self.fence_timeout());
+            self.tell_later(waited);
+            self.advance();
         }
         if self.pending.is_none() {
-            return Ok(None);
+            return self.tell(None);
         }
         let shown = self.wait_pending()?;
-        self.advance()?;
+        self.advance();
         Ok(Some(shown))
     }
 }

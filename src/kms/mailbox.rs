@@ -10,7 +10,10 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use crate::error::{Kind, Result};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::error::{Context, Result};
 use crate::frame::Frame;
 
 /// See the [module](self).
@@ -47,35 +50,45 @@ impl Held {
 }
 
 impl Mailbox {
-    /// Adds a frame, newer than all before. Without a fence no system call.
+    /// Adds a frame, newer than all before, whatever it returns. Without a fence no system call.
     ///
     /// # Errors
-    /// If the work that a fence stands for has failed: that frame is dropped.
+    /// If the work that the fence of a frame stands for has failed: that frame is dropped, whichever it is. The first of such failures.
     pub(super) fn put(&mut self, frame: Frame) -> Result<()> {
+        // What has become ready meanwhile is not given up for one that is not.
+        let looked = self.look();
         let since = frame.acquire_fence().map(|_| Instant::now());
         self.dropped += u64::from(self.newer.replace(Held { frame, since }).is_some());
-        self.look()
+        looked.and(self.look_at_newer())
     }
 
-    /// Looks whether the newer frame is ready, or is the first in line.
+    /// Looks which frames are ready. Without fences no system call.
     ///
     /// # Errors
-    /// If the work that a fence stands for has failed: that frame is dropped.
+    /// As [`put`](Mailbox::put).
     pub(super) fn look(&mut self) -> Result<()> {
-        match self.newer.take().map(|mut newer| newer.look().map(|ready| (ready, newer))) {
-            Some(Ok((ready, newer))) if ready || self.first.is_none() => {
-                self.dropped += u64::from(self.first.replace(newer).is_some());
+        let newer = self.look_at_newer();
+        let first = self.first.as_mut().map_or(Ok(true), Held::look);
+        if first.is_err() {
+            self.drop_first();
+        }
+        newer.and(first.map(drop))
+    }
+
+    /// The newer frame is the first in line if it is ready, or nothing is before it.
+    fn look_at_newer(&mut self) -> Result<()> {
+        let Some(newer) = &mut self.newer else { return Ok(()) };
+        match newer.look() {
+            Ok(ready) if ready || self.first.is_none() => {
+                let newer = self.newer.take();
+                self.dropped += u64::from(std::mem::replace(&mut self.first, newer).is_some());
             }
-            Some(Ok((_, newer))) => self.newer = Some(newer),
-            Some(Err(failed)) => {
+            Ok(_) => {}
+            Err(failed) => {
+                self.newer = None;
                 self.dropped += 1;
                 return Err(failed);
             }
-            None => {}
-        }
-        if let Some(Err(failed)) = self.first.as_mut().map(Held::look) {
-            self.drop_first();
-            return Err(failed);
         }
         Ok(())
     }
@@ -134,26 +147,26 @@ impl Mailbox {
         late
     }
 
-    /// Waits for the first in line, as long as it has left of `timeout`.
+    /// Waits until a frame is ready, as long as the first in line has left of `timeout`.
     ///
     /// # Errors
-    /// As [`Frame::wait_acquired`]: it is dropped.
+    /// As [`look`](Mailbox::look) and [`check_time`](Mailbox::check_time): a frame was dropped, and there may be another to wait for. What
+    /// `poll` says.
     pub(super) fn wait(&mut self, timeout: Duration) -> Result<()> {
-        let Some(first) = &mut self.first else { return Ok(()) };
-        let Some(since) = first.since else { return Ok(()) };
-        let waited = match first.frame.wait_acquired(timeout.saturating_sub(since.elapsed())) {
-            // It has waited longer than this call.
-            Err(late) if late.kind() == Kind::Timeout => first
-                .frame
-                .acquire_fence()
-                .map_or(Ok(()), |fence| Err(fence.overdue(since.elapsed()))),
-            other => other,
-        };
-        match waited {
-            Ok(()) => first.since = None,
-            Err(_) => self.drop_first(),
+        loop {
+            self.look()?;
+            let Some(left) = self.time_left(timeout) else { return Ok(()) };
+            if left.is_zero() {
+                return self.check_time(timeout);
+            }
+            let mut fds: Vec<_> = self.fences().into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+            // Rounded up: the last millisecond is waited for as well.
+            let step = PollTimeout::try_from(left.saturating_add(Duration::from_millis(1))).unwrap_or(PollTimeout::MAX);
+            match poll(&mut fds, step) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno).context("wait for", || "the fences of frames"),
+            }
         }
-        waited
     }
 
     /// Gives up what is held; that counts as dropped.
@@ -166,6 +179,7 @@ impl Mailbox {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Kind;
     use crate::fence::SyncFile;
     use crate::format::{Format, Layout};
     use crate::frame::{Buffer, FrameMeta, FreeSlot, Room, Slots};
@@ -218,6 +232,64 @@ mod tests {
         mailbox.put(held).unwrap();
         assert_eq!((next(&mut mailbox), next(&mut mailbox), mailbox.dropped()), (Some(0), None, 0));
         assert_eq!(mailbox.fences().len(), 1, "the other is first in line now");
+    }
+
+    /// Nor is one that became ready behind another that is not, and that nobody has looked at since. A pipe is no sync file, so here its
+    /// signal is told as the failure of what it stands for: by then the frame has been looked at.
+    #[test]
+    fn a_frame_is_looked_at_before_it_is_replaced() {
+        let mut mailbox = Mailbox::default();
+        let ([(first, _first_end), (newer, end), (last, _last_end)], mut told) = ([0, 1, 2].map(open), Vec::new());
+        mailbox.put(first).unwrap();
+        mailbox.put(newer).unwrap();
+        write(&end, b"x").unwrap();
+        told.extend(mailbox.put(last).err());
+        assert_eq!(told.len(), 1, "the newer was replaced without a look");
+        assert_eq!((mailbox.fences().len(), mailbox.dropped()), (2, 1), "the last was put all the same");
+    }
+
+    /// What one frame's fence stands for fails: the others are neither lost nor left.
+    #[test]
+    fn a_failure_is_of_its_frame_alone() {
+        let mut mailbox = Mailbox::default();
+        mailbox.put(frame(0)).unwrap();
+        let (held, end) = open(1);
+        mailbox.put(held).unwrap();
+        write(&end, b"x").unwrap();
+        assert!(mailbox.look().is_err());
+        assert_eq!((next(&mut mailbox), next(&mut mailbox), mailbox.dropped()), (Some(0), None, 1));
+        // Both at once: one is told, both are counted.
+        let (frames, ends): (Vec<_>, Vec<_>) = (2..4).map(open).unzip();
+        frames.into_iter().for_each(|frame| mailbox.put(frame).unwrap());
+        ends.iter().for_each(|end| assert_eq!(write(end, b"x").unwrap(), 1));
+        assert!(mailbox.look().is_err() && mailbox.look().is_ok());
+        assert_eq!((mailbox.is_empty(), mailbox.dropped()), (true, 3));
+        // With the frame that comes: the failed one is another.
+        let (held, end) = open(4);
+        mailbox.put(held).unwrap();
+        write(&end, b"x").unwrap();
+        assert!(mailbox.put(frame(5)).is_err());
+        assert_eq!((next(&mut mailbox), mailbox.dropped()), (Some(5), 4));
+    }
+
+    /// The end of a wait is any signal's, not the first in line's alone.
+    #[test]
+    fn the_wait_is_for_any() {
+        let mut mailbox = Mailbox::default();
+        let (frames, ends): (Vec<_>, Vec<_>) = (0..2).map(open).unzip();
+        frames.into_iter().for_each(|frame| mailbox.put(frame).unwrap());
+        let newer = std::thread::spawn({
+            let end = ends[1].try_clone().unwrap();
+            move || {
+                std::thread::sleep(Duration::from_millis(20));
+                write(&end, b"x").unwrap()
+            }
+        });
+        let start = Instant::now();
+        assert_eq!(mailbox.wait(Duration::from_secs(60)).unwrap_err().kind(), Kind::Unsupported);
+        assert!(start.elapsed() < Duration::from_secs(30));
+        newer.join().unwrap();
+        assert_eq!((mailbox.fences().len(), mailbox.dropped()), (1, 1));
     }
 
     /// The first in line is not starved by those that come after it.

@@ -27,6 +27,7 @@ mod route;
 mod saved;
 mod setup;
 mod snapshot;
+mod stuck;
 mod verify;
 mod writeback;
 

@@ -23,6 +23,7 @@ pub(super) const FLIP_TIMEOUT_MS: u16 = 15_000;
 impl Display {
     /// The first commit: mode, plane and framebuffer. Completed on return.
     pub(super) fn light(&mut self, frame: Frame) -> Result<Shown> {
+        self.out_fence = None;
         self.acquire_first(&frame)?;
         let framebuffer = self.framebuffer(&frame)?;
         let way = joined(&mut self.way, &self.name)?;
@@ -55,15 +56,18 @@ impl Display {
     /// Sends a frame to the screen as soon as the one before is there: one system call, and one lease given up. With fences a few more.
     pub(super) fn show_in_turn(&mut self, frame: Frame) -> Result<Option<Shown>> {
         // What is on its way may wait for a fence, without limit, and a commit that waits for it would too.
-        self.pending_acquired()?;
+        self.pending_acquired().inspect_err(|_| self.lost += 1)?;
         let (on_its_way, event) = match frame.acquire_fence() {
             None => self.send(&frame)?,
             Some(fence) => match self.send_fenced(&frame, fence)? {
                 Sent::OnItsWay => (true, true),
-                Sent::Acquired(refused) => {
+                Sent::Acquired(why) => {
                     let sent = self.send(&frame)?;
-                    // It was the fence, and will be with the next.
-                    self.by_cpu = self.by_cpu.or(refused.map(CpuWait::Refused));
+                    self.fence_use.waited(why);
+                    if let CpuWait::Refused(_) = why {
+                        // It was the fence, and will be with the next.
+                        self.by_cpu = self.by_cpu.or(Some(why));
+                    }
                     sent
                 }
             },
@@ -85,7 +89,8 @@ impl Display {
                 self.fifo.arrived(&self.card, meta, event, self.period_us())?;
             }
         }
-        self.fifo.next_shown(&self.card, usize::from(on_its_way))
+        let shown = self.fifo.next_shown(&self.card, usize::from(on_its_way))?;
+        self.tell(shown)
     }
 
     /// Whether the frame is on its way, or otherwise on screen, and whether that has, or will have, an event.
@@ -109,9 +114,12 @@ impl Display {
 
     /// Shows a frame, waits until it is on screen, and verifies it.
     pub(super) fn show_verified(&mut self, frame: Frame) -> Result<Shown> {
-        self.acquire_by_cpu(&frame, self.by_cpu.unwrap_or(CpuWait::Verified))?;
+        let waited = self.acquire_by_cpu(&frame)?;
         self.forget_crcs()?;
         self.flip(&frame, CommitFlags { event: true, ..CommitFlags::default() })?;
+        if waited {
+            self.fence_use.waited(self.by_cpu.unwrap_or(CpuWait::Verified));
+        }
         self.pending = Some(frame);
         self.wait_pending()
     }
@@ -124,8 +132,11 @@ impl Display {
 
     /// Waits until every frame sent is on screen and its event read, and tells of one.
     pub(super) fn finish_in_turn(&mut self) -> Result<Option<Shown>> {
-        self.settle()?;
-        Ok(self.fifo.told())
+        if !self.given_up {
+            self.settle()?;
+        }
+        let told = self.fifo.told();
+        self.tell(told)
     }
 
     /// Whether frames are sent one after the other without waiting for each.
@@ -164,12 +175,14 @@ impl Display {
     /// frame that is ready goes before older ones that are not; see [`Mailbox`](super::mailbox::Mailbox).
     pub(super) fn queue(&mut self, frame: Frame) -> Result<Option<Shown>> {
         // Before the look at the event, which submits what waits: that is to be the newest.
-        self.mailbox.put(frame)?;
+        let put = self.mailbox.put(frame);
+        self.tell_later(put);
         if self.pending.is_none() {
-            return self.advance().map(|()| None);
+            self.advance();
+            return self.tell(None);
         }
         // A look at the wrong time would be a system call for nothing.
-        if now_us() >= self.flip_due_us { self.dispatch() } else { Ok(None) }
+        if now_us() >= self.flip_due_us { self.dispatch() } else { self.tell(None) }
     }
 
     /// A frame has come on screen with a flip event.
@@ -191,6 +204,8 @@ impl Display {
     /// Shows a frame that nobody counts, in place of what is on screen, and returns when it is there.
     pub(super) fn replace_picture(&mut self, frame: Frame) -> Result<()> {
         self.flip(&frame, CommitFlags::default())?;
+        // Nobody presented this one.
+        self.out_fence = None;
         self.put_on_screen(frame);
         self.leaving = None;
         Ok(())

@@ -1,4 +1,4 @@
-//! Fences: sync files, their way into and out of dma-bufs, and into a DRM syncobj.
+//! Fences: sync files, their way into and out of dma-bufs, and into a DRM syncobj; and how to let go of a framebuffer that waits for one.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -63,6 +63,18 @@ mod syncobj {
     pub(super) const IMPORT_SYNC_FILE: u32 = 1;
     nix::ioctl_readwrite!(fd_to_handle, b'd', 0xc2, Handle);
     const _: () = assert!(size_of::<Handle>() == 16);
+}
+
+/// `drm/drm_mode.h`
+mod mode {
+    /// `struct drm_mode_closefb`
+    #[repr(C)]
+    pub(super) struct CloseFramebuffer {
+        pub(super) id: u32,
+        pub(super) pad: u32,
+    }
+    nix::ioctl_readwrite!(close_framebuffer, b'd', 0xd0, CloseFramebuffer);
+    const _: () = assert!(size_of::<CloseFramebuffer>() == 8);
 }
 
 /// `struct sync_fence_info`: one fence of a sync file.
@@ -172,6 +184,17 @@ pub(crate) fn syncobj_import(device: BorrowedFd<'_>, handle: u32, sync_file: Bor
     retry(|| unsafe { syncobj::fd_to_handle(device.as_raw_fd(), &mut import) }).map(drop)
 }
 
+/// `DRM_IOCTL_MODE_CLOSEFB`: the file lets go of a framebuffer, and what shows it goes on doing so. It waits for nothing, in contrast to
+/// `RMFB` (`drm_mode_closefb`).
+///
+/// # Errors
+/// The kernel's errno: `EINVAL` before Linux 6.8, `ENOENT` if the file has no such framebuffer.
+pub(crate) fn close_framebuffer(card: BorrowedFd<'_>, id: u32) -> io::Result<()> {
+    let mut close = mode::CloseFramebuffer { id, pad: 0 };
+    // SAFETY: `close` has the size that the request number carries and lives across the call.
+    retry(|| unsafe { mode::close_framebuffer(card.as_raw_fd(), &mut close) }).map(drop)
+}
+
 #[cfg(test)]
 mod tests {
     /// The numbers as `strace` prints them.
@@ -182,5 +205,6 @@ mod tests {
         assert_eq!(nix::request_code_readwrite!(b'>', 3, 48), 0xc030_3e03);
         assert_eq!(nix::request_code_readwrite!(b'>', 4, 56), 0xc038_3e04);
         assert_eq!(nix::request_code_readwrite!(b'd', 0xc2, 16), 0xc010_64c2);
+        assert_eq!(nix::request_code_readwrite!(b'd', 0xd0, 8), 0xc008_64d0);
     }
 }
