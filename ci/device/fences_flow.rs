@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use dmaflow::endpoint::{JoinError, Ready, Rung, Shown, Sink, Source, SourceCounts};
 use dmaflow::error::{Error, Kind};
-use dmaflow::fence::SyncFile;
+use dmaflow::fence::{CpuWait, PATIENCE, SyncFile};
 use dmaflow::format::{Format, Layout};
 use dmaflow::frame::{Buffer, Frame};
 use dmaflow::kms::{Display, DisplayRequest, Present};
@@ -18,7 +18,7 @@ use dmaflow::ladder::Path;
 use dmaflow::pipe::{Limits, Pipe};
 use dmaflow::v4l2::Camera;
 
-use crate::fences_shown::{NOT_YET, camera, camera_with, signalled};
+use crate::fences_shown::{NOT_YET, REFRESH_US, camera, camera_with, signalled};
 use crate::harness::{Outcome, PASSED, Test, note};
 use crate::process::State;
 use crate::vgem::{Signal, Vgem, now_us};
@@ -27,11 +27,16 @@ const NEEDS: &[&str] = &["vivid", "vkms", "vgem", "udmabuf"];
 const READER: &[&str] = &["vivid", "vgem", "udmabuf"];
 
 pub const TESTS: &[Test] = &[
-    Test { name: "fences_flow::in_fifo", needs: NEEDS, seconds: 180, run: || pipe(Present::Fifo) },
-    Test { name: "fences_flow::in_mailbox", needs: NEEDS, seconds: 180, run: || pipe(Present::Mailbox) },
+    Test { name: "fences_flow::in_fifo", needs: NEEDS, seconds: 180, run: || pipe(Present::Fifo, false) },
+    Test { name: "fences_flow::in_mailbox", needs: NEEDS, seconds: 180, run: || pipe(Present::Mailbox, false) },
+    Test { name: "fences_flow::verified_in_fifo", needs: NEEDS, seconds: 300, run: || pipe(Present::Fifo, true) },
+    Test { name: "fences_flow::verified_in_mailbox", needs: NEEDS, seconds: 300, run: || pipe(Present::Mailbox, true) },
+    Test { name: "fences_flow::stopped_in_fifo", needs: NEEDS, seconds: 120, run: || stopped(Present::Fifo) },
+    Test { name: "fences_flow::stopped_in_mailbox", needs: NEEDS, seconds: 120, run: || stopped(Present::Mailbox) },
     Test { name: "fences_flow::never_in_fifo", needs: NEEDS, seconds: 120, run: || never(Present::Fifo) },
     Test { name: "fences_flow::never_in_mailbox", needs: NEEDS, seconds: 120, run: || never(Present::Mailbox) },
     Test { name: "fences_flow::released_by_the_sink", needs: READER, seconds: 120, run: released },
+    Test { name: "fences_flow::released_copies", needs: READER, seconds: 120, run: released_copies },
     Test { name: "fences_flow::never_released", needs: READER, seconds: 120, run: never_released },
 ];
 
@@ -39,7 +44,8 @@ pub const TESTS: &[Test] = &[
 struct Fenced {
     camera: Camera,
     vgem: Arc<Vgem>,
-    signallers: Vec<JoinHandle<Result<u64>>>,
+    /// With the time stamps of their frames.
+    signallers: Vec<(u64, JoinHandle<Result<u64>>)>,
     /// How much later each fence is signalled; `None` for never.
     late: Option<Duration>,
     /// Frames at first that have no fence.
@@ -90,7 +96,7 @@ impl Source for Fenced {
         let (fence, signal): (SyncFile, Signal) = made
             .map_err(|cause| Error::new(Kind::System, "make a fence for", "a frame").because(format!("{cause:#}")))?;
         match self.late {
-            Some(late) => self.signallers.push(signal.after(late)),
+            Some(late) => self.signallers.push((frame.meta().timestamp.us, signal.after(late))),
             None => self.open.push(signal),
         }
         Ok(Some(frame.with_acquire_fence(fence)))
@@ -121,28 +127,49 @@ impl Source for Fenced {
     }
 }
 
-/// The pipe's own loop, each frame with a fence that signals a while later.
-fn pipe(present: Present) -> anyhow::Result<Outcome> {
+/// The pipe's own loop, each frame with a fence that signals a while later: none is shown before, and, where that is verified, with what
+/// was captured.
+fn pipe(present: Present, verify: bool) -> anyhow::Result<Outcome> {
     const FRAMES: u64 = 60;
     let descriptors = || fs::read_dir("/proc/self/fd").map(Iterator::count);
     let before = descriptors()?;
     let mut source = Fenced::new(Some(Duration::from_millis(25)), 0)?;
-    let mut display = Display::find("vkms", DisplayRequest { present, ..DisplayRequest::default() })?;
+    let mut display = Display::find("vkms", DisplayRequest { present, verify, ..DisplayRequest::default() })?;
     let limits = Limits { frames: Some(FRAMES), duration: None };
-    let account = Pipe::join(&mut source, &mut display, Path::ZeroCopy, limits)?.run(None, &mut |_| {})?;
+    // When each frame was shown, by its time stamp.
+    let mut shown = BTreeMap::new();
+    let account = Pipe::join(&mut source, &mut display, Path::ZeroCopy, limits)?.run(None, &mut |told| {
+        shown.extend(told.latency_us.map(|latency| (told.at_us - latency, told.at_us)));
+    })?;
     ensure!(account.captured == FRAMES, "{account:?}");
     ensure!(account.presented + account.dropped_by_sink == FRAMES, "{account:?}");
     ensure!(account.fences.by_device + account.fences.by_cpu == account.presented, "{account:?}");
-    match present {
-        Present::Fifo => ensure!(account.presented == FRAMES && account.fences.by_device == FRAMES - 1, "{account:?}"),
+    match (present, verify) {
+        (Present::Fifo, false) => {
+            ensure!(account.presented == FRAMES && account.fences.by_device == FRAMES - 1, "{account:?}");
+        }
+        (Present::Fifo, true) => ensure!(account.presented == FRAMES, "{account:?}"),
         // Fences take longer than a frame, and some frames are shown all the same.
-        Present::Mailbox => ensure!(account.presented > 5 && account.fences.by_cpu > 5, "{account:?}"),
+        (Present::Mailbox, _) => ensure!(account.presented > 5 && account.fences.by_cpu > 5, "{account:?}"),
     }
+    if verify {
+        let verdict = display.verdict().context("no verdict")?;
+        ensure!(verdict.checked == account.presented && verdict.wrong == 0, "{verdict:?}");
+        ensure!(account.fences.why == Some(CpuWait::Verified), "{account:?}");
+    }
+    ensure!(shown.len() as u64 == account.presented, "{} of {account:?}", shown.len());
     note(&format!("{} of {FRAMES} shown, {:?}", account.presented, account.fences));
     display.restore()?;
-    for signaller in std::mem::take(&mut source.signallers) {
-        signalled(signaller)?;
+    let mut compared = 0;
+    for (stamp, signaller) in std::mem::take(&mut source.signallers) {
+        let signalled_us = signalled(signaller)?;
+        if let Some(&at_us) = shown.get(&stamp) {
+            // Of the vertical blank just before the signal was seen, at the earliest.
+            ensure!(at_us + REFRESH_US >= signalled_us, "shown at {at_us}, and its fence signalled at {signalled_us}");
+            compared += 1;
+        }
     }
+    ensure!(compared == account.presented, "{compared} of {account:?}");
     drop((display, source));
     ensure!(descriptors()? == before, "{} descriptors instead of {before}", descriptors()?);
     PASSED
@@ -181,6 +208,50 @@ fn never(present: Present) -> anyhow::Result<Outcome> {
     }
     drop(source);
     state.is_back()?;
+    PASSED
+}
+
+/// An order to stop, and the end of the time, are heard while fences are waited for that do not signal: while frames come, and at the end
+/// of a number of them. The account comes at once; what was not shown is in it.
+fn stopped(present: Present) -> anyhow::Result<Outcome> {
+    // Frames without a fence at first. At the end one is on its way, or two are held, each with a fence.
+    const READY: u64 = 4;
+    const AFTER: Duration = Duration::from_millis(2500);
+    let last = Some(READY + if present == Present::Fifo { 1 } else { 2 });
+    for (frames, duration) in [(None, None), (None, Some(AFTER)), (last, None), (last, Some(AFTER))] {
+        let state = State::read();
+        let mut source = Fenced::new(None, u32::try_from(READY)?)?;
+        let mut display = Display::find("vkms", DisplayRequest { present, ..DisplayRequest::default() })?;
+        let (order, end) = nix::unistd::pipe()?;
+        let orderer = std::thread::spawn(move || {
+            if duration.is_none() {
+                std::thread::sleep(AFTER);
+                nix::unistd::write(&end, b"x").expect("the pipe takes a byte");
+            }
+            end
+        });
+        let start = Instant::now();
+        let limits = Limits { frames, duration };
+        let ran = Pipe::join(&mut source, &mut display, Path::ZeroCopy, limits)?.run(Some(order.as_fd()), &mut |_| {});
+        let took = start.elapsed();
+        let account = ran.map_err(|error| anyhow::anyhow!("after {took:?}: {}", error.line()))?;
+        note(&format!(
+            "{frames:?}, {duration:?}: {took:?}, {} captured, {} shown",
+            account.captured, account.presented
+        ));
+        // Long before a fence has taken too long.
+        ensure!(took >= AFTER && took < PATIENCE, "stopped after {took:?}");
+        ensure!(account.captured > READY && frames.is_none_or(|frames| account.captured == frames), "{account:?}");
+        ensure!(account.presented + account.dropped_by_sink == account.captured, "{account:?}");
+        ensure!(present == Present::Mailbox || account.presented == READY, "{account:?}");
+        drop(orderer.join().expect("no panic"));
+        for signal in source.open.drain(..) {
+            signal.now()?;
+        }
+        display.restore()?;
+        drop((display, source));
+        state.is_back()?;
+    }
     PASSED
 }
 
@@ -269,6 +340,28 @@ fn released() -> anyhow::Result<Outcome> {
     ensure!(camera.release_fences().is_empty(), "{:?}", camera.release_fences());
     drop((reader, camera));
     ensure!(descriptors()? == before, "{} descriptors instead of {before}", descriptors()?);
+    PASSED
+}
+
+/// The same where the frames are copies, which are written into buffers of which the sink's device reads every one: the flow waits, and
+/// drops none.
+fn released_copies() -> anyhow::Result<Outcome> {
+    const FRAMES: u64 = 24;
+    let mut camera = camera_with(4)?;
+    let reads = Duration::from_millis(150);
+    let mut reader = Reader::new(Some(reads))?;
+    let limits = Limits { frames: Some(FRAMES), duration: None };
+    let start = Instant::now();
+    let account = Pipe::join(&mut camera, &mut reader, Path::Copy, limits)?.run(None, &mut |_| {})?;
+    let took = start.elapsed();
+    ensure!(account.rung == Rung::Copied && reader.overwritten.is_empty(), "{:?}, {account:?}", reader.overwritten);
+    ensure!(account.presented == FRAMES && account.dropped_by_sink == 0, "{account:?}");
+    let buffers = u32::try_from(reader.fences.len())?;
+    let rounds = (u32::try_from(FRAMES)? - 1) / buffers;
+    ensure!(took >= reads * rounds, "{FRAMES} copies in {buffers} buffers took {took:?}, each read for {reads:?}");
+    for signaller in std::mem::take(&mut reader.signallers) {
+        signalled(signaller)?;
+    }
     PASSED
 }
 

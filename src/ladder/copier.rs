@@ -1,8 +1,11 @@
 //! The rung `copied`: each frame is read through a copy-on-write view, and written once into a buffer that the sink takes.
 
+use std::sync::Arc;
+
 use crate::convert::Converter;
 use crate::endpoint::Verdict;
 use crate::error::{Error, Kind, Result};
+use crate::fence::SyncFile;
 use crate::format::{Format, Layout, MAX_PLANES, Pixels};
 use crate::frame::{Buffer, Frame, FrameMeta, SlotCounts, Slots, SlotsArc};
 use crate::ledger::{Copies, Ledger};
@@ -113,6 +116,17 @@ impl Copier {
             Some(index)
         };
         take().or_else(|| self.slots.detach_oldest_view().then(take).flatten())
+    }
+
+    /// The fences of devices that read copies which nobody holds, if they keep every buffer that is free: until one has signalled there is
+    /// none to copy into. Without release fences no system call.
+    pub(crate) fn blocked_by(&self) -> Vec<Arc<SyncFile>> {
+        let fences = self.slots.release_fences();
+        // Looked at, a free slot stays free.
+        if fences.is_empty() || self.slots.take_free().next().is_some() {
+            return Vec::new();
+        }
+        fences.into_iter().map(|(_, fence)| fence).collect()
     }
 
     /// What the CPU copied for those who hold views of the copies.

@@ -4,6 +4,7 @@
 //! more for the flip event) and allocates nothing. Fences add to that, and frames without one do not.
 
 mod account;
+mod finish;
 mod moves;
 mod wait;
 
@@ -20,6 +21,7 @@ use crate::ladder::{self, Joined, NoWay, Path};
 use crate::ledger::Ledger;
 use crate::memory::{Access, CpuAccess};
 use account::cpu_time;
+use finish::Until;
 use wait::{Fences, Waiter, Wake};
 
 pub use account::{Account, Latency, Progress};
@@ -109,7 +111,8 @@ impl<'a> Pipe<'a> {
     }
 
     /// Lets frames flow until a limit is reached, the source ends, or `stop` becomes readable. `progress` is called after each
-    /// frame shown, with the numbers so far.
+    /// frame shown, with the numbers so far. Frames whose fences are still waited for when it is told to stop, or when its time is up,
+    /// count as dropped; after the last of a number of frames they are waited for.
     ///
     /// # Errors
     /// The first failure of source or sink. The source is stopped either way; a display goes on showing the last frame.
@@ -154,6 +157,7 @@ impl<'a> Pipe<'a> {
             .limits
             .duration
             .map(|duration| start + u64::try_from(duration.as_micros()).unwrap_or(u64::MAX / 2));
+        let until = &Until { stop, end };
         let waiter = Waiter::new(self.source.as_fd(), stop, self.sink.event_fd());
         let mut waiter = waiter.context("wait for", || self.source.name())?;
         self.source.start()?;
@@ -173,7 +177,7 @@ impl<'a> Pipe<'a> {
             let next = match self.source.try_next(ready) {
                 Ok(next) => next,
                 Err(error) if error.kind() == Kind::Ended => break,
-                Err(error) if error.kind() == Kind::FormatChanged => match self.follow(stop, end, progress)? {
+                Err(error) if error.kind() == Kind::FormatChanged => match self.follow(until, progress)? {
                     true => {
                         self.last_came_us = now_us();
                         continue;
@@ -189,8 +193,8 @@ impl<'a> Pipe<'a> {
                 }
                 continue;
             };
-            match self.present(frame, progress) {
-                // Nobody reads any more.
+            match self.present(frame, until, progress) {
+                // Nobody reads any more, or it was told to stop while a fence was waited for.
                 Err(error) if error.kind() == Kind::Ended => break,
                 other => other?,
             }
@@ -200,30 +204,24 @@ impl<'a> Pipe<'a> {
             // After the sink, which may have waited for its reader: that is no fault of the source's.
             self.last_came_us = now_us();
         }
-        self.finish(progress)
-    }
-
-    /// Waits for the frames that are on their way.
-    fn finish(&mut self, progress: &mut dyn FnMut(&Progress<'_>)) -> Result<()> {
-        while let Some(shown) = self.sink.finish()? {
-            self.account(Some(shown), progress);
-        }
-        Ok(())
+        self.finish(until, progress).map(drop)
     }
 
     /// One frame, by the rung that holds; if that turns out not to hold, by one below it.
-    fn present(&mut self, frame: Frame, progress: &mut dyn FnMut(&Progress<'_>)) -> Result<()> {
+    fn present(&mut self, frame: Frame, until: &Until<'_>, progress: &mut dyn FnMut(&Progress<'_>)) -> Result<()> {
         let place = self.captured;
         self.captured += 1;
         if self.above.is_some() && self.joined.copier.is_some() {
-            self.step_up(progress)?;
+            self.step_up(until, progress)?;
         }
+        self.acquire(&frame, until)?;
         let shown = match self.send(&frame, place) {
             Err(error) if self.was_refused(&error) => {
                 if self.path != Path::Auto {
                     return Err(self.nowhere_to_go(&error));
                 }
-                self.step_down(&error, progress)?;
+                self.step_down(&error, until, progress)?;
+                self.acquire(&frame, until)?;
                 self.send(&frame, place)?
             }
             other => other?,
