@@ -1,14 +1,21 @@
 //! Where frames come from and go to: the traits that devices implement, and an importer's reasoned no.
 
+mod import;
+
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::{Error, Kind, Result};
+use crate::fence::{FenceUse, PATIENCE, SyncFile};
 use crate::format::{Format, Layout};
-use crate::frame::{Buffer, Frame, FrameMeta, Room, ViewPolicy, WeakBuffer};
+use crate::frame::{Buffer, Frame, FrameMeta, Room, ViewPolicy};
 use crate::ledger::{Copies, Ledger};
+
+pub use crate::error::errno_name;
+pub use import::{ImportCache, Importer};
 
 /// What `poll` said of a source's descriptor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -69,12 +76,18 @@ pub trait Source: AsFd {
     /// [`Disconnected`](crate::error::Kind::Disconnected) when it is gone.
     fn try_next(&mut self, ready: Ready) -> Result<Option<Frame>>;
 
-    /// Gives slots whose last lease was dropped back to the source. [`try_next`](Source::try_next) does so too; calling it
-    /// before waiting lets the source fill them meanwhile.
+    /// Gives slots whose last lease was dropped, and whose release fences have signalled, back to the source.
+    /// [`try_next`](Source::try_next) does so too; calling it before waiting lets the source fill them meanwhile.
     ///
     /// # Errors
     /// The device's refusal.
     fn recycle(&mut self) -> Result<()>;
+
+    /// The release fences that keep slots which nobody holds: when one signals, [`recycle`](Source::recycle) may have something to give
+    /// back. Without one no allocation and no system call.
+    fn release_fences(&self) -> Vec<Arc<SyncFile>> {
+        Vec::new()
+    }
 
     /// Stops the flow; frames that are leased stay valid.
     ///
@@ -236,14 +249,6 @@ impl fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
-/// The symbol of an errno, as in `EINVAL`.
-pub fn errno_name(errno: i32) -> String {
-    match nix::errno::Errno::from_raw(errno) {
-        nix::errno::Errno::UnknownErrno => errno.to_string(),
-        known => format!("{known:?}"),
-    }
-}
-
 /// Why a source and a sink could not be joined.
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
@@ -253,84 +258,6 @@ pub enum JoinError {
     /// Something is broken, whatever the way.
     #[error(transparent)]
     Failed(#[from] Error),
-}
-
-/// Makes a device's own image of a buffer's memory.
-pub trait Importer {
-    /// The device's image. It keeps the kernel's reference to the memory, not the frame's lease.
-    type Image;
-
-    /// What a person calls the importer.
-    fn name(&self) -> &str;
-
-    /// Imports a buffer. Borrows only.
-    ///
-    /// # Errors
-    /// The refusal, with step, reason and repair.
-    fn import(&mut self, buffer: &Buffer) -> Result<Self::Image, Refusal>;
-}
-
-/// Images by buffer: made once for each buffer, gone with the buffer.
-///
-/// Looking a buffer up compares addresses, and only for a handle not seen before the kernel's identities.
-#[derive(Debug)]
-pub struct ImportCache<I> {
-    entries: Vec<(WeakBuffer, I)>,
-    imports: u64,
-}
-
-impl<I> Default for ImportCache<I> {
-    fn default() -> Self {
-        ImportCache { entries: Vec::new(), imports: 0 }
-    }
-}
-
-impl<I> ImportCache<I> {
-    /// An empty cache.
-    pub fn new() -> ImportCache<I> {
-        ImportCache::default()
-    }
-
-    /// The image of `buffer`, imported now if it has none.
-    ///
-    /// # Errors
-    /// The importer's refusal; nothing is cached then.
-    pub fn get<P: Importer<Image = I>>(&mut self, importer: &mut P, buffer: &Buffer) -> Result<&I, Refusal> {
-        let index = match self.find(buffer) {
-            Some(index) => index,
-            None => {
-                self.entries.retain(|(weak, _)| !weak.is_gone());
-                let image = importer.import(buffer)?;
-                self.imports += 1;
-                self.entries.push((buffer.downgrade(), image));
-                self.entries.len() - 1
-            }
-        };
-        Ok(&self.entries[index].1)
-    }
-
-    /// The image of a buffer that was imported before.
-    pub fn peek(&self, buffer: &Buffer) -> Option<&I> {
-        self.find(buffer).map(|index| &self.entries[index].1)
-    }
-
-    /// How many imports were made.
-    pub fn imports(&self) -> u64 {
-        self.imports
-    }
-
-    /// Forgets all images.
-    pub fn clear(&mut self) {
-        self.entries.clear();
-    }
-
-    fn find(&self, buffer: &Buffer) -> Option<usize> {
-        let known = self.entries.iter().position(|(weak, _)| weak.follows(buffer));
-        known.or_else(|| {
-            let same = |weak: &WeakBuffer| weak.upgrade().is_some_and(|other| other.same_memory(buffer));
-            self.entries.iter().position(|(weak, _)| same(weak))
-        })
-    }
 }
 
 /// One frame that a sink has finished showing or storing for the first time.
@@ -363,6 +290,9 @@ impl Verdict {
 }
 
 /// Consumes frames.
+///
+/// A sink that wraps another passes on every method, also those that have a default: frames that the other holds back for their fences
+/// come to a halt where [`acquire_fences`](Sink::acquire_fences) is not.
 pub trait Sink {
     /// What a person calls it: a device node, or `png:FILE`.
     fn name(&self) -> &str;
@@ -412,8 +342,13 @@ pub trait Sink {
 
     /// Takes a frame, and tells which frame has come on show meanwhile, or because of it.
     ///
+    /// A sink that drops a frame while its device still reads it leaves a [release fence](Frame::release_after) with it. One that reads
+    /// it waits for its [acquire fence](Frame::acquire_fence) first, or has its device wait.
+    ///
     /// # Errors
-    /// The device's refusal; [`Kind::Ended`] when it takes no more, as when nobody reads a pipe any more.
+    /// The device's refusal; [`Kind::Ended`] when it takes no more, as when nobody reads a pipe any more. The error may be that of a frame
+    /// before, whose fence has failed or taken too long: the frame given now is taken all the same, unless it cannot be while that fence
+    /// is open. So that nothing shown goes untold, such an error may come with a later call.
     fn present(&mut self, frame: Frame) -> Result<Option<Shown>>;
 
     /// What to poll for input, if the sink has something to say between two frames.
@@ -427,7 +362,43 @@ pub trait Sink {
         false
     }
 
-    /// Handles what [`event_fd`](Sink::event_fd) announced.
+    /// The acquire fences of frames that it holds back until one signals: to poll for input, for [`dispatch`](Sink::dispatch). Without
+    /// one no allocation and no system call.
+    fn acquire_fences(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+
+    /// How much longer those may take: when that time is over, [`dispatch`](Sink::dispatch) gives up, with an error that names the fence.
+    /// `None` without one. No system call.
+    fn acquire_time_left(&self) -> Option<Duration> {
+        None
+    }
+
+    /// The acquire fences that [`present`](Sink::present) of the frame `next`, or without one [`finish`](Sink::finish), would wait for, and
+    /// so be deaf to everything else: who has an order to stop to listen for waits for them beforehand, each
+    /// [`fence_timeout`](Sink::fence_timeout) at most. Without one no allocation and no system call.
+    ///
+    /// That of `next` unless the sink has its device wait, or holds the frame back.
+    fn waits_for<'a>(&'a self, next: Option<&'a Frame>) -> Vec<&'a SyncFile> {
+        next.and_then(Frame::acquire_fence).into_iter().collect()
+    }
+
+    /// How long a fence may take to signal.
+    fn fence_timeout(&self) -> Duration {
+        PATIENCE
+    }
+
+    /// The flow ends, and fences are not waited for any more: gives up the frames that it holds back for them, and
+    /// [`finish`](Sink::finish) does not wait for one that the device holds back. Either counts as [dropped](Sink::dropped).
+    fn give_up(&mut self) {}
+
+    /// How it waited for the acquire fences of its frames, as far as it was not by reading the frames itself.
+    fn fence_use(&self) -> FenceUse {
+        FenceUse::default()
+    }
+
+    /// Handles what [`event_fd`](Sink::event_fd) or one of [`acquire_fences`](Sink::acquire_fences) announced, or that the latter's
+    /// [time](Sink::acquire_time_left) is over.
     ///
     /// # Errors
     /// The device's failure.
@@ -459,7 +430,7 @@ pub trait Sink {
         None
     }
 
-    /// Frames taken and never shown, because a newer one came first.
+    /// Frames taken and never shown, because a newer one came first, or because their fences failed or took too long.
     fn dropped(&self) -> u64 {
         0
     }
@@ -478,45 +449,5 @@ pub trait Sink {
     /// The result of verification, where it was asked for.
     fn verdict(&self) -> Option<Verdict> {
         None
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::memory::Allocator;
-
-    struct Counter(u32);
-
-    impl Importer for Counter {
-        type Image = u32;
-
-        fn name(&self) -> &str {
-            "counter"
-        }
-
-        fn import(&mut self, _: &Buffer) -> Result<u32, Refusal> {
-            self.0 += 1;
-            Ok(self.0)
-        }
-    }
-
-    fn buffer() -> Buffer {
-        let layout = Layout::packed(Format::parse("GREY").unwrap().0, (8, 8), 1).unwrap();
-        Buffer::new(layout, vec![Allocator::Plain.allocate(64).unwrap()], &[64]).unwrap()
-    }
-
-    #[test]
-    fn each_buffer_is_imported_once_and_forgotten_when_gone() {
-        let (mut cache, mut importer) = (ImportCache::new(), Counter(0));
-        let (first, second) = (buffer(), buffer());
-        assert_eq!(*cache.get(&mut importer, &first).unwrap(), 1);
-        assert_eq!(*cache.get(&mut importer, &first.clone()).unwrap(), 1);
-        assert_eq!(*cache.get(&mut importer, &second).unwrap(), 2);
-        assert_eq!(cache.imports(), 2);
-        drop(first);
-        assert_eq!(*cache.get(&mut importer, &buffer()).unwrap(), 3);
-        assert_eq!(cache.entries.len(), 2, "the entry of the buffer that is gone went too");
-        assert_eq!(cache.peek(&second), Some(&2));
     }
 }

@@ -21,6 +21,7 @@
 //!
 //! - [`mod@format`]: pixel formats, layouts, colours. [`dmabuf`], [`memory`]: shared memory and the CPU's way to it.
 //! - [`frame`]: buffers, frames, leases. [`endpoint`]: the traits of sources, sinks and importers, and refusals.
+//! - [`fence`]: what says that a device is done with memory, and travels with frames.
 //! - [`convert`]: a picture in another format, made by the CPU.
 //! - `gbm` (cargo feature `gbm`): a GPU driver's importer and allocator, and a sink that imports each frame.
 //! - [`v4l2`], [`pattern`]: sources. [`kms`], [`sink`]: sinks. [`pipe`]: the loop between them. [`ledger`]: what was copied.
@@ -38,6 +39,7 @@ pub mod convert;
 pub mod dmabuf;
 pub mod endpoint;
 pub mod error;
+pub mod fence;
 pub mod format;
 pub mod frame;
 #[cfg(feature = "gbm")]

@@ -1,7 +1,9 @@
 //! Kernel interfaces that no crate offers: numbers, `repr(C)` structures, and one safe function each.
 //!
-//! V4L2's structures come from `v4l`, DRM's from `drm-ffi`; here are dma-buf, dma-heap, udmabuf and pagemap, with the
+//! V4L2's structures come from `v4l`, DRM's from `drm-ffi`; here are dma-buf, dma-heap, udmabuf, sync files and pagemap, with the
 //! headers that they were read from.
+
+mod fence;
 
 use std::fs::File;
 use std::io;
@@ -9,6 +11,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
+
+pub(crate) use fence::{
+    RawFence, close_framebuffer, dma_buf_export_sync_file, dma_buf_import_sync_file, sync_file_fences, sync_file_merge,
+    sync_file_status, syncobj_import,
+};
 
 /// Runs a system call again while a signal interrupted it or the kernel asks to try again at once.
 fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {

@@ -19,9 +19,15 @@ mod causes;
 mod commands;
 mod convert;
 mod cow;
+mod crc;
 mod cycles;
 mod display;
 mod faults;
+mod fences;
+mod fences_faults;
+mod fences_flow;
+mod fences_late;
+mod fences_shown;
 mod formats;
 #[cfg(feature = "gbm")]
 mod gbm;
@@ -47,6 +53,7 @@ mod snap;
 mod streams;
 mod syscalls;
 mod verify;
+mod vgem;
 mod vulkan;
 
 fn main() -> std::process::ExitCode {
@@ -57,8 +64,13 @@ fn main() -> std::process::ExitCode {
         streams::TESTS,
         capture::TESTS,
         cow::TESTS,
+        fences::TESTS,
         display::TESTS,
         nonblocking::TESTS,
+        fences_shown::TESTS,
+        fences_late::TESTS,
+        fences_flow::TESTS,
+        fences_faults::TESTS,
         screen::TESTS,
         commands::TESTS,
         sinks::TESTS,

@@ -16,8 +16,11 @@ const DEFAULT: &[&str] = &["multiplanar=1", "allocators=0"];
 /// Whether a module is loaded, a program is there, or this process is root.
 pub fn has(what: &str) -> bool {
     match what {
-        "vivid" | "vkms" => fs::metadata(format!("/sys/module/{what}")).is_ok() && is_root(),
+        "vivid" | "vkms" | "vgem" => fs::metadata(format!("/sys/module/{what}")).is_ok() && is_root(),
+        // A device for the driver virtio_gpu, which a test loads when it needs it.
+        "virtio-gpu" => has_virtio_gpu() && is_root(),
         "root" => is_root(),
+        "sw_sync" => fs::metadata("/sys/kernel/debug/sync/sw_sync").is_ok() && is_root(),
         "udmabuf" => fs::metadata("/dev/udmabuf").is_ok(),
         program => {
             let path = std::env::var("PATH").unwrap_or_default();
@@ -82,6 +85,36 @@ impl StockVkms {
 impl Drop for StockVkms {
     fn drop(&mut self) {
         let _ = StockVkms::put_back();
+    }
+}
+
+/// By the number that virtio gives to GPUs (`VIRTIO_ID_GPU` in linux/virtio_ids.h).
+fn has_virtio_gpu() -> bool {
+    let devices = fs::read_dir("/sys/bus/virtio/devices").into_iter().flatten().flatten();
+    let id = |device: &fs::DirEntry| fs::read_to_string(device.path().join("device")).unwrap_or_default();
+    devices.into_iter().any(|device| id(&device).trim() == "0x0010")
+}
+
+/// The driver of the virtual machine's second display adapter, whose syncobjs are DRM's own; loaded as long as this lives.
+pub struct VirtioGpu(());
+
+impl VirtioGpu {
+    pub fn load() -> Result<VirtioGpu> {
+        let loaded = VirtioGpu(());
+        sh("modprobe virtio_gpu")?;
+        Ok(loaded)
+    }
+
+    /// Dropping does so too, and cannot tell of a failure.
+    pub fn unload(self) -> Result<()> {
+        std::mem::forget(self);
+        sh("modprobe -r virtio_gpu").map(drop)
+    }
+}
+
+impl Drop for VirtioGpu {
+    fn drop(&mut self) {
+        let _ = sh("modprobe -r virtio_gpu");
     }
 }
 

@@ -17,7 +17,8 @@
 //! its last [`Lease`] is dropped or the driver gives it back unfilled. A display holds the lease of the frame that it shows
 //! or is about to show, so a buffer that is pending or on screen cannot be queued: there is no value to do it with.
 //!
-//! The free list is one word with a bit a slot. Returning a slot is one atomic OR, from any thread, without a system call.
+//! The free list is one word with a bit a slot. Returning a slot is one atomic OR, from any thread, without a system call. A slot with
+//! release fences stays in it until they have signalled: no `FreeSlot` comes of it before.
 
 use std::fmt;
 
@@ -27,6 +28,8 @@ use loom::sync::{Arc, atomic};
 use std::sync::{Arc, atomic};
 
 use super::Views;
+use super::release::Releases;
+use crate::fence::SyncFile;
 use atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 
 /// The most slots a queue can have: a bit each in the free list. (V4L2 stopped at 32 until Linux 6.8.)
@@ -61,12 +64,15 @@ pub struct SlotCounts {
     pub pending: u32,
     /// Leased by a display for the picture that it shows.
     pub on_screen: u32,
+    /// Used by nobody, and not to be filled before a release fence has signalled.
+    pub fenced: u32,
 }
 
 impl fmt::Display for SlotCounts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let SlotCounts { free, queued, dequeued, pending, on_screen } = self;
-        write!(f, "{queued} queued, {dequeued} leased, {pending} pending, {on_screen} on screen, {free} free")
+        let SlotCounts { free, queued, dequeued, pending, on_screen, fenced } = self;
+        write!(f, "{queued} queued, {dequeued} leased, {pending} pending, {on_screen} on screen, {free} free")?;
+        if *fenced == 0 { Ok(()) } else { write!(f, ", {fenced} behind a fence") }
     }
 }
 
@@ -74,6 +80,7 @@ impl fmt::Display for SlotCounts {
 pub(crate) struct Slots {
     slots: Box<[Slot]>,
     free: AtomicU64,
+    releases: Releases,
     views: Views,
 }
 
@@ -126,15 +133,20 @@ impl Slots {
     pub(crate) fn new(count: u32) -> Arc<Slots> {
         let count = count.min(MAX_SLOTS);
         let free = if count == MAX_SLOTS { u64::MAX } else { (1 << count) - 1 };
-        let slots = (0..count).map(|_| Slot::new()).collect();
-        Arc::new(Slots { slots, free: AtomicU64::new(free), views: Views::new() })
+        Arc::new(Slots {
+            slots: (0..count).map(|_| Slot::new()).collect(),
+            free: AtomicU64::new(free),
+            releases: Releases::new(count),
+            views: Views::new(),
+        })
     }
 
-    /// Takes every free slot. Those not taken out of the iterator stay free.
+    /// Takes every free slot that no release fence keeps. Those not taken out of the iterator stay free. Without release fences no
+    /// system call.
     pub(crate) fn take_free(&self) -> FreeSlots<'_> {
         // The plain load keeps the common answer "none" free of a locked instruction.
         let bits = if self.free.load(Ordering::Relaxed) == 0 { 0 } else { self.free.swap(0, Ordering::Acquire) };
-        FreeSlots { slots: self, bits }
+        FreeSlots { slots: self, bits, kept: 0 }
     }
 
     /// The driver gave slot `index` back filled: the first lease on it. `None` if the driver did not have that slot.
@@ -169,7 +181,38 @@ impl Slots {
                 Stage::OnScreen => &mut counts.on_screen,
             } += 1;
         }
+        counts.fenced = self
+            .releases
+            .among(self.free.load(Ordering::Relaxed))
+            .count_ones()
+            .min(counts.free);
+        counts.free -= counts.fenced;
         counts
+    }
+
+    /// The release fences that keep slots which nobody uses, with the slots' indices. Neither a system call nor an allocation without one.
+    pub(crate) fn release_fences(&self) -> Vec<(u32, std::sync::Arc<SyncFile>)> {
+        self.releases.of(self.free.load(Ordering::Acquire))
+    }
+
+    /// `; slot 2 waits for the fence of …` for each of [`release_fences`](Slots::release_fences), or nothing: for errors.
+    pub(crate) fn waits_for(&self) -> String {
+        let fences = self.release_fences();
+        let fences = fences.iter().map(|(index, fence)| format!("; slot {index} waits for {fence}"));
+        fences.collect()
+    }
+
+    /// The open fences of all slots, also of those that are held, with the slots' indices. Neither a system call nor an allocation without
+    /// one.
+    pub(crate) fn open_fences(&self) -> Vec<(u32, std::sync::Arc<SyncFile>)> {
+        let mut fences = self.releases.of(u64::MAX);
+        fences.retain(|(_, fence)| !fence.is_signalled());
+        fences
+    }
+
+    /// A slot is not to be filled before this fence has signalled: a device reads its memory from before the slot was made.
+    pub(crate) fn hold_back(&self, index: u32, fence: std::sync::Arc<SyncFile>) {
+        self.releases.add(index, fence);
     }
 
     /// How many slots the driver has.
@@ -183,11 +226,12 @@ impl Slots {
         &self.views
     }
 
-    /// Makes a slot free by detaching the views of one that views alone keep, the oldest first. Whether one is free now.
+    /// Makes a slot free by detaching the views of one that views alone keep, the oldest first: no device either, by a release fence.
+    /// Whether one is free now.
     pub(crate) fn detach_oldest_view(&self) -> bool {
         self.views.detach_oldest(|index, views| {
             let slot = self.slots.get(index as usize);
-            slot.is_some_and(|slot| slot.leases.load(Ordering::Acquire) == views)
+            slot.is_some_and(|slot| slot.leases.load(Ordering::Acquire) == views) && self.releases.is_done(index)
         })
     }
 
@@ -202,25 +246,31 @@ impl Slots {
 pub(crate) struct FreeSlots<'a> {
     slots: &'a Slots,
     bits: u64,
+    /// Those that a release fence keeps.
+    kept: u64,
 }
 
 impl<'a> Iterator for FreeSlots<'a> {
     type Item = FreeSlot<'a>;
 
     fn next(&mut self) -> Option<FreeSlot<'a>> {
-        if self.bits == 0 {
-            return None;
+        while self.bits != 0 {
+            let index = self.bits.trailing_zeros();
+            self.bits &= self.bits - 1;
+            if self.slots.releases.is_done(index) {
+                return Some(FreeSlot { slots: self.slots, index, taken: false });
+            }
+            self.kept |= 1 << index;
         }
-        let index = self.bits.trailing_zeros();
-        self.bits &= self.bits - 1;
-        Some(FreeSlot { slots: self.slots, index, taken: false })
+        None
     }
 }
 
 impl Drop for FreeSlots<'_> {
     fn drop(&mut self) {
-        if self.bits != 0 {
-            self.slots.free.fetch_or(self.bits, Ordering::Release);
+        let back = self.bits | self.kept;
+        if back != 0 {
+            self.slots.free.fetch_or(back, Ordering::Release);
         }
     }
 }
@@ -278,6 +328,13 @@ impl Lease {
     /// Where the slot is in its life, as its holders have said; for reports.
     pub fn stage(&self) -> Stage {
         self.slot().map_or(Stage::Dequeued, Slot::stage)
+    }
+
+    /// The slot is not filled again before this fence has signalled, however early its last lease is dropped: a device goes on reading
+    /// the memory until then. Several add up. What has signalled is closed by the queue when it looks at its free slots, and, of a slot
+    /// that is held for long, when others are added.
+    pub fn release_after(&self, fence: impl Into<std::sync::Arc<SyncFile>>) {
+        self.slots.releases.add(self.index, fence.into());
     }
 
     /// A display was told to show the frame.
@@ -346,182 +403,7 @@ impl fmt::Debug for Lease {
     }
 }
 
-#[cfg(all(test, not(loom)))]
-mod tests {
-    use super::*;
-
-    fn free(slots: &Slots) -> Vec<u32> {
-        let taken = slots.take_free();
-        let found: Vec<_> = (0..64).filter(|bit| taken.bits & (1 << bit) != 0).collect();
-        drop(taken);
-        found
-    }
-
-    fn queue_all(slots: &Slots) {
-        slots.take_free().for_each(FreeSlot::queued);
-    }
-
-    #[test]
-    fn a_slot_comes_back_with_its_last_lease() {
-        let slots = Slots::new(3);
-        assert_eq!(free(&slots), [0, 1, 2]);
-        queue_all(&slots);
-        assert_eq!(slots.counts().queued, 3);
-        let first = Slots::dequeued(&slots, 1).unwrap();
-        let second = first.clone();
-        first.mark_on_screen();
-        assert_eq!(second.stage(), Stage::OnScreen);
-        drop(first);
-        assert_eq!(free(&slots), [0; 0]);
-        drop(second);
-        assert_eq!(free(&slots), [1]);
-        assert_eq!(slots.counts(), SlotCounts { free: 1, queued: 2, ..SlotCounts::default() });
-    }
-
-    /// A view, or a clone that the program keeps, outlives the picture.
-    #[test]
-    fn a_slot_is_the_displays_no_longer_than_its_lease() {
-        let slots = Slots::new(1);
-        queue_all(&slots);
-        let kept = Slots::dequeued(&slots, 0).unwrap();
-        let shown = kept.clone();
-        shown.mark_pending();
-        assert_eq!(kept.stage(), Stage::Pending);
-        shown.mark_on_screen();
-        assert_eq!(slots.counts(), SlotCounts { on_screen: 1, ..SlotCounts::default() });
-        // The same frame is the next picture as well.
-        let again = kept.clone();
-        again.mark_pending();
-        assert_eq!(kept.stage(), Stage::OnScreen);
-        again.mark_on_screen();
-        drop(shown);
-        assert_eq!(kept.stage(), Stage::OnScreen);
-        let view = again.clone();
-        drop((again, kept));
-        assert_eq!(slots.counts(), SlotCounts { dequeued: 1, ..SlotCounts::default() });
-        drop(view);
-        assert_eq!(slots.counts(), SlotCounts { free: 1, ..SlotCounts::default() });
-        queue_all(&slots);
-        assert_eq!(Slots::dequeued(&slots, 0).unwrap().stage(), Stage::Dequeued);
-    }
-
-    #[test]
-    fn a_driver_cannot_give_what_it_does_not_have() {
-        let slots = Slots::new(2);
-        assert!(Slots::dequeued(&slots, 0).is_none(), "slot 0 was never queued");
-        queue_all(&slots);
-        assert!(Slots::dequeued(&slots, 2).is_none(), "there is no slot 2");
-        let lease = Slots::dequeued(&slots, 0).unwrap();
-        assert!(Slots::dequeued(&slots, 0).is_none(), "slot 0 is leased");
-        drop(lease);
-    }
-
-    #[test]
-    fn an_unqueued_free_slot_stays_free() {
-        let slots = Slots::new(4);
-        let mut taken = slots.take_free();
-        taken.next().unwrap().queued();
-        drop(taken.next());
-        drop(taken);
-        assert_eq!(free(&slots), [1, 2, 3]);
-    }
-
-    #[test]
-    fn stopping_gives_back_what_the_driver_had_and_no_more() {
-        let slots = Slots::new(3);
-        queue_all(&slots);
-        let lease = Slots::dequeued(&slots, 2).unwrap();
-        slots.cancelled();
-        assert_eq!(free(&slots), [0, 1]);
-        drop(lease);
-        assert_eq!(free(&slots), [0, 1, 2]);
-    }
-
-    #[test]
-    fn all_64_bits_are_used() {
-        let slots = Slots::new(1000);
-        assert_eq!(free(&slots).len(), 64);
-    }
-
-    /// Leases may outlive every handle to the queue.
-    #[test]
-    fn a_lease_outlives_its_queue() {
-        let slots = Slots::new(1);
-        queue_all(&slots);
-        let lease = Slots::dequeued(&slots, 0).unwrap();
-        drop(slots);
-        drop(lease.clone());
-        drop(lease);
-    }
-}
-
-/// Every interleaving of holders on other threads with the queue that takes slots back.
 #[cfg(all(test, loom))]
-mod loom_tests {
-    use super::*;
-    use loom::cell::UnsafeCell;
-    use loom::thread;
-
-    /// The memory of slot 0, written by the "driver" and read by holders: loom fails on any unordered access.
-    struct Memory(UnsafeCell<u32>);
-    // SAFETY: for loom's checked cell only; loom reports any access that is not ordered.
-    unsafe impl Sync for Memory {}
-    // SAFETY: as above.
-    unsafe impl Send for Memory {}
-
-    fn queue(slots: &Slots, memory: &Memory) -> bool {
-        let mut queued = false;
-        for slot in slots.take_free() {
-            assert!(!queued, "one slot was free twice");
-            // SAFETY: loom checks that nobody reads at the same time.
-            memory.0.with_mut(|cell| unsafe { *cell += 1 });
-            slot.queued();
-            queued = true;
-        }
-        queued
-    }
-
-    #[test]
-    fn memory_is_refilled_only_after_every_holder_is_done() {
-        loom::model(|| {
-            let slots = Slots::new(1);
-            let memory = Arc::new(Memory(UnsafeCell::new(0)));
-            assert!(queue(&slots, &memory));
-            let lease = Slots::dequeued(&slots, 0).unwrap();
-            let holders: Vec<_> = [lease.clone(), lease]
-                .into_iter()
-                .map(|lease| {
-                    let memory = Arc::clone(&memory);
-                    thread::spawn(move || {
-                        // SAFETY: loom checks that the driver does not write at the same time.
-                        let seen = memory.0.with(|cell| unsafe { *cell });
-                        assert_eq!(seen, 1);
-                        drop(lease);
-                    })
-                })
-                .collect();
-            let early = queue(&slots, &memory);
-            for holder in holders {
-                holder.join().unwrap();
-            }
-            assert!(early || queue(&slots, &memory), "the slot was lost");
-            assert!(Slots::dequeued(&slots, 0).is_some());
-        });
-    }
-
-    #[test]
-    fn two_slots_returned_at_once_are_both_found() {
-        loom::model(|| {
-            let slots = Slots::new(2);
-            slots.take_free().for_each(FreeSlot::queued);
-            let leases = [Slots::dequeued(&slots, 0).unwrap(), Slots::dequeued(&slots, 1).unwrap()];
-            let threads = leases.map(|lease| thread::spawn(move || drop(lease)));
-            let mut found = slots.take_free().map(FreeSlot::queued).count();
-            for thread in threads {
-                thread.join().unwrap();
-            }
-            found += slots.take_free().map(FreeSlot::queued).count();
-            assert_eq!(found, 2);
-        });
-    }
-}
+mod loom_tests;
+#[cfg(all(test, not(loom)))]
+mod tests;

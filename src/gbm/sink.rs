@@ -4,6 +4,7 @@ use super::{BufferObject, Device, GbmImporter, Usage};
 use crate::clock::now_us;
 use crate::endpoint::{ImportCache, JoinError, Refusal, Rung, Shown, Sink};
 use crate::error::{Error, Kind, Result};
+use crate::fence::SyncFile;
 use crate::format::{Format, Layout, Modifier};
 use crate::frame::{Buffer, Frame, Room};
 
@@ -66,6 +67,11 @@ impl Sink for Gbm {
         };
         self.images.get(&mut self.importer, frame.buffer()).map_err(error)?;
         Ok(Some(Shown { meta: *frame.meta(), at_us: now_us() }))
+    }
+
+    /// It looks at no pixel, so it does not matter whether they are there yet.
+    fn waits_for<'a>(&'a self, _: Option<&'a Frame>) -> Vec<&'a SyncFile> {
+        Vec::new()
     }
 
     fn imports(&self) -> u64 {

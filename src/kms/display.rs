@@ -3,14 +3,17 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nix::libc;
 
-use super::atomic::{CommitFlags, Request};
+use super::atomic::CommitFlags;
+use super::fenced::FlipCommit;
 use super::fifo::Fifo;
 use super::import::{Framebuffer, KmsImporter};
+use super::mailbox::Mailbox;
 use super::plug::Plug;
-use super::quirks::{reads_late, shown_wrong, stride_align};
+use super::quirks::{fails_with_fences, reads_late, shown_wrong, stride_align};
 use super::route::Route;
 use super::saved::{Blob, Saved};
 use super::setup::{Setup, mode_bytes};
@@ -19,18 +22,24 @@ use super::{Card, Snapshot};
 use crate::causes::{Call, Cause};
 use crate::endpoint::{ImportCache, JoinError, Refusal, Rung, Shown, Sink, Verdict};
 use crate::error::{Error, Kind, Result};
+use crate::fence::{CpuWait, FenceUse, PATIENCE, SyncFile};
 use crate::format::{Format, Layout};
-use crate::frame::{Buffer, Frame, Room};
+use crate::frame::{Buffer, Frame, FrameMeta, Room};
 use crate::ledger::Ledger;
 
 /// What happens to frames that come faster than the display shows them.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub enum Present {
     /// Every frame is shown. Presenting waits until the frame *before* is on screen, which it is unless frames come faster than
-    /// the display shows them; what was shown is told some frames later, with the time at which it was.
+    /// the display shows them; what was shown is told some frames later, with the time at which it was. A frame whose acquire fence has
+    /// not signalled is handed to the driver with it, and the frames after it wait.
     #[default]
     Fifo,
-    /// The newest frame is shown; presenting never waits, and a frame that waits is dropped for a newer one.
+    /// The newest frame is shown; presenting never waits, and a frame that waits is dropped for a newer one. A frame whose acquire fence
+    /// has not signalled is held back, and does not stand in the way of newer ones that are ready. Two such frames are held at most: the
+    /// first in line and the newest. So of frames with fences the display holds four, and a dropped one's buffer is not filled before its
+    /// fence has signalled: a camera needs two buffers more than by default ([`CameraRequest::buffers`](crate::v4l2::CameraRequest)) to
+    /// have one to fill meanwhile.
     Mailbox,
 }
 
@@ -39,18 +48,29 @@ pub enum Present {
 pub struct DisplayRequest {
     /// What happens to frames that come too fast.
     pub present: Present,
-    /// Whether each picture shown is compared with what was captured.
+    /// Whether each picture shown is compared with what was captured. For that the CPU reads each frame when it comes, so its fence is
+    /// waited for then, in a mailbox too.
     pub verify: bool,
     /// Strides must be a multiple of so many bytes, whatever the driver says: for displays that show a wrong picture instead of refusing
     /// one. `None` for what is known of the driver (256 for AMD's), 1 for nothing.
     pub stride_align: Option<u32>,
+    /// How long the acquire fence of a frame may take to signal; then it is an error that names it. `None` for
+    /// [`PATIENCE`](crate::fence::PATIENCE), 5 s.
+    pub fence_timeout: Option<Duration>,
+    /// Whether this process waits for acquire fences where it could have the driver wait (`IN_FENCE_FD`): for drivers that fail with
+    /// them. What is known of the driver, or turns out when it refuses one, has the same effect;
+    /// [`fence_use`](Sink::fence_use) tells.
+    pub wait_by_cpu: bool,
+    /// Whether each frame after the first has a fence that signals when it is on screen: [`Display::take_out_fence`]. Costs a descriptor
+    /// for each frame.
+    pub out_fences: bool,
 }
 
 /// A display: one connector of a card, driven by this process.
 ///
 /// It holds the lease of the frame on screen and of the one that is about to be; a lease is given up when the commit that
-/// *replaced* the frame has completed. Dropping the display puts back what was on screen before, also after an error or while a
-/// panic unwinds; when the process is killed, the kernel turns its picture off.
+/// *replaced* the frame has completed, so that its frames need no release fences. Dropping the display puts back what was on screen
+/// before, also after an error or while a panic unwinds; when the process is killed, the kernel turns its picture off.
 #[derive(Debug)]
 pub struct Display {
     pub(super) card: Arc<Card>,
@@ -64,14 +84,26 @@ pub struct Display {
     /// The frame that was on screen before, while the driver may still read it.
     pub(super) leaving: Option<Frame>,
     pub(super) pending: Option<Frame>,
-    pub(super) waiting: Option<Frame>,
+    pub(super) mailbox: Mailbox,
     pub(super) fifo: Fifo,
-    pub(super) dropped: u64,
     /// Imports made before the join that holds.
     imports_before: u64,
     /// What verification found on ways that were left.
     verified: Verdict,
     pub(super) ledger: Ledger,
+    pub(super) fence_use: FenceUse,
+    /// Why fences are not handed to the driver.
+    pub(super) by_cpu: Option<CpuWait>,
+    /// Of the commit of this frame.
+    pub(super) out_fence: Option<(FrameMeta, SyncFile)>,
+    /// Frames that were dropped for their own fence or that of the one before, beside the mailbox's.
+    pub(super) lost: u64,
+    /// What went wrong with a frame, while another call had something else to tell.
+    pub(super) untold: Option<Error>,
+    /// What is on its way is not waited for: its fence has not signalled, and the flow has ended.
+    pub(super) given_up: bool,
+    /// Since when the picture of before is to be put back, and a fence is in the way.
+    pub(super) restoring_since: Option<Instant>,
     /// When the last frame came on screen, and when the pending one is expected to, by the mode's refresh; µs of `CLOCK_MONOTONIC`.
     pub(super) last_flip_us: u64,
     pub(super) flip_due_us: u64,
@@ -87,7 +119,7 @@ pub(super) struct Way {
     /// Everything but the framebuffer and the mode.
     pub setup: Setup,
     /// The framebuffer of the plane: the request of every frame after the first.
-    pub flip: Request,
+    pub flip: FlipCommit,
     saved: Saved,
     /// Whether the screen shows frames of ours that came this way.
     pub lit: bool,
@@ -118,6 +150,10 @@ impl Display {
     pub fn open(card: Card, request: DisplayRequest) -> Result<Display> {
         card.become_master()?;
         let card = Arc::new(card);
+        let by_cpu = match request.wait_by_cpu {
+            true => Some(CpuWait::Asked),
+            false => fails_with_fences(&card).then_some(CpuWait::Driver),
+        };
         Ok(Display {
             name: card.name(),
             request,
@@ -127,12 +163,18 @@ impl Display {
             on_screen: None,
             leaving: None,
             pending: None,
-            waiting: None,
+            mailbox: Mailbox::default(),
             fifo: Fifo::new(),
-            dropped: 0,
             imports_before: 0,
             verified: Verdict::default(),
             ledger: Ledger::new(),
+            fence_use: FenceUse::default(),
+            by_cpu,
+            out_fence: None,
+            lost: 0,
+            untold: None,
+            given_up: false,
+            restoring_since: None,
             last_flip_us: 0,
             flip_due_us: 0,
             framebuffers: ImportCache::new(),
@@ -161,9 +203,17 @@ impl Display {
 
     /// Puts back what was on screen before, and gives up every frame. Dropping does the same and cannot report a failure.
     ///
+    /// Where the kernel waits for the fence of a frame that is on its way, which cannot be taken back, this waits for it as well, three
+    /// times [`fence_timeout`](DisplayRequest::fence_timeout) at most in all. If it has not signalled by then, dropping the display leaves
+    /// that frame to the kernel, which shows it when it has: its slot and that of the frame on screen are not filled again, and the card
+    /// stays open, while this process lives. When it exits, the kernel waits for the fence before Linux 6.8, and where its console comes
+    /// back on that card.
+    ///
     /// # Errors
-    /// The kernel's refusal, for example if another process became DRM master.
+    /// The kernel's refusal, for example if another process became DRM master; [`Kind::Timeout`] for such a fence.
     pub fn restore(&mut self) -> Result<()> {
+        self.mailbox.clear();
+        self.wait_for_pending()?;
         let restored = match &mut self.way {
             Some(way) if way.lit || way.left => {
                 if let Some(verifier) = &mut way.verifier {
@@ -178,7 +228,8 @@ impl Display {
         };
         // Otherwise a frame may still be on screen; it is given up after its framebuffer, when the display is dropped.
         if restored.is_ok() {
-            (self.waiting, self.pending, self.on_screen, self.leaving) = (None, None, None, None);
+            (self.pending, self.on_screen, self.leaving, self.out_fence) = (None, None, None, None);
+            (self.untold, self.given_up, self.restoring_since) = (None, false, None);
             // The event of a flip that was pending is there by now, and is of no frame that comes later.
             while let Ok(Some(_)) = self.card.read_flip() {}
             self.fifo.clear();
@@ -224,8 +275,7 @@ impl Display {
             let flags = CommitFlags { test_only: true, allow_modeset: true, ..CommitFlags::default() };
             match setup.request(&route, framebuffer, blob.id).try_commit(&self.card, flags) {
                 Ok(()) => {
-                    let mut flip = Request::default();
-                    flip.object(route.plane).set(setup.framebuffer, 0);
+                    let flip = FlipCommit::new(&route, &setup, self.request.out_fences);
                     let saved = Saved::read(&self.card, &route)?;
                     let plug = Plug::new(&self.card, &route.connector_name);
                     return Ok(Way {
@@ -277,7 +327,7 @@ impl Sink for Display {
     }
 
     fn join(&mut self, layout: &Layout, rate: Option<f64>, buffers: &[Buffer]) -> Result<Rung, JoinError> {
-        if self.pending.is_some() || self.waiting.is_some() {
+        if self.pending.is_some() || !self.mailbox.is_empty() {
             let error = Error::new(Kind::Invalid, "join another source to", &self.name);
             return Err(error
                 .because("frames are on their way to it")
@@ -322,13 +372,18 @@ impl Sink for Display {
     }
 
     fn inspect(&mut self, frame: &Frame, place: u64) -> Result<()> {
+        let timeout = self.fence_timeout();
         match self.way.as_mut().and_then(|way| way.verifier.as_mut()) {
-            Some(verifier) => verifier.expect(frame, place),
+            Some(verifier) => {
+                frame.wait_acquired(timeout)?;
+                verifier.expect(frame, place)
+            }
             None => Ok(()),
         }
     }
 
     fn present(&mut self, frame: Frame) -> Result<Option<Shown>> {
+        self.given_up = false;
         if !joined(&mut self.way, &self.name)?.lit {
             return self.light(frame).map(Some);
         }
@@ -344,38 +399,61 @@ impl Sink for Display {
     }
 
     fn wants_event(&self) -> bool {
-        self.waiting.is_some()
+        self.mailbox.is_ready()
+    }
+
+    fn acquire_fences(&self) -> Vec<BorrowedFd<'_>> {
+        self.mailbox.fences()
+    }
+
+    fn acquire_time_left(&self) -> Option<Duration> {
+        // What has still to be told is to be asked for at once.
+        let untold = self.untold.as_ref().map(|_| Duration::ZERO);
+        untold.or_else(|| self.mailbox.time_left(self.fence_timeout()))
+    }
+
+    fn waits_for<'a>(&'a self, next: Option<&'a Frame>) -> Vec<&'a SyncFile> {
+        self.fences_before(next)
+    }
+
+    fn fence_timeout(&self) -> Duration {
+        self.request.fence_timeout.unwrap_or(PATIENCE)
+    }
+
+    fn give_up(&mut self) {
+        self.give_up_fenced();
+    }
+
+    fn fence_use(&self) -> FenceUse {
+        self.fence_use
     }
 
     fn dispatch(&mut self) -> Result<Option<Shown>> {
         if self.in_turn() {
             self.fifo.read(&self.card)?;
-            if let Some(frame) = self.pending.take_if(|_| self.fifo.all_read()) {
-                self.put_on_screen(frame);
+            if self.fifo.all_read() {
+                // That its fence has signalled is certain now, and not that its work has succeeded.
+                self.pending_acquired()?;
+                if let Some(frame) = self.pending.take() {
+                    self.put_on_screen(frame);
+                }
             }
-            return Ok(self.fifo.told());
+            let told = self.fifo.told();
+            return self.tell(told);
         }
-        let Some(flip) = self.card.read_flip()? else { return Ok(None) };
-        let Some(frame) = self.pending.take() else { return Ok(None) };
-        let shown = self.arrived(frame, flip)?;
-        if let Some(frame) = self.waiting.take() {
-            self.submit(frame)?;
-        }
-        Ok(Some(shown))
+        let shown = match self.card.read_flip()? {
+            Some(flip) => self.pending.take().map(|frame| self.arrived(frame, flip)).transpose()?,
+            None => None,
+        };
+        self.advance();
+        self.tell(shown)
     }
 
     fn finish(&mut self) -> Result<Option<Shown>> {
         if self.in_turn() {
             return self.finish_in_turn();
         }
-        if self.pending.is_none() {
-            return Ok(None);
-        }
-        let shown = self.wait_pending()?;
-        if let Some(frame) = self.waiting.take() {
-            self.submit(frame)?;
-        }
-        Ok(Some(shown))
+        self.finish_newest()
     }
 
     fn news(&mut self) -> Option<String> {
@@ -383,7 +461,7 @@ impl Sink for Display {
     }
 
     fn dropped(&self) -> u64 {
-        self.dropped
+        self.mailbox.dropped() + self.lost
     }
 
     fn imports(&self) -> u64 {
@@ -416,6 +494,8 @@ impl AsFd for Display {
 impl Drop for Display {
     fn drop(&mut self) {
         // Nobody can act on a failure here; `restore` is for those who want to know.
-        let _ = self.restore();
+        if self.restore().is_err() && self.is_stuck() {
+            self.abandon();
+        }
     }
 }

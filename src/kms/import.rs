@@ -1,6 +1,7 @@
 //! PRIME import and AddFB2: a buffer becomes a framebuffer of a card.
 
 use std::io;
+use std::mem;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
@@ -10,6 +11,7 @@ use crate::causes::{Call, Cause};
 use crate::endpoint::{Importer, Refusal, Rung};
 use crate::format::MAX_PLANES;
 use crate::frame::Buffer;
+use crate::uapi::close_framebuffer;
 
 /// A framebuffer over an imported buffer. Removed on drop.
 #[derive(Debug)]
@@ -22,6 +24,15 @@ impl Framebuffer {
     /// DRM's number of it.
     pub fn id(&self) -> u32 {
         self.id
+    }
+
+    /// Gives it up without taking it off the screen, where it stays until another is shown: for one that the kernel cannot take off now.
+    /// Its card stays open. Before Linux 6.8, which has no call for this, so does the framebuffer.
+    pub(super) fn close(self) {
+        // Another failure means that the card is gone, and its framebuffers with it.
+        let _ = close_framebuffer(self.card.as_fd(), self.id);
+        // Where the kernel has let go of it there is nothing to remove, and where it could not, removing it would wait.
+        mem::forget(self);
     }
 }
 

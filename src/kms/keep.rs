@@ -18,6 +18,8 @@ impl Display {
         if !self.way.as_ref().is_some_and(|way| way.lit) {
             return Ok(());
         }
+        // The commit waits for a frame that is still on its way, and that frame may wait for a fence, without limit.
+        self.pending_acquired()?;
         let Some(frame) = self.on_screen.clone() else { return Ok(()) };
         let layout = *frame.buffer().layout();
         let buffer = self
@@ -26,7 +28,7 @@ impl Display {
             .ok_or_else(|| self.about_keeping())?;
         let mut converter =
             Converter::new(&layout, buffer.layout()).map_err(|cause| self.about_keeping().because(cause))?;
-        let reader = frame.buffer().read()?;
+        let reader = frame.read()?;
         let mut writer = buffer.write()?;
         let memory: [Span<'_>; MAX_PLANES] = [0, 1, 2, 3].map(|memory| reader.memory(memory).unwrap_or(Span::EMPTY));
         let bytes = converter.copy(&memory, &mut writer);

@@ -5,7 +5,8 @@ use nix::libc;
 use super::Display;
 use super::atomic::{CommitFlags, explained};
 use super::display::{Present, Way, joined};
-use super::flip::{Flip, wait_readable};
+use super::fenced::Sent;
+use super::flip::Flip;
 use super::import::Framebuffer;
 use super::saved::Blob;
 use super::setup::mode_bytes;
@@ -13,14 +14,17 @@ use super::verify::Verifier;
 use crate::clock::now_us;
 use crate::endpoint::{Refusal, Shown, Sink};
 use crate::error::{Error, Kind, Result};
+use crate::fence::CpuWait;
 use crate::frame::Frame;
 
 /// Longest wait for a page flip, in ms: the kernel itself gives up after 10 s (drm_atomic_helper_wait_for_flip_done).
-const FLIP_TIMEOUT_MS: u16 = 15_000;
+pub(super) const FLIP_TIMEOUT_MS: u16 = 15_000;
 
 impl Display {
     /// The first commit: mode, plane and framebuffer. Completed on return.
     pub(super) fn light(&mut self, frame: Frame) -> Result<Shown> {
+        self.out_fence = None;
+        self.acquire_first(&frame)?;
         let framebuffer = self.framebuffer(&frame)?;
         let way = joined(&mut self.way, &self.name)?;
         let mut mode = mode_bytes(&way.route);
@@ -42,29 +46,32 @@ impl Display {
 
     /// One commit of the plane's framebuffer alone. `Ok(false)` if it must wait for an earlier one and was told not to.
     fn flip(&mut self, frame: &Frame, flags: CommitFlags) -> Result<bool> {
-        let framebuffer = self.framebuffer(frame)?;
-        let way = joined(&mut self.way, &self.name)?;
-        way.flip.set_last(u64::from(framebuffer));
-        frame.lease().mark_pending();
-        match way.flip.try_commit(&self.card, flags) {
+        match self.commit_flip(frame, flags, None)? {
             // An expected answer, of which no error is made: that would allocate.
             Err(cause) if flags.nonblock && cause.raw_os_error() == Some(libc::EBUSY) => Ok(false),
             other => explained(other, &self.card, "show a frame on").map(|()| true),
         }
     }
 
-    /// Sends a frame to the screen as soon as the one before is there: one system call, and one lease given up.
+    /// Sends a frame to the screen as soon as the one before is there: one system call, and one lease given up. With fences a few more.
     pub(super) fn show_in_turn(&mut self, frame: Frame) -> Result<Option<Shown>> {
-        let waits = self.way.as_ref().is_some_and(|way| way.waits);
-        let mut on_its_way = !waits && !self.fifo.waits();
-        if on_its_way && !self.flip(&frame, CommitFlags { nonblock: true, event: true, ..CommitFlags::default() })? {
-            self.fifo.refused();
-            on_its_way = false;
-        }
-        let event = on_its_way || self.fifo.wants_event();
-        if !on_its_way {
-            self.flip(&frame, CommitFlags { event, ..CommitFlags::default() })?;
-        }
+        // What is on its way may wait for a fence, without limit, and a commit that waits for it would too.
+        self.pending_acquired().inspect_err(|_| self.lost += 1)?;
+        let (on_its_way, event) = match frame.acquire_fence() {
+            None => self.send(&frame)?,
+            Some(fence) => match self.send_fenced(&frame, fence)? {
+                Sent::OnItsWay => (true, true),
+                Sent::Acquired(why) => {
+                    let sent = self.send(&frame)?;
+                    self.fence_use.waited(why);
+                    if let CpuWait::Refused(_) = why {
+                        // It was the fence, and will be with the next.
+                        self.by_cpu = self.by_cpu.or(Some(why));
+                    }
+                    sent
+                }
+            },
+        };
         let meta = *frame.meta();
         // Either commit says that what was on its way is on screen, and so that what it replaced is not.
         if let Some(before) = self.pending.take() {
@@ -82,13 +89,37 @@ impl Display {
                 self.fifo.arrived(&self.card, meta, event, self.period_us())?;
             }
         }
-        self.fifo.next_shown(&self.card, usize::from(on_its_way))
+        let shown = self.fifo.next_shown(&self.card, usize::from(on_its_way))?;
+        self.tell(shown)
+    }
+
+    /// Whether the frame is on its way, or otherwise on screen, and whether that has, or will have, an event.
+    fn send(&mut self, frame: &Frame) -> Result<(bool, bool)> {
+        let mut on_its_way = !self.each_waits() && !self.fifo.waits();
+        if on_its_way && !self.flip(frame, CommitFlags { nonblock: true, event: true, ..CommitFlags::default() })? {
+            self.fifo.refused();
+            on_its_way = false;
+        }
+        let event = on_its_way || self.fifo.wants_event();
+        if !on_its_way {
+            self.flip(frame, CommitFlags { event, ..CommitFlags::default() })?;
+        }
+        Ok((on_its_way, event))
+    }
+
+    /// Whether each commit waits until its frame is on screen, since there are too few buffers to hold one that has left it.
+    pub(super) fn each_waits(&self) -> bool {
+        self.way.as_ref().is_some_and(|way| way.waits)
     }
 
     /// Shows a frame, waits until it is on screen, and verifies it.
     pub(super) fn show_verified(&mut self, frame: Frame) -> Result<Shown> {
+        let waited = self.acquire_by_cpu(&frame)?;
         self.forget_crcs()?;
         self.flip(&frame, CommitFlags { event: true, ..CommitFlags::default() })?;
+        if waited {
+            self.fence_use.waited(self.by_cpu.unwrap_or(CpuWait::Verified));
+        }
         self.pending = Some(frame);
         self.wait_pending()
     }
@@ -101,16 +132,11 @@ impl Display {
 
     /// Waits until every frame sent is on screen and its event read, and tells of one.
     pub(super) fn finish_in_turn(&mut self) -> Result<Option<Shown>> {
-        while !self.fifo.all_read() {
-            self.fifo.read(&self.card)?;
-            if !self.fifo.all_read() {
-                wait_readable(&*self.card, FLIP_TIMEOUT_MS, "get a page flip from", &self.name)?;
-            }
+        if !self.given_up {
+            self.settle()?;
         }
-        if let Some(frame) = self.pending.take() {
-            self.put_on_screen(frame);
-        }
-        Ok(self.fifo.told())
+        let told = self.fifo.told();
+        self.tell(told)
     }
 
     /// Whether frames are sent one after the other without waiting for each.
@@ -145,15 +171,18 @@ impl Display {
         self.way.as_ref().map_or(0, |way| way.route.period_us()).max(1)
     }
 
-    /// Submits a frame if the one before is on screen, else keeps it, instead of one that waits already.
+    /// Submits a frame if the one before is on screen and its fence has signalled, else keeps it, instead of one that waits already. A
+    /// frame that is ready goes before older ones that are not; see [`Mailbox`](super::mailbox::Mailbox).
     pub(super) fn queue(&mut self, frame: Frame) -> Result<Option<Shown>> {
-        if self.pending.is_none() {
-            return self.submit(frame).map(|()| None);
-        }
         // Before the look at the event, which submits what waits: that is to be the newest.
-        self.dropped += u64::from(self.waiting.replace(frame).is_some());
+        let put = self.mailbox.put(frame);
+        self.tell_later(put);
+        if self.pending.is_none() {
+            self.advance();
+            return self.tell(None);
+        }
         // A look at the wrong time would be a system call for nothing.
-        if now_us() >= self.flip_due_us { self.dispatch() } else { Ok(None) }
+        if now_us() >= self.flip_due_us { self.dispatch() } else { self.tell(None) }
     }
 
     /// A frame has come on screen with a flip event.
@@ -175,14 +204,18 @@ impl Display {
     /// Shows a frame that nobody counts, in place of what is on screen, and returns when it is there.
     pub(super) fn replace_picture(&mut self, frame: Frame) -> Result<()> {
         self.flip(&frame, CommitFlags::default())?;
+        // Nobody presented this one.
+        self.out_fence = None;
         self.put_on_screen(frame);
         self.leaving = None;
         Ok(())
     }
 
     /// What is on screen until now is given up, or, where the driver may still read it, held until the frame after this one comes here.
-    pub(super) fn put_on_screen(&mut self, frame: Frame) {
+    pub(super) fn put_on_screen(&mut self, mut frame: Frame) {
         frame.lease().mark_on_screen();
+        // It has signalled, or it would not be there.
+        frame.acquired();
         let before = self.on_screen.replace(frame);
         self.leaving = before.filter(|_| self.way.as_ref().is_some_and(|way| way.holds));
         if let Some(leaving) = &self.leaving {
@@ -191,7 +224,7 @@ impl Display {
     }
 
     /// The framebuffer of a frame's buffer, imported now if `join` has not seen it.
-    fn framebuffer(&mut self, frame: &Frame) -> Result<u32> {
+    pub(super) fn framebuffer(&mut self, frame: &Frame) -> Result<u32> {
         let imported = self.framebuffers.get(&mut self.importer, frame.buffer());
         let error = |refusal: Refusal| {
             let error = Error::new(Kind::Unsupported, "import a frame into", &self.name).said_by(refusal.step);

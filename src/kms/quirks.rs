@@ -15,6 +15,14 @@ pub(super) fn stride_align(card: &Card) -> u32 {
     }
 }
 
+/// Whether the driver is known to fail with `IN_FENCE_FD`.
+///
+/// nvidia-drm refuses each commit with one before its version 560 (`EPERM`; NVIDIA's open-gpu-kernel-modules, issue 622), and has been seen
+/// to stop showing pictures with one after that (Smithay, pull request 1489). Its version in `DRM_IOCTL_VERSION` does not tell which it is.
+pub(super) fn fails_with_fences(card: &Card) -> bool {
+    card.info().driver == "nvidia-drm"
+}
+
 /// Whether the driver may read a frame's memory after the flip event of the next one.
 ///
 /// Scanout hardware has left a picture when it shows the next: `flip_done` of `struct drm_crtc_commit` (drm_atomic.h). vkms reads pictures

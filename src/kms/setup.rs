@@ -23,6 +23,9 @@ pub(super) struct Setup {
     /// What changes the colours of the whole picture.
     colour_tables: Vec<u32>,
     pub framebuffer: u32,
+    /// Properties for fences, which every atomic driver has had since Linux 4.10 (drm_universal_plane_init, drm_crtc_init_with_planes).
+    pub in_fence: Option<u32>,
+    pub out_fence: Option<u32>,
 }
 
 impl Setup {
@@ -56,6 +59,8 @@ impl Setup {
             mode: property(card, &crtc, "MODE_ID")?.0,
             colour_tables: COLOUR_TABLES.iter().filter_map(|&name| Some(crtc.get(name)?.0)).collect(),
             framebuffer: property(card, &properties, "FB_ID")?.0,
+            in_fence: properties.get("IN_FENCE_FD").map(|&(property, _)| property),
+            out_fence: crtc.get("OUT_FENCE_PTR").map(|&(property, _)| property),
         })
     }
 

@@ -71,7 +71,7 @@ impl Verifier {
     /// # Errors
     /// If the frame cannot be read.
     pub(super) fn expect(&mut self, frame: &Frame, place: u64) -> Result<()> {
-        let reader = frame.buffer().read()?;
+        let reader = frame.read()?;
         let crc = self.predictor.crc(&mut |plane, row, out| reader.row(plane, row, out));
         let expected = Expected { sequence: frame.meta().sequence, place, crc };
         match self.expected.get_mut(frame.slot() as usize) {

@@ -3,19 +3,17 @@
 //! A writeback connector is attached to the running display beside its own connector for one commit, and detached. All
 //! else of the state is left as it is, so the display shows the same before and after.
 
-use std::io;
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::os::fd::AsFd;
+use std::time::Duration;
 
 use drm::control::{Device as _, connector};
 use drm::{ClientCapability, Device as _};
-use nix::errno::Errno;
 use nix::libc;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::Card;
 use super::atomic::{CommitFlags, Request};
+use super::fenced::out_fence_of;
 use super::framebuffer::export;
 use super::snapshot::{Output, picture};
 use crate::dmabuf::DmaBuf;
@@ -34,23 +32,6 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// vkms can lose a job: its composer reads which job there is without the lock that it then takes to see whether there is one
 /// (`vkms_composer_worker`), and says that it has written what it has not.
 const MARKS: [u8; 2] = [0x5a, 0xa5];
-
-/// `linux/sync_file.h`
-mod sync_file {
-    /// `struct sync_file_info`
-    #[repr(C)]
-    #[derive(Default)]
-    pub(super) struct Info {
-        pub(super) name: [u8; 32],
-        pub(super) status: i32,
-        pub(super) flags: u32,
-        pub(super) num_fences: u32,
-        pub(super) pad: u32,
-        pub(super) sync_fence_info: u64,
-    }
-    nix::ioctl_readwrite!(info, b'>', 4, Info);
-    const _: () = assert!(size_of::<Info>() == 56);
-}
 
 /// What `output` shows, as the hardware wrote it: 3 bytes a pixel, row after row.
 ///
@@ -228,20 +209,17 @@ impl Writer {
                 _ => error,
             })?;
         let attached = Attached { card, writer: self };
-        let done = {
-            let mut fence: i32 = -1;
-            // The kernel writes a descriptor to this address before the commit returns (prepare_signaling), and no
-            // later: `fence` is alive until then, and has the kernel's `s32`. Its address is in `request`, which ends
-            // here.
-            request.set(self.fence, (&raw mut fence).expose_provenance() as u64);
-            request.commit(card, flags, "write back what is shown on")?;
-            drop(request);
-            // SAFETY: the commit succeeded, so `fence` is a new descriptor that nobody else owns
-            // (complete_signaling), unless the driver made none and left it at -1, which is no descriptor.
-            (fence >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fence) })
-        };
+        let done = out_fence_of(&mut |place| {
+            request.set(self.fence, place);
+            request.commit(card, flags, "write back what is shown on")
+        })?;
+        // The address in it was of a variable that is gone.
+        drop(request);
         let written = match done {
-            Some(done) => wait(&done).context("wait for the writeback of", || card.name()),
+            Some(done) => done.wait(PATIENCE).map_err(|cause| {
+                let error = Error::new(cause.kind(), "wait for the writeback of", card.name());
+                error.because(cause)
+            }),
             None => {
                 let error = Error::new(Kind::Unsupported, "wait for the writeback of", card.name());
                 Err(error.because("the driver gave no fence"))
@@ -292,26 +270,6 @@ impl Drop for Attached<'_> {
         // Only after another error, which says more.
         let _ = self.put_back();
     }
-}
-
-/// Waits for a fence to be done, and for what its owner says of it.
-fn wait(fence: &OwnedFd) -> io::Result<()> {
-    let end = Instant::now() + PATIENCE;
-    loop {
-        let left = end.saturating_duration_since(Instant::now());
-        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        match poll(&mut [PollFd::new(fence.as_fd(), PollFlags::POLLIN)], timeout) {
-            Ok(0) => return Err(io::Error::from_raw_os_error(libc::ETIMEDOUT)),
-            Ok(_) => break,
-            Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-    let mut info = sync_file::Info::default();
-    // SAFETY: `info` has the size that the request number carries (asserted above) and lives across the call; with
-    // `num_fences` 0 the kernel follows no pointer in it (sync_file_ioctl_fence_info).
-    unsafe { sync_file::info(fence.as_raw_fd(), &mut info) }?;
-    if info.status < 0 { Err(io::Error::from_raw_os_error(-info.status)) } else { Ok(()) }
 }
 
 /// A dumb buffer as a framebuffer to write to. Both are gone on drop.

@@ -1,11 +1,14 @@
 //! The rungs `converted` and `copied`: each frame becomes another in a buffer that the sink takes, made by a GPU, or read by the CPU through
 //! a copy-on-write view and written once.
 
+use std::sync::Arc;
+
 use crate::convert::Converter;
 #[cfg(feature = "vulkan")]
 use crate::endpoint::JoinError;
 use crate::endpoint::Verdict;
 use crate::error::{Error, Kind, Result};
+use crate::fence::SyncFile;
 use crate::format::{Format, Layout, MAX_PLANES, Pixels};
 use crate::frame::{Buffer, Frame, FrameMeta, SlotCounts, Slots, SlotsArc};
 use crate::ledger::{Copies, Ledger};
@@ -176,6 +179,17 @@ impl Copier {
         take().or_else(|| self.slots.detach_oldest_view().then(take).flatten())
     }
 
+    /// The fences of devices that read copies which nobody holds, if they keep every buffer that is free: until one has signalled there is
+    /// none to copy into. Without release fences no system call.
+    pub(crate) fn blocked_by(&self) -> Vec<Arc<SyncFile>> {
+        let fences = self.slots.release_fences();
+        // Looked at, a free slot stays free.
+        if fences.is_empty() || self.slots.take_free().next().is_some() {
+            return Vec::new();
+        }
+        fences.into_iter().map(|(_, fence)| fence).collect()
+    }
+
     /// What the CPU copied for those who hold views of the copies.
     pub fn view_copies(&self) -> Vec<Copies> {
         self.slots.views().copies()
@@ -224,7 +238,7 @@ fn by_cpu(converter: &mut Converter, frame: &Frame, buffer: &Buffer) -> Result<u
         converter.copy(&SPANS.map(|memory| view.memory(memory).unwrap_or(Span::EMPTY)), &mut writer)
     } else {
         // A view would be a snapshot, and so a second copy. The lease that the caller holds does for as long as this takes.
-        let reader = frame.buffer().read()?;
+        let reader = frame.read()?;
         converter.copy(&SPANS.map(|memory| reader.memory(memory).unwrap_or(Span::EMPTY)), &mut writer)
     };
     writer.end()?;
@@ -265,7 +279,7 @@ impl Check {
     }
 
     fn compare(&mut self, frame: &Frame, copy: &Frame, place: u64) -> Result<()> {
-        let (before, after) = (frame.buffer().read()?, copy.buffer().read()?);
+        let (before, after) = (frame.read()?, copy.read()?);
         let (from, to) = (*before.layout(), *after.layout());
         let mut right = true;
         let (first, step) = if self.same { (0, 1) } else { ((place % ROWS) as u32, ROWS as usize) };

@@ -11,6 +11,7 @@ mod tests;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::time::TimeSpec;
@@ -19,6 +20,7 @@ use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFl
 use crate::clock::now_ns;
 use crate::endpoint::{Ready, Source, SourceCounts};
 use crate::error::{Context, Error, Kind, Result};
+use crate::fence::SyncFile;
 use crate::format::{Colour, Format, Kind as Samples, Layout, MAX_PLANES};
 use crate::frame::{
     Buffer, Clock, Frame, FrameFlags, FrameMeta, MAX_SLOTS, Room, SlotCounts, Slots, SlotsArc, Timestamp, ViewPolicy,
@@ -295,6 +297,10 @@ impl Source for Pattern {
         Ok(())
     }
 
+    fn release_fences(&self) -> Vec<Arc<SyncFile>> {
+        self.slots.0.release_fences().into_iter().map(|(_, fence)| fence).collect()
+    }
+
     fn stop(&mut self) -> Result<()> {
         // Ticks up to now that found no buffer are frames that were dropped.
         self.account(now_ns());
@@ -344,6 +350,12 @@ impl Source for Pattern {
     fn stalled(&self) -> Error {
         let views: Vec<_> = self.slots.0.views().infos().iter().map(ToString::to_string).collect();
         let error = Error::new(Kind::Timeout, "get a frame from", NAME);
+        let fences = self.slots.0.waits_for();
+        if !fences.is_empty() {
+            return error
+                .because(format!("of its buffers, {}{fences}", self.slots()))
+                .repair("a device that reads the frames does not come to an end; or ask for more buffers");
+        }
         if views.is_empty() {
             return error
                 .because(format!("of its buffers, {}", self.slots()))

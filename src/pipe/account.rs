@@ -9,6 +9,7 @@ use nix::sys::time::TimeVal;
 use super::moves::Move;
 use crate::endpoint::{Refusal, Rung, SourceCounts};
 use crate::error::{Error, Kind, Result};
+use crate::fence::FenceUse;
 use crate::ladder::{ByGpu, Watch};
 use crate::ledger::Ledger;
 
@@ -45,6 +46,8 @@ pub struct Account {
     pub fps: Option<f64>,
     /// From capture to show.
     pub latency: Latency,
+    /// How the acquire fences of frames were waited for; all zero for frames without one.
+    pub fences: FenceUse,
     /// CPU time of this process while frames flowed, user and system together; `None` if the system did not tell.
     pub cpu: Option<Duration>,
 }

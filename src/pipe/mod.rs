@@ -1,9 +1,10 @@
 //! The loop from a source to a sink.
 //!
 //! In the steady state it makes four system calls a frame (`epoll_wait`, `DQBUF`, `ATOMIC`, `QBUF`; in mailbox mode one or two
-//! more for the flip event) and allocates nothing.
+//! more for the flip event) and allocates nothing. Fences add to that, and frames without one do not.
 
 mod account;
+mod finish;
 mod moves;
 mod wait;
 
@@ -13,13 +14,15 @@ use std::time::Duration;
 use crate::clock::now_us;
 use crate::endpoint::{Refusal, Rung, Shown, Sink, Source, Verdict};
 use crate::error::{Context, Kind, Result};
+use crate::fence::PATIENCE;
 use crate::format;
 use crate::frame::{Clock, Frame};
 use crate::ladder::{self, Joined, NoWay, Path, Watch};
 use crate::ledger::Ledger;
 use crate::memory::{Access, CpuAccess};
 use account::cpu_time;
-use wait::{Waiter, Wake};
+use finish::Until;
+use wait::{Fences, Waiter, Wake};
 
 pub use account::{Account, Latency, Progress};
 use moves::Above;
@@ -124,7 +127,8 @@ impl<'a> Pipe<'a> {
     }
 
     /// Lets frames flow until a limit is reached, the source ends, or `stop` becomes readable. `progress` is called after each
-    /// frame shown, with the numbers so far.
+    /// frame shown, with the numbers so far. Frames whose fences are still waited for when it is told to stop, or when its time is up,
+    /// count as dropped; after the last of a number of frames they are waited for.
     ///
     /// # Errors
     /// The first failure of source or sink. The source is stopped either way; a display goes on showing the last frame.
@@ -157,6 +161,7 @@ impl<'a> Pipe<'a> {
             duration,
             fps,
             latency: self.latency,
+            fences: self.sink.fence_use(),
             cpu: cpu.and_then(|before| cpu_time()?.checked_sub(before)),
         })
     }
@@ -171,6 +176,7 @@ impl<'a> Pipe<'a> {
             .limits
             .duration
             .map(|duration| start + u64::try_from(duration.as_micros()).unwrap_or(u64::MAX / 2));
+        let until = &Until { stop, end };
         let waiter = Waiter::new(self.source.as_fd(), stop, self.sink.event_fd());
         let mut waiter = waiter.context("wait for", || self.source.name())?;
         self.source.start()?;
@@ -182,7 +188,7 @@ impl<'a> Pipe<'a> {
             }
             let Some(wake) = self.wait(&mut waiter, end)?.filter(|wake| !wake.stop) else { break };
             // With a frame there as well, `present` handles the event: the frame that it shows next is to be the newest.
-            if wake.sink && wake.source.is_none() {
+            if (wake.sink || wake.fence) && wake.source.is_none() {
                 let shown = self.sink.dispatch()?;
                 self.account(shown, progress);
             }
@@ -190,7 +196,7 @@ impl<'a> Pipe<'a> {
             let next = match self.source.try_next(ready) {
                 Ok(next) => next,
                 Err(error) if error.kind() == Kind::Ended => break,
-                Err(error) if error.kind() == Kind::FormatChanged => match self.follow(stop, end, progress)? {
+                Err(error) if error.kind() == Kind::FormatChanged => match self.follow(until, progress)? {
                     true => {
                         self.last_came_us = now_us();
                         continue;
@@ -206,8 +212,8 @@ impl<'a> Pipe<'a> {
                 }
                 continue;
             };
-            match self.present(frame, progress) {
-                // Nobody reads any more.
+            match self.present(frame, until, progress) {
+                // Nobody reads any more, or it was told to stop while a fence was waited for.
                 Err(error) if error.kind() == Kind::Ended => break,
                 other => other?,
             }
@@ -217,30 +223,24 @@ impl<'a> Pipe<'a> {
             // After the sink, which may have waited for its reader: that is no fault of the source's.
             self.last_came_us = now_us();
         }
-        self.finish(progress)
-    }
-
-    /// Waits for the frames that are on their way.
-    fn finish(&mut self, progress: &mut dyn FnMut(&Progress<'_>)) -> Result<()> {
-        while let Some(shown) = self.sink.finish()? {
-            self.account(Some(shown), progress);
-        }
-        Ok(())
+        self.finish(until, progress).map(drop)
     }
 
     /// One frame, by the rung that holds; if that turns out not to hold, by one below it.
-    fn present(&mut self, frame: Frame, progress: &mut dyn FnMut(&Progress<'_>)) -> Result<()> {
+    fn present(&mut self, frame: Frame, until: &Until<'_>, progress: &mut dyn FnMut(&Progress<'_>)) -> Result<()> {
         let place = self.captured;
         self.captured += 1;
         if self.above.is_some() && self.joined.copier.is_some() {
-            self.step_up(progress)?;
+            self.step_up(until, progress)?;
         }
+        self.acquire(&frame, until)?;
         let shown = match self.send(&frame, place) {
             Err(error) if self.was_refused(&error) => {
                 if self.path != Path::Auto {
                     return Err(self.nowhere_to_go(&error));
                 }
-                self.step_down(&error, progress)?;
+                self.step_down(&error, until, progress)?;
+                self.acquire(&frame, until)?;
                 self.send(&frame, place)?
             }
             other => other?,
@@ -270,9 +270,20 @@ impl<'a> Pipe<'a> {
     /// Waits for the source, the sink or the order to stop; `None` when the time is up.
     fn wait(&self, waiter: &mut Waiter, end: Option<u64>) -> Result<Option<Wake>> {
         let stalled = self.stalled_at_us();
+        // Rounded up: when the time is up it is up for the sink as well.
+        let late = self.sink.acquire_time_left().map(|left| {
+            let left = u64::try_from(left.as_micros()).unwrap_or(u64::MAX);
+            now_us().saturating_add(left).saturating_add(1)
+        });
+        let until = [stalled, end, late].into_iter().flatten().min();
+        let fences = Fences { sink: self.sink.acquire_fences(), source: self.source.release_fences() };
         let wake = waiter
-            .wait([stalled, end].into_iter().flatten().min(), self.sink.wants_event())
+            .wait(until, self.sink.wants_event(), &fences)
             .context("wait for", || self.source.name())?;
+        if wake.is_none() && late.is_some() && late == until {
+            // No fence has signalled, and that is for the sink to tell.
+            return Ok(Some(Wake { fence: true, ..Wake::default() }));
+        }
         if wake.is_some() || end.is_some_and(|end| stalled.is_none_or(|stalled| end <= stalled)) {
             return Ok(wake);
         }
@@ -327,6 +338,7 @@ fn corrupt(frame: &Frame) -> Result<()> {
     };
     let Some(place) = layout.planes().first() else { return Ok(()) };
     let offset = place.offset as usize + place.stride as usize * row as usize + byte;
+    frame.wait_acquired(PATIENCE)?;
     let mut mappings = frame.buffer().map(Access::ReadWrite)?;
     let bracket = frame
         .buffer()

@@ -1,9 +1,8 @@
 //! Going on when something changes: another rung, another format.
 
-use std::os::fd::BorrowedFd;
-
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::finish::Until;
 use super::{Pipe, Progress};
 use crate::clock::now_us;
 use crate::endpoint::{JoinError, Refusal, Rung};
@@ -57,7 +56,12 @@ impl Pipe<'_> {
     ///
     /// # Errors
     /// The error that made it step down, if copying does not help.
-    pub(super) fn step_down(&mut self, error: &Error, progress: &mut dyn FnMut(&Progress<'_>)) -> Result<()> {
+    pub(super) fn step_down(
+        &mut self,
+        error: &Error,
+        until: &Until<'_>,
+        progress: &mut dyn FnMut(&Progress<'_>),
+    ) -> Result<()> {
         let again = || {
             // The causes alone: step and subject are said again before them.
             let (line, said) = (error.line(), error.to_string());
@@ -67,7 +71,7 @@ impl Pipe<'_> {
             let again = Error::new(error.kind(), error.step(), error.subject()).because(causes);
             again.repair("copying does not help either")
         };
-        self.finish(progress)?;
+        self.finish_or_end(until, progress)?;
         let (from, refusals) = (self.joined.rung, self.joined.refusals.len());
         self.forget_copier();
         self.joined.refusals.push(Refusal::from_error(from, error));
@@ -102,11 +106,11 @@ impl Pipe<'_> {
     ///
     /// # Errors
     /// A failure of the sink.
-    pub(super) fn step_up(&mut self, progress: &mut dyn FnMut(&Progress<'_>)) -> Result<()> {
+    pub(super) fn step_up(&mut self, until: &Until<'_>, progress: &mut dyn FnMut(&Progress<'_>)) -> Result<()> {
         if self.above.as_ref().is_none_or(|above| self.captured < above.at) {
             return Ok(());
         }
-        self.finish(progress)?;
+        self.finish_or_end(until, progress)?;
         let Some(above) = &mut self.above else { return Ok(()) };
         above.at = self.captured.saturating_add(above.frames);
         let (rung, refusals, from) = (above.rung, above.refusals, self.joined.rung);
@@ -129,18 +133,15 @@ impl Pipe<'_> {
     }
 
     /// After a change at the source: the picture on screen stays, the source is set up anew, and the ladder is climbed from its top.
-    /// Whether frames flow again; not if the order to stop, or the end, came while there was no signal.
+    /// Whether frames flow again; not if the order to stop, or the end, came while there was no signal, or while a fence was waited for.
     ///
     /// # Errors
     /// What the source or the sink says, or the refusals of all rungs.
-    pub(super) fn follow(
-        &mut self,
-        stop: Option<BorrowedFd<'_>>,
-        end: Option<u64>,
-        progress: &mut dyn FnMut(&Progress<'_>),
-    ) -> Result<bool> {
+    pub(super) fn follow(&mut self, until: &Until<'_>, progress: &mut dyn FnMut(&Progress<'_>)) -> Result<bool> {
         let from = self.joined.rung;
-        self.finish(progress)?;
+        if !self.finish(until, progress)? {
+            return Ok(false);
+        }
         let mut not_kept = None;
         if self.joined.copier.is_none() {
             match self.sink.hold() {
@@ -152,7 +153,7 @@ impl Pipe<'_> {
         }
         // The account of its frames goes with its buffers.
         self.source.copies().iter().for_each(|copies| self.copies.add(copies));
-        if !self.wait_for_signal(stop, end)? {
+        if !self.wait_for_signal(until)? {
             return Ok(false);
         }
         self.forget_copier();
@@ -187,7 +188,7 @@ impl Pipe<'_> {
     }
 
     /// Sets the source up anew; while it has no signal, each further change is another try, until the watchdog's time is up.
-    fn wait_for_signal(&mut self, stop: Option<BorrowedFd<'_>>, end: Option<u64>) -> Result<bool> {
+    fn wait_for_signal(&mut self, &Until { stop, end }: &Until<'_>) -> Result<bool> {
         let until = self
             .source
             .watchdog()

@@ -5,16 +5,20 @@
 //! every frame and stop it again, which is a tenth of what the wait costs, where the time is up once in seconds or never.
 
 use std::io;
+use std::iter;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use crate::clock::now_us;
 use crate::endpoint::Ready;
+use crate::fence::SyncFile;
 
 const SOURCE: u64 = 0;
 const STOP: u64 = 1;
@@ -27,6 +31,23 @@ pub(super) struct Wake {
     pub source: Option<Ready>,
     pub stop: bool,
     pub sink: bool,
+    /// A fence that the sink waits for has signalled, or has taken too long.
+    pub fence: bool,
+}
+
+/// Fences to wait for besides.
+#[derive(Default)]
+pub(super) struct Fences<'a> {
+    /// The sink's, each of which is something for it to handle.
+    pub sink: Vec<BorrowedFd<'a>>,
+    /// The source's: the wait ends, and what is free is given back before the next.
+    pub source: Vec<Arc<SyncFile>>,
+}
+
+impl Fences<'_> {
+    fn is_none(&self) -> bool {
+        self.sink.is_empty() && self.source.is_empty()
+    }
 }
 
 /// The descriptors to wait for. The kernel forgets one of them when it is closed.
@@ -65,19 +86,22 @@ impl Waiter {
         Ok(Waiter { without_sink, with_sink, timer, set_us: None })
     }
 
-    /// Waits until a time in µs of `CLOCK_MONOTONIC`, for ever without one, for the sink only if asked to: one system call.
-    /// `None` when the time is up; an empty [`Wake`] when a signal came.
+    /// Waits until a time in µs of `CLOCK_MONOTONIC`, for ever without one, for the sink only if asked to: one system call, and one more
+    /// with fences. `None` when the time is up; an empty [`Wake`] when a signal came, or a fence of the source has signalled.
     ///
     /// # Errors
-    /// What `epoll_wait` and `timerfd_settime` say.
-    pub(super) fn wait(&mut self, until_us: Option<u64>, sink: bool) -> io::Result<Option<Wake>> {
+    /// What `epoll_wait`, `timerfd_settime` and `poll` say.
+    pub(super) fn wait(&mut self, until_us: Option<u64>, sink: bool, fences: &Fences<'_>) -> io::Result<Option<Wake>> {
         loop {
             if let Some(until) = until_us
                 && self.set_us.is_none_or(|set| until < set)
             {
                 self.set(until)?;
             }
-            let (wake, timer) = self.wait_once(sink)?;
+            let (wake, timer) = match fences.is_none() {
+                true => self.wait_once(sink, EpollTimeout::NONE)?,
+                false => self.wait_with(sink, fences)?,
+            };
             if wake != Wake::default() || !timer {
                 return Ok(Some(wake));
             }
@@ -90,11 +114,38 @@ impl Waiter {
         }
     }
 
+    /// As [`wait_once`](Waiter::wait_once), also until a fence has signalled. A fence is waited for once and no more: to put it on the list
+    /// and take it off would be two calls.
+    fn wait_with(&self, sink: bool, fences: &Fences<'_>) -> io::Result<(Wake, bool)> {
+        let source = fences.source.iter().map(|fence| fence.as_fd());
+        let list = iter::once(self.list(sink).0.as_fd());
+        let all = fences.sink.iter().copied().chain(source).chain(list);
+        let mut fds: Vec<_> = all.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) => {}
+            Err(Errno::EINTR) => return Ok((Wake::default(), false)),
+            Err(errno) => return Err(errno.into()),
+        }
+        let mut ready = fds.iter().map(|fd| fd.any().unwrap_or(false));
+        // Each asked for, not only until one is found: they are told apart by their places.
+        let fence = ready.by_ref().take(fences.sink.len()).fold(false, |any, ready| any | ready);
+        let given_back = ready.by_ref().take(fences.source.len()).fold(false, |any, ready| any | ready);
+        let (wake, timer) = match ready.next() {
+            Some(true) => self.wait_once(sink, EpollTimeout::ZERO)?,
+            _ => (Wake::default(), false),
+        };
+        // What a fence of the source gives back goes before the end of the time.
+        Ok((Wake { fence, ..wake }, timer && !given_back))
+    }
+
+    fn list(&self, sink: bool) -> &Epoll {
+        self.with_sink.as_ref().filter(|_| sink).unwrap_or(&self.without_sink)
+    }
+
     /// What came, and whether the timer has gone off.
-    fn wait_once(&self, sink: bool) -> io::Result<(Wake, bool)> {
+    fn wait_once(&self, sink: bool, timeout: EpollTimeout) -> io::Result<(Wake, bool)> {
         let mut events = [EpollEvent::empty(); 4];
-        let list = self.with_sink.as_ref().filter(|_| sink).unwrap_or(&self.without_sink);
-        let count = match list.wait(&mut events, EpollTimeout::NONE) {
+        let count = match self.list(sink).wait(&mut events, timeout) {
             Ok(count) => count,
             Err(Errno::EINTR) => 0,
             Err(errno) => return Err(errno.into()),
@@ -140,18 +191,54 @@ mod tests {
     use super::*;
     use nix::unistd::{pipe, read, write};
 
+    fn wait(waiter: &mut Waiter, until_us: Option<u64>, sink: bool) -> io::Result<Option<Wake>> {
+        waiter.wait(until_us, sink, &Fences::default())
+    }
+
     #[test]
     fn each_descriptor_is_told_apart() {
         let [source, stop, sink] = [0; 3].map(|_| pipe().unwrap());
         let mut waiter = Waiter::new(&source.0, Some(stop.0.as_fd()), Some(sink.0.as_fd())).unwrap();
-        assert_eq!(waiter.wait(Some(0), true).unwrap(), None);
+        assert_eq!(wait(&mut waiter, Some(0), true).unwrap(), None);
         write(&sink.1, b"x").unwrap();
-        assert_eq!(waiter.wait(None, true).unwrap(), Some(Wake { sink: true, ..Wake::default() }));
-        assert_eq!(waiter.wait(Some(0), false).unwrap(), None, "nobody asked for the sink");
+        assert_eq!(wait(&mut waiter, None, true).unwrap(), Some(Wake { sink: true, ..Wake::default() }));
+        assert_eq!(wait(&mut waiter, Some(0), false).unwrap(), None, "nobody asked for the sink");
         write(&stop.1, b"x").unwrap();
-        assert_eq!(waiter.wait(None, true).unwrap(), Some(Wake { sink: true, stop: true, source: None }));
+        assert_eq!(wait(&mut waiter, None, true).unwrap(), Some(Wake { sink: true, stop: true, ..Wake::default() }));
         write(&source.1, b"x").unwrap();
-        assert_eq!(waiter.wait(None, true).unwrap().unwrap().source, Some(Ready::FRAME));
+        assert_eq!(wait(&mut waiter, None, true).unwrap().unwrap().source, Some(Ready::FRAME));
+    }
+
+    #[test]
+    fn fences_end_the_wait() {
+        let [source, sink, acquire, release] = [0; 4].map(|_| pipe().unwrap());
+        let mut waiter = Waiter::new(&source.0, None, Some(sink.0.as_fd())).unwrap();
+        let held = Arc::new(SyncFile::from(release.0));
+        let fences = Fences { sink: vec![acquire.0.as_fd()], source: vec![held] };
+        assert_eq!(waiter.wait(Some(0), true, &fences).unwrap(), None);
+        write(&release.1, b"x").unwrap();
+        assert_eq!(waiter.wait(None, true, &fences).unwrap(), Some(Wake::default()), "nothing for the sink");
+        write(&acquire.1, b"x").unwrap();
+        assert_eq!(waiter.wait(None, true, &fences).unwrap(), Some(Wake { fence: true, ..Wake::default() }));
+        write(&source.1, b"x").unwrap();
+        let wake = Wake { source: Some(Ready::FRAME), fence: true, ..Wake::default() };
+        assert_eq!(waiter.wait(None, true, &fences).unwrap(), Some(wake));
+    }
+
+    /// The time is up with open fences too; one that has signalled goes before it.
+    #[test]
+    fn fences_and_the_time() {
+        let [source, release] = [0; 2].map(|_| pipe().unwrap());
+        let mut waiter = Waiter::new(&source.0, None, None).unwrap();
+        let fences = Fences { sink: Vec::new(), source: vec![Arc::new(SyncFile::from(release.0))] };
+        for after_us in [20_000, 60_000, 10_000] {
+            let start = now_us();
+            assert_eq!(waiter.wait(Some(start + after_us), true, &fences).unwrap(), None);
+            let took = now_us() - start;
+            assert!((after_us..after_us + 5_000_000).contains(&took), "{took} µs for {after_us}");
+        }
+        write(&release.1, b"x").unwrap();
+        assert_eq!(waiter.wait(Some(0), true, &fences).unwrap(), Some(Wake::default()));
     }
 
     #[test]
@@ -164,15 +251,18 @@ mod tests {
             write(&source.1, b"x").unwrap();
             let start = now_us();
             let until = Some(start + after_us);
-            assert!(waiter.wait(until, true).unwrap().unwrap().source.is_some(), "what came goes before the time");
+            assert!(
+                wait(&mut waiter, until, true).unwrap().unwrap().source.is_some(),
+                "what came goes before the time"
+            );
             read(&source.0, &mut [0]).unwrap();
-            assert_eq!(waiter.wait(until, true).unwrap(), None);
+            assert_eq!(wait(&mut waiter, until, true).unwrap(), None);
             let took = now_us() - start;
             assert!((after_us..after_us + 5_000_000).contains(&took), "{took} µs for {after_us}");
         }
         // Of a wait for ever the timer is no part, though it is still past its time.
         write(&source.1, b"x").unwrap();
-        assert!(waiter.wait(None, true).unwrap().is_some());
+        assert!(wait(&mut waiter, None, true).unwrap().is_some());
     }
 
     #[test]
@@ -180,6 +270,6 @@ mod tests {
         let (source, end) = pipe().unwrap();
         let mut waiter = Waiter::new(&source, None, None).unwrap();
         drop(end);
-        assert!(waiter.wait(None, true).unwrap().unwrap().source.unwrap().failed);
+        assert!(wait(&mut waiter, None, true).unwrap().unwrap().source.unwrap().failed);
     }
 }

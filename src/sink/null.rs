@@ -3,6 +3,7 @@
 use crate::clock::now_us;
 use crate::endpoint::{JoinError, Rung, Shown, Sink};
 use crate::error::Result;
+use crate::fence::SyncFile;
 use crate::format::{Format, Layout};
 use crate::frame::{Buffer, Frame};
 
@@ -42,6 +43,11 @@ impl Sink for Null {
         self.frames += 1;
         Ok(Some(Shown { meta: *frame.meta(), at_us: now_us() }))
     }
+
+    /// It looks at no pixel, so it does not matter whether they are there yet.
+    fn waits_for<'a>(&'a self, _: Option<&'a Frame>) -> Vec<&'a SyncFile> {
+        Vec::new()
+    }
 }
 
 #[cfg(test)]
@@ -50,6 +56,22 @@ mod tests {
     use crate::endpoint::{Ready, Source};
     use crate::memory::Allocator;
     use crate::pattern::{Pattern, PatternRequest};
+
+    /// Its frames are those of a source that may not be done with them.
+    #[test]
+    fn it_waits_for_nothing() {
+        let mut source = Pattern::new(&PatternRequest { rate: 1000.0, ..PatternRequest::default() }).unwrap();
+        source.start().unwrap();
+        let frame = std::iter::from_fn(|| Some(source.try_next(Ready::FRAME).unwrap()))
+            .flatten()
+            .next()
+            .unwrap();
+        let (open, _end) = nix::unistd::pipe().unwrap();
+        let frame = frame.with_acquire_fence(SyncFile::from(open));
+        assert!(Null::new().waits_for(Some(&frame)).is_empty());
+        // One that reads does.
+        assert_eq!(crate::sink::Png::new("picture.png").waits_for(Some(&frame)).len(), 1);
+    }
 
     #[test]
     fn it_counts_and_keeps_nothing() {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::clock::now_us;
 use crate::endpoint::{JoinError, Refusal, Rung, Shown, Sink};
 use crate::error::{Context, Error, Kind, Result};
+use crate::fence::PATIENCE;
 use crate::format::{Format, Kind as Samples, Layout, MAX_PLANES, Modifier, Pixels, demosaic};
 use crate::frame::{Buffer, BufferReader, Frame};
 use crate::ledger::Ledger;
@@ -98,11 +99,13 @@ impl Sink for Png {
     }
 }
 
-/// A frame's picture as rows of red, green and blue bytes, without padding. Reads each byte of its pixels once.
+/// A frame's picture as rows of red, green and blue bytes, without padding. Reads each byte of its pixels once, after its acquire fence
+/// has signalled.
 ///
 /// # Errors
-/// As [`buffer_to_rgb`].
+/// As [`Frame::wait_acquired`] and [`buffer_to_rgb`].
 pub fn frame_to_rgb(frame: &Frame) -> Result<Vec<u8>> {
+    frame.wait_acquired(PATIENCE)?;
     buffer_to_rgb(frame.buffer())
 }
 

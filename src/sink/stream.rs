@@ -19,6 +19,7 @@ use super::output::{How, Output};
 use crate::clock::now_us;
 use crate::endpoint::{ImportCache, Importer, JoinError, Refusal, Rung, Shown};
 use crate::error::{Context, Error, Kind, Result};
+use crate::fence::PATIENCE;
 use crate::format::{Layout, MAX_PLANES, Modifier};
 use crate::frame::{Buffer, Frame, Room};
 use crate::ledger::Ledger;
@@ -189,6 +190,7 @@ impl Stream {
     }
 
     fn send_frame(&mut self, mark: &'static [u8], frame: &Frame) -> Result<bool> {
+        frame.wait_acquired(PATIENCE)?;
         let (buffer, how) = (frame.buffer(), self.how);
         let mut access = [const { None }; MAX_PLANES];
         for (memory, access) in (0u32..).zip(&mut access) {

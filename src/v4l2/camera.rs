@@ -2,19 +2,19 @@
 
 mod follow;
 mod losses;
+mod wait;
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::time::Duration;
 
 use super::agree::{agree_format, agree_rate, agree_strides, memory_lens};
-use super::queue::{Allocated, Dequeued, Idle, Queue, Streaming, held_by};
+use super::queue::{Allocated, Dequeued, Idle, Queue, StillRead, Streaming, held_by};
 use super::{Device, Event, Rate};
 use crate::clock::now_us;
 use crate::endpoint::{Ready, Source, SourceCounts};
 use crate::error::{Context, Error, Kind, Result};
+use crate::fence::SyncFile;
 use crate::format::{Format, Fourcc, Layout};
 use crate::frame::{Buffer, Clock, Frame, FrameMeta, Room, Slots, ViewInfo, ViewPolicy};
 use crate::ledger::Copies;
@@ -65,6 +65,8 @@ pub struct Camera {
     request: CameraRequest,
     /// What of that could not be kept at the last change.
     not_kept: Vec<String>,
+    /// Memory of others that it has given up, and that devices still read.
+    still_read: Vec<StillRead>,
     /// How many buffers of its own it was asked for.
     own_buffers: u32,
     watchdog: Duration,
@@ -119,6 +121,7 @@ impl Camera {
             queue,
             request: request.clone(),
             not_kept: Vec::new(),
+            still_read: Vec::new(),
             own_buffers,
             watchdog: WATCHDOG,
             last: None,
@@ -139,39 +142,6 @@ impl Camera {
         self.watchdog = watchdog;
     }
 
-    /// Waits for the next frame: for programs without an event loop. Starts the flow if need be.
-    ///
-    /// # Errors
-    /// [`Kind::Timeout`] when none came before the watchdog's time was up; otherwise as [`Source::try_next`].
-    #[expect(clippy::should_implement_trait, reason = "an iterator could not report failures and go on")]
-    pub fn next(&mut self) -> Result<Frame> {
-        if !matches!(self.queue, State::Streaming(_)) {
-            self.start()?;
-        }
-        let begin = Instant::now();
-        loop {
-            self.recycle()?;
-            let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN | PollFlags::POLLPRI)];
-            // Damaged buffers wake it as well, and are no frames.
-            let left = self.watchdog.saturating_sub(begin.elapsed());
-            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-            let ready = match poll(&mut fds, timeout) {
-                Err(nix::errno::Errno::EINTR) => continue,
-                other => other.context("wait for", || self.name.clone())?,
-            };
-            if ready == 0 {
-                return Err(self.stalled());
-            }
-            let events = fds[0].revents().unwrap_or(PollFlags::empty());
-            if let Some(frame) = self.try_next(Ready::from(events))? {
-                return Ok(frame);
-            }
-            if begin.elapsed() >= self.watchdog {
-                return Err(self.stalled());
-            }
-        }
-    }
-
     /// The bytes that its driver wants of each memory plane, for [`Room::for_lens`](crate::frame::Room::for_lens). They may be
     /// more than the rows need. Cost: one system call.
     ///
@@ -189,6 +159,10 @@ impl Camera {
     /// A device that needs contiguous memory, or memory within its reach, refuses here, or in [`start`](Source::start) if its driver
     /// cannot try a buffer beforehand. [`use_own_buffers`](Camera::use_own_buffers) is the way back then.
     ///
+    /// Memory that devices still read, by the [release fences](crate::frame::Frame::release_after) of frames that this camera has filled
+    /// before, is not filled before those have signalled, also if the camera had other buffers in between. What is read for another camera,
+    /// and frames of before that somebody holds, are the caller's affair.
+    ///
     /// Cost: about four system calls and two for each buffer.
     ///
     /// # Errors
@@ -198,7 +172,10 @@ impl Camera {
         self.free()?;
         let (state, result) = match std::mem::replace(&mut self.queue, State::Turning) {
             State::Idle(queue) => match queue.import(buffers) {
-                Ok(queue) => (State::Allocated(queue), Ok(())),
+                Ok(queue) => {
+                    queue.hold_back(&mut self.still_read);
+                    (State::Allocated(queue), Ok(()))
+                }
                 Err(failed) => (State::Idle(failed.queue), Err(failed.error)),
             },
             other => (other, Ok(())),
@@ -249,13 +226,20 @@ impl Camera {
         }
     }
 
-    /// Gives up the buffers.
+    /// Gives up the buffers. What devices still read of others' memory is remembered, for when that comes back.
     fn free(&mut self) -> Result<()> {
+        self.still_read.retain(|(_, fence)| !fence.is_signalled());
         let (state, result) = match std::mem::replace(&mut self.queue, State::Turning) {
-            State::Allocated(queue) => match queue.release() {
-                Ok(queue) => (State::Idle(queue), Ok(())),
-                Err(failed) => (State::Allocated(failed.queue), Err(failed.error)),
-            },
+            State::Allocated(queue) => {
+                let still_read = queue.still_read();
+                match queue.release() {
+                    Ok(queue) => {
+                        self.still_read.extend(still_read);
+                        (State::Idle(queue), Ok(()))
+                    }
+                    Err(failed) => (State::Allocated(failed.queue), Err(failed.error)),
+                }
+            }
             State::Streaming(queue) => {
                 let error = Error::new(Kind::Busy, "change the buffers of", self.name.clone());
                 (State::Streaming(queue), Err(error.because("it streams").repair("stop it first")))
@@ -304,16 +288,6 @@ impl Camera {
     }
 }
 
-impl From<PollFlags> for Ready {
-    fn from(events: PollFlags) -> Ready {
-        Ready {
-            frame: events.contains(PollFlags::POLLIN),
-            event: events.contains(PollFlags::POLLPRI),
-            failed: events.intersects(PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL),
-        }
-    }
-}
-
 impl AsFd for Camera {
     fn as_fd(&self) -> BorrowedFd<'_> {
         (*self.device).as_fd()
@@ -342,6 +316,9 @@ impl Source for Camera {
     }
 
     fn start(&mut self) -> Result<()> {
+        if matches!(self.queue, State::Allocated(_)) {
+            self.wait_for_a_slot()?;
+        }
         // Before the flow: what changes from here on is told.
         self.device.subscribe();
         let (state, result) = match std::mem::replace(&mut self.queue, State::Turning) {
@@ -427,6 +404,11 @@ impl Source for Camera {
         self.streaming()?.recycle()
     }
 
+    fn release_fences(&self) -> Vec<Arc<SyncFile>> {
+        let fences = self.slots().map(Slots::release_fences).unwrap_or_default();
+        fences.into_iter().map(|(_, fence)| fence).collect()
+    }
+
     fn stop(&mut self) -> Result<()> {
         self.count_the_end();
         let (state, result) = match std::mem::replace(&mut self.queue, State::Turning) {
@@ -449,13 +431,17 @@ impl Source for Camera {
     fn stalled(&self) -> Error {
         let error = Error::new(Kind::Timeout, "get a frame from", self.name.clone());
         let cause = format!("none came for {} s", self.watchdog.as_secs_f64());
-        match &self.queue {
-            State::Streaming(queue) if queue.counts().queued == 0 => {
-                let views = queue.views();
-                let cause = format!("{cause}; the camera has no buffer to fill: {}{}", queue.counts(), held_by(&views));
-                error.because(cause).repair(match views.is_empty() {
-                    true => "drop frames sooner, or ask for more buffers",
-                    false => "drop frames and views sooner, let the queue detach views, or ask for more buffers",
+        match self.slots() {
+            Some(slots) if slots.queued() == 0 => {
+                let (views, fences) = (self.views(), slots.waits_for());
+                let held = held_by(&views);
+                let cause = format!("{cause}; the camera has no buffer to fill: {}{held}{fences}", slots.counts());
+                error.because(cause).repair(match (views.is_empty(), fences.is_empty()) {
+                    (true, true) => "drop frames sooner, or ask for more buffers",
+                    (false, true) => {
+                        "drop frames and views sooner, let the queue detach views, or ask for more buffers"
+                    }
+                    (_, false) => "a device that reads the frames does not come to an end; or ask for more buffers",
                 })
             }
             _ if self.counts.errored > 0 => error

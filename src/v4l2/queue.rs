@@ -18,6 +18,7 @@ use std::sync::Arc;
 use nix::libc;
 use v4l::v4l_sys as sys;
 
+pub(crate) use self::import::StillRead;
 pub(super) use self::shortage::held_by;
 use super::raw::{self, BufferCall, MAX_V4L2_PLANES};
 use super::{Api, Device};
@@ -316,8 +317,9 @@ impl Queue<Streaming> {
         self.state.0.slots.counts()
     }
 
-    /// Queues every slot whose last lease was dropped: one system call for each. If views keep so many buffers that the driver would
-    /// starve, does what the [`ViewPolicy`] says; see [`set_view_policy`](Queue::set_view_policy).
+    /// Queues every slot whose last lease was dropped and whose release fences have signalled: one system call for each, and one for each
+    /// fence. If views keep so many buffers that the driver would starve, does what the [`ViewPolicy`] says; see
+    /// [`set_view_policy`](Queue::set_view_policy).
     ///
     /// # Errors
     /// What `VIDIOC_QBUF` says; the slot stays free and is tried again the next time. [`Kind::Busy`] with

@@ -98,7 +98,10 @@ pub fn open_sink(args: &PipeArgs, stop: BorrowedFd<'_>) -> anyhow::Result<AnySin
         PresentChoice::Mailbox => Present::Mailbox,
     };
     let display = |card: Card| -> anyhow::Result<AnySink> {
-        let display = Display::open(card, DisplayRequest { present, verify, stride_align: args.stride_align })?;
+        let display = Display::open(
+            card,
+            DisplayRequest { present, verify, stride_align: args.stride_align, ..DisplayRequest::default() },
+        )?;
         Ok(AnySink::Display(Box::new(display)))
     };
     let Some(name) = name else {

@@ -3,9 +3,11 @@
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
+use std::time::Duration;
 
 use dmaflow::endpoint::{JoinError, Rung, Shown, Sink, Verdict};
 use dmaflow::error::Result;
+use dmaflow::fence::{FenceUse, SyncFile};
 use dmaflow::format::{Format, Layout};
 use dmaflow::frame::{Buffer, CowView, Frame, Room};
 use dmaflow::ledger::Ledger;
@@ -67,6 +69,36 @@ impl Sink for Keeper<'_> {
 
     fn wants_event(&self) -> bool {
         self.inner.wants_event()
+    }
+
+    fn acquire_fences(&self) -> Vec<BorrowedFd<'_>> {
+        self.inner.acquire_fences()
+    }
+
+    fn acquire_time_left(&self) -> Option<Duration> {
+        self.inner.acquire_time_left()
+    }
+
+    fn waits_for<'a>(&'a self, next: Option<&'a Frame>) -> Vec<&'a SyncFile> {
+        // To make a view is to wait, as the CPU reads.
+        let own = next.and_then(Frame::acquire_fence);
+        let inner = self.inner.waits_for(next).into_iter();
+        inner
+            .filter(|fence| own.is_none_or(|own| !std::ptr::eq(*fence, own)))
+            .chain(own)
+            .collect()
+    }
+
+    fn fence_timeout(&self) -> Duration {
+        self.inner.fence_timeout()
+    }
+
+    fn give_up(&mut self) {
+        self.inner.give_up();
+    }
+
+    fn fence_use(&self) -> FenceUse {
+        self.inner.fence_use()
     }
 
     fn dispatch(&mut self) -> Result<Option<Shown>> {

@@ -68,6 +68,8 @@ struct Flow {
     latency_us: Option<LatencyReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
     verify: Option<VerifyReport>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fences: Option<FencesReport>,
 }
 
 #[derive(Serialize)]
@@ -105,6 +107,15 @@ struct LatencyReport {
     max: u64,
     /// How many frames were measured.
     measured: u64,
+}
+
+#[derive(Serialize)]
+struct FencesReport {
+    by_device: u64,
+    by_cpu: u64,
+    /// Why not all by the device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    why: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -260,6 +271,11 @@ impl Report {
                 wrong: verdict.wrong,
                 first_wrong: verdict.first_wrong.map(|(frame, sequence)| WrongFrame { frame, sequence }),
             }),
+            fences: (!account.fences.is_none()).then(|| FencesReport {
+                by_device: account.fences.by_device,
+                by_cpu: account.fences.by_cpu,
+                why: account.fences.why.map(|why| why.to_string()),
+            }),
         });
     }
 
@@ -321,6 +337,11 @@ impl Report {
                     format!("{} of the newest frame (sequence {})", newest.checksum, newest.sequence),
                 ));
             }
+        }
+        if let Some(fences) = self.flow.as_ref().and_then(|flow| flow.fences.as_ref()) {
+            let FencesReport { by_device, by_cpu, why } = fences;
+            let why = why.as_ref().map_or(String::new(), |why| format!(": {why}"));
+            rows.push(("fences", format!("{by_device} waited for by the display, {by_cpu} by the CPU{why}")));
         }
         for step in self.flow.iter().flat_map(|flow| &flow.moves) {
             rows.push(("moved", format!("after {} frames, {} to {}: {}", step.frame, step.from, step.to, step.why)));

@@ -29,6 +29,7 @@ use std::sync::{Arc, RwLockReadGuard};
 use super::{Frame, FrameMeta};
 use crate::clock::now_us;
 use crate::error::{Error, Kind, Result};
+use crate::fence::PATIENCE;
 use crate::format::{Layout, MAX_PLANES};
 use crate::ledger::Copies;
 use crate::memory::{Region, Span};
@@ -44,10 +45,11 @@ impl Frame {
     /// Opens a view of the frame. `holder` is what the caller calls itself, for reports of who holds what (its first 32 bytes).
     ///
     /// Cost: two system calls for each memory plane at either end (`DMA_BUF_IOCTL_SYNC`), and the first time for each buffer one that maps
-    /// it, with all its pages. Where the exporter does not map privately, one copy of the buffer.
+    /// it, with all its pages. Where the exporter does not map privately, one copy of the buffer. Waits for the frame's acquire fence, 5 s
+    /// at most.
     ///
     /// # Errors
-    /// [`Kind::Busy`] if the frames of this queue have [`MAX_VIEWS`] views already; what mapping or CPU access says.
+    /// [`Kind::Busy`] if the frames of this queue have [`MAX_VIEWS`] views already; what the fence, mapping or CPU access says.
     pub fn view(&self, holder: &str) -> Result<CowView> {
         CowView::open(self, holder)
     }
@@ -76,6 +78,7 @@ pub struct CowView {
 
 impl CowView {
     fn open(frame: &Frame, holder: &str) -> Result<CowView> {
+        frame.wait_acquired(PATIENCE)?;
         let (buffer, slots) = (frame.buffer(), frame.lease().slots_arc());
         let (process, thread) = who();
         let entry = Holder { name: holder, process, thread, since_us: now_us() };

@@ -62,6 +62,20 @@ fn a_detached_view_keeps_its_bytes_and_gives_the_slot_back() {
     }
 }
 
+/// It would be a copy for nothing.
+#[test]
+fn a_view_of_a_slot_behind_a_fence_is_not_detached() {
+    let (slots, frame) = queue(2);
+    let view = frame.view("test").unwrap();
+    let (read, end) = nix::unistd::pipe().unwrap();
+    frame.release_after(crate::fence::SyncFile::from(read));
+    drop(frame);
+    assert!(!slots.detach_oldest_view());
+    assert_eq!(view.pages(), ViewPages::Device);
+    nix::unistd::write(&end, b"x").unwrap();
+    assert!(slots.detach_oldest_view() && slots.counts().free == 1);
+}
+
 #[test]
 fn a_view_that_is_written_to_is_not_detached() {
     let (slots, frame) = queue(1);

@@ -1,6 +1,8 @@
 //! A queue over memory that others made (`V4L2_MEMORY_DMABUF`).
 
 use super::*;
+use crate::dmabuf::Identity;
+use crate::fence::SyncFile;
 
 impl Queue<Idle> {
     /// Takes `buffers` instead of making some: the driver fills these dma-bufs. Slot and buffer stay together for the queue's life,
@@ -105,6 +107,50 @@ impl Queue<Idle> {
     fn unfit(&self) -> Error {
         Error::new(Kind::Invalid, "import a buffer into", self.name())
     }
+}
+
+/// Memory, and the fence of a device that reads it.
+pub(crate) type StillRead = (Identity, Arc<SyncFile>);
+
+impl Queue<Allocated> {
+    /// What devices still read, by the release fences of its slots: memory that others made, and that may come back. The driver's own
+    /// memory does not.
+    pub(crate) fn still_read(&self) -> Vec<StillRead> {
+        let Allocated(pool) = &self.state;
+        if pool.made_by == MadeBy::Driver {
+            return Vec::new();
+        }
+        let mut all = Vec::new();
+        for (index, fence) in pool.slots.open_fences() {
+            let buffer = pool.buffers.get(index as usize);
+            all.extend(
+                buffer
+                    .into_iter()
+                    .flat_map(dma_bufs)
+                    .map(|of| (of.identity(), Arc::clone(&fence))),
+            );
+        }
+        all
+    }
+
+    /// Its memory that is still read is not filled before the fences have signalled: they are the slots' from now on.
+    pub(crate) fn hold_back(&self, still_read: &mut Vec<StillRead>) {
+        let Allocated(pool) = &self.state;
+        still_read.retain(|(identity, fence)| {
+            let mut known = false;
+            for (index, buffer) in (0u32..).zip(&pool.buffers) {
+                if dma_bufs(buffer).any(|of| of.identity() == *identity) {
+                    pool.slots.hold_back(index, Arc::clone(fence));
+                    known = true;
+                }
+            }
+            !known
+        });
+    }
+}
+
+fn dma_bufs(buffer: &Buffer) -> impl Iterator<Item = &DmaBuf> {
+    (0u32..).map_while(|memory| buffer.dma_buf(memory))
 }
 
 impl Pool {

@@ -94,6 +94,8 @@ make_qemu_command() {
 		-device virtio-blk-pci,drive=root
 		-fsdev "local,id=repo,path=$repo,security_model=none,multidevs=remap"
 		-device virtio-9p-pci,fsdev=repo,mount_tag=repo
+		# For the tests that need a driver with syncobjs, which load virtio_gpu. Until then nobody sees it.
+		-device virtio-gpu-pci
 		"$@")
 	if [ -n "$gdb" ]; then
 		qemu+=(-gdb tcp:127.0.0.1:1234 -S)
