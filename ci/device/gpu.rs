@@ -301,38 +301,53 @@ fn bytes_of_a_buffer() -> anyhow::Result<Outcome> {
 /// A program hands its device in, gets an image, and destroys all of it itself.
 fn a_device_of_the_program() -> anyhow::Result<Outcome> {
     let camera = open("XR24", (320, 180))?;
+    let layout = Layout::packed(format("NV12"), (320, 180), 1)?;
+    let nv12 = Buffer::allocate(Allocator::Udmabuf, &layout, &Room::default())?;
     let fds = fs::read_dir("/proc/self/fd")?.count();
-    // SAFETY: handles are used with what they were made of, and destroyed once, children first.
-    unsafe {
-        let entry = ash::Entry::load()?;
-        let application = vk::ApplicationInfo::default().api_version(vk::API_VERSION_1_2);
-        let instance =
-            entry.create_instance(&vk::InstanceCreateInfo::default().application_info(&application), None)?;
-        let physical = instance.enumerate_physical_devices()?[0];
-        let names: Vec<_> = Gpu::EXTENSIONS.iter().map(|name| name.as_ptr()).collect();
-        let priorities = [1.0];
-        let queues = [vk::DeviceQueueCreateInfo::default()
-            .queue_family_index(0)
-            .queue_priorities(&priorities)];
-        let mut ycbcr = vk::PhysicalDeviceSamplerYcbcrConversionFeatures::default().sampler_ycbcr_conversion(true);
-        let info = vk::DeviceCreateInfo::default()
-            .queue_create_infos(&queues)
-            .enabled_extension_names(&names)
-            .push_next(&mut ycbcr);
-        let device = instance.create_device(physical, &info, None)?;
-        let queue = device.get_device_queue(0, 0);
-        let raw = RawGpu { instance: instance.clone(), physical, device: device.clone(), queue_family: 0, queue };
-        let gpu = Gpu::from_raw(raw)?;
-        ensure!(gpu.info().is_software() && gpu.messages().is_none(), "{:?}", gpu.info());
-        let image = GpuImporter::new(gpu.clone(), vk::ImageUsageFlags::SAMPLED).import(&camera.buffers()[0])?;
-        let raw = image.into_raw();
-        ensure!(raw.image != vk::Image::null() && raw.memory.len() == 1 && raw.size == (320, 180), "{raw:?}");
-        // Nothing of the program's is destroyed with the last of ours.
-        drop(gpu);
-        device.destroy_image(raw.image, None);
-        raw.memory.iter().for_each(|&memory| device.free_memory(memory, None));
-        device.destroy_device(None);
-        instance.destroy_instance(None);
+    for ycbcr in [true, false] {
+        // SAFETY: handles are used with what they were made of, and destroyed once, children first.
+        unsafe {
+            let entry = ash::Entry::load()?;
+            let application = vk::ApplicationInfo::default().api_version(vk::API_VERSION_1_2);
+            let instance =
+                entry.create_instance(&vk::InstanceCreateInfo::default().application_info(&application), None)?;
+            let physical = instance.enumerate_physical_devices()?[0];
+            let names: Vec<_> = Gpu::EXTENSIONS.iter().map(|name| name.as_ptr()).collect();
+            let priorities = [1.0];
+            let queues = [vk::DeviceQueueCreateInfo::default()
+                .queue_family_index(0)
+                .queue_priorities(&priorities)];
+            let mut features =
+                vk::PhysicalDeviceSamplerYcbcrConversionFeatures::default().sampler_ycbcr_conversion(ycbcr);
+            let info = vk::DeviceCreateInfo::default()
+                .queue_create_infos(&queues)
+                .enabled_extension_names(&names)
+                .push_next(&mut features);
+            let device = instance.create_device(physical, &info, None)?;
+            let queue = device.get_device_queue(0, 0);
+            let (its_instance, its_device) = (instance.clone(), device.clone());
+            let raw = RawGpu { instance: its_instance, physical, device: its_device, queue_family: 0, queue, ycbcr };
+            let gpu = Gpu::from_raw(raw)?;
+            ensure!(gpu.info().is_software() && gpu.messages().is_none(), "{:?}", gpu.info());
+            let mut importer = GpuImporter::new(gpu.clone(), vk::ImageUsageFlags::SAMPLED);
+            let image = importer.import(&camera.buffers()[0])?;
+            let raw = image.into_raw();
+            ensure!(raw.image != vk::Image::null() && raw.memory.len() == 1 && raw.size == (320, 180), "{raw:?}");
+            // Of several colour planes only where the program has said that its device takes that.
+            if ycbcr {
+                drop(importer.import(&nv12)?);
+            } else {
+                let step = "vkGetPhysicalDeviceImageFormatProperties2";
+                refused(&mut importer, &nv12, step, "samplerYcbcrConversion")?;
+            }
+            ensure!(importer.import_planes(&nv12)?.len() == 2, "planes of NV12");
+            // Nothing of the program's is destroyed with the last of ours.
+            drop((importer, gpu));
+            device.destroy_image(raw.image, None);
+            raw.memory.iter().for_each(|&memory| device.free_memory(memory, None));
+            device.destroy_device(None);
+            instance.destroy_instance(None);
+        }
     }
     ensure!(fs::read_dir("/proc/self/fd")?.count() == fds, "descriptors are left");
     PASSED
@@ -343,13 +358,10 @@ fn a_device_of_the_program() -> anyhow::Result<Outcome> {
 #[allow(dead_code)] // its main
 mod texture;
 
-/// The camera's picture on a grey ground: vivid's bars, so many colours in the middle, and none at the corners.
-fn a_texture() -> anyhow::Result<Outcome> {
-    let gpu = watched()?;
-    let file = std::env::temp_dir().join(format!("texture.{}.png", std::process::id()));
-    texture::render(&gpu, "vivid", &file)?;
-    let ((width, height), rgb) = read_png(&file)?;
-    fs::remove_file(&file)?;
+/// The camera's picture on a grey ground: vivid's bars, so many colours in the middle, and none at the corners. Removes the file.
+pub fn has_turned_bars(file: &std::path::Path) -> Result<()> {
+    let ((width, height), rgb) = read_png(file)?;
+    fs::remove_file(file)?;
     ensure!((width, height) == (640, 480), "{width}x{height}");
     let at = |x: u32, y: u32| {
         let start = (y * width + x) as usize * 3;
@@ -362,6 +374,14 @@ fn a_texture() -> anyhow::Result<Outcome> {
     let middle: std::collections::BTreeSet<_> =
         (200..440).map(|x| at(x, 240)).filter(|&pixel| coloured(pixel)).collect();
     ensure!(middle.len() >= 4, "no bars in the middle: {middle:?}");
+    Ok(())
+}
+
+fn a_texture() -> anyhow::Result<Outcome> {
+    let gpu = watched()?;
+    let file = std::env::temp_dir().join(format!("texture.{}.png", std::process::id()));
+    texture::render(&gpu, "vivid", &file)?;
+    has_turned_bars(&file)?;
     silent(gpu)?;
     PASSED
 }

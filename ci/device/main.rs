@@ -45,6 +45,7 @@ mod streams;
 mod syscalls;
 mod verify;
 mod vulkan;
+mod wgpu;
 
 fn main() -> std::process::ExitCode {
     // Cheap and telling first; what takes minutes last.
@@ -77,6 +78,7 @@ fn main() -> std::process::ExitCode {
         signals::TESTS,
         vulkan::TESTS,
         gpu::TESTS,
+        wgpu::TESTS,
         gpu_made::TESTS,
         convert::TESTS,
         cycles::TESTS,

@@ -45,8 +45,11 @@ pub struct RawGpu {
     pub device: ash::Device,
     /// The family of the queue.
     pub queue_family: u32,
-    /// The queue that [`Vulkan`](super::Vulkan) submits to. An import alone uses none.
+    /// The queue that a [`Vulkan`](super::Vulkan) sink and a [`GpuConverter`](super::GpuConverter) submit to. An import alone uses none.
     pub queue: vk::Queue,
+    /// Whether the device was made with the feature `samplerYcbcrConversion`. Without it, as wgpu makes its devices, there are no images
+    /// of several colour planes: NV12 and its like are imported [plane by plane](super::GpuImporter::import_planes).
+    pub ycbcr: bool,
 }
 
 /// A Vulkan device. Clones are cheap and share it; images keep it.
@@ -104,7 +107,7 @@ impl Gpu {
             .queue_priorities(&priorities)];
         let extensions: Vec<_> = physical.device_extensions().iter().map(|name| name.as_ptr()).collect();
         let mut ycbcr =
-            vk::PhysicalDeviceSamplerYcbcrConversionFeatures::default().sampler_ycbcr_conversion(physical.has_ycbcr());
+            vk::PhysicalDeviceSamplerYcbcrConversionFeatures::default().sampler_ycbcr_conversion(physical.ycbcr);
         let info = vk::DeviceCreateInfo::default()
             .queue_create_infos(&queues)
             .enabled_extension_names(&extensions)
@@ -137,20 +140,21 @@ impl Gpu {
     /// # Safety
     /// - All handles of `raw` are valid and of each other, the instance has Vulkan 1.1 or later, and all outlive the last clone of this
     ///   and everything imported through it.
-    /// - The device was made with [`Gpu::EXTENSIONS`], `VK_KHR_image_format_list` if it is of Vulkan 1.1, and the feature
-    ///   `samplerYcbcrConversion` if the physical device has it.
-    /// - Nobody else submits to the queue while a [`Vulkan`](super::Vulkan) sink of this is in use (`vkQueueSubmit` wants that).
+    /// - The device was made with [`Gpu::EXTENSIONS`], `VK_KHR_image_format_list` if it is of Vulkan 1.1, and with what `raw` says.
+    /// - While a [`Vulkan`](super::Vulkan) sink or a [`GpuConverter`](super::GpuConverter) of this is in use, whoever else submits to the
+    ///   queue holds [`Gpu::queue`] meanwhile: `vkQueueSubmit` wants the queue externally synchronized.
     ///
     /// # Errors
     /// [`Kind::Unsupported`] where the physical device lacks an extension.
     pub unsafe fn from_raw(raw: RawGpu) -> Result<Gpu> {
-        let RawGpu { instance, physical, device, queue_family, queue } = raw;
+        let RawGpu { instance, physical, device, queue_family, queue, ycbcr } = raw;
         let memory_fd = khr::external_memory_fd::Device::new(&instance, &device);
         // SAFETY: by this function's contract.
         let memory = unsafe { instance.get_physical_device_memory_properties(physical) };
         // SAFETY: as above.
-        let physical = unsafe { Physical::new(instance, physical) }?;
+        let mut physical = unsafe { Physical::new(instance, physical) }?;
         physical.can_import()?;
+        physical.ycbcr &= ycbcr;
         let queue = Mutex::new(queue);
         let convert = convert::Shared::default();
         Ok(Gpu(Arc::new(Inner { device, memory_fd, physical, memory, queue_family, queue, convert, owned: None })))

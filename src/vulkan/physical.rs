@@ -76,6 +76,8 @@ pub(super) struct Physical {
     pub(super) info: GpuInfo,
     /// Device numbers of the DRM nodes.
     numbers: Vec<u64>,
+    /// Whether images of several colour planes can be had (the feature `samplerYcbcrConversion`): by the driver, and on the device.
+    pub(super) ycbcr: bool,
 }
 
 impl Physical {
@@ -109,15 +111,20 @@ impl Physical {
         };
         let version = (vk::api_version_major(version), vk::api_version_minor(version), vk::api_version_patch(version));
         let info = GpuInfo { name, driver: String::new(), kind, version, nodes: Vec::new() };
-        let mut physical = Physical { instance, raw, extensions, info, numbers: Vec::new() };
+        let mut physical = Physical { instance, raw, extensions, info, numbers: Vec::new(), ycbcr: false };
         if physical.info.version >= (1, 1, 0) {
             physical.ask_more();
         }
         Ok(physical)
     }
 
-    /// The driver's name and the nodes, where the device tells.
+    /// What takes Vulkan 1.1 to ask: images of several planes, and the driver's name and the nodes, where the device tells.
     fn ask_more(&mut self) {
+        let mut ycbcr = vk::PhysicalDeviceSamplerYcbcrConversionFeatures::default();
+        let mut features = vk::PhysicalDeviceFeatures2::default().push_next(&mut ycbcr);
+        // SAFETY: `new`'s contract; Vulkan 1.1 has the call and the structure.
+        unsafe { self.instance.get_physical_device_features2(self.raw, &mut features) };
+        self.ycbcr = ycbcr.sampler_ycbcr_conversion == vk::TRUE;
         let mut driver = vk::PhysicalDeviceDriverProperties::default();
         let mut nodes = vk::PhysicalDeviceDrmPropertiesEXT::default();
         let mut all = vk::PhysicalDeviceProperties2::default();
