@@ -26,7 +26,7 @@ const SHORT: u32 = 60;
 /// The long run of programs that are measured for their copies alone.
 const COPIED: u32 = 180;
 /// Those of a GPU that an emulated processor emulates: seconds for each frame.
-const BY_GPU: (u32, u32) = (4, 16);
+const BY_GPU: (u32, u32) = (2, 6);
 /// How many of each for instructions; the median counts. What a frame costs depends on when in the display's cycle it
 /// comes (a program that finds it ready does not sleep), so a run is one of a few modes.
 const LONG_RUNS: usize = 5;

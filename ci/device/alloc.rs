@@ -95,22 +95,25 @@ const WARM: u64 = 20;
 
 fn nothing(present: Present) -> anyhow::Result<Outcome> {
     let mut display = Display::find("vkms", DisplayRequest { present, ..DisplayRequest::default() })?;
-    flow(&mut display, "XR24", SIZE, Path::ZeroCopy)
+    flow(&mut display, camera("XR24", SIZE)?, Path::ZeroCopy)
 }
 
 /// Neither does the sink that has a GPU read each frame: what a driver allocates in C is its own.
 fn vulkan() -> anyhow::Result<Outcome> {
-    flow(&mut Vulkan::new(Gpu::open(&GpuRequest::default())?, true)?, "XR24", (320, 180), Path::ZeroCopy)
+    let mut sink = Vulkan::new(Gpu::open(&GpuRequest::default())?, true)?;
+    flow(&mut sink, camera("XR24", (320, 180))?, Path::ZeroCopy)
 }
 
 /// Nor the conversion by a GPU, between its buffers and the display's.
 fn converted() -> anyhow::Result<Outcome> {
-    flow(&mut Display::find("vkms", DisplayRequest::default())?, "YUYV", (320, 180), Path::Convert)
+    // Its HDMI input is scaled to any size: an emulated processor that emulates a GPU is to have little to do.
+    let request = CameraRequest { rate: RateRequest::FastestUpTo(60.0), input: Some(3), ..request("YUYV", (144, 72)) };
+    let camera = Camera::open(Device::find("vivid")?, &request)?;
+    flow(&mut Display::find("vkms", DisplayRequest::default())?, camera, Path::Convert)
 }
 
-fn flow(sink: &mut dyn Sink, format: &str, size: (u32, u32), path: Path) -> anyhow::Result<Outcome> {
+fn flow(sink: &mut dyn Sink, mut camera: Camera, path: Path) -> anyhow::Result<Outcome> {
     the_counter_counts()?;
-    let mut camera = camera(format, size)?;
     let limits = Limits { frames: Some(FRAMES), duration: None };
     let pipe = Pipe::join(&mut camera, sink, path, limits)?;
     let (mut first, mut last, mut frames) = (0, 0, 0);

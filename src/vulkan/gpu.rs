@@ -217,7 +217,7 @@ impl Gpu {
     }
 
     /// What conversions on it share.
-    pub(super) fn convert(&self) -> &convert::Shared {
+    pub(super) fn conversions(&self) -> &convert::Shared {
         &self.0.convert
     }
 

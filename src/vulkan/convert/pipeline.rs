@@ -33,7 +33,7 @@ impl Pipeline {
     /// What the driver says.
     pub(super) fn of(gpu: &Gpu) -> Result<Arc<Pipeline>> {
         // A thread that panicked has left either a pipeline or none.
-        let mut shared = gpu.convert().0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shared = gpu.conversions().0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = shared.upgrade() {
             return Ok(known);
         }
