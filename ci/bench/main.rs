@@ -25,8 +25,6 @@ const LONG: u32 = 660;
 const SHORT: u32 = 60;
 /// The long run of programs that are measured for their copies alone.
 const COPIED: u32 = 180;
-/// Those of a GPU that an emulated processor emulates: seconds for each frame.
-const BY_GPU: (u32, u32) = (2, 6);
 /// How many of each for instructions; the median counts. What a frame costs depends on when in the display's cycle it
 /// comes (a program that finds it ready does not sleep), so a run is one of a few modes.
 const LONG_RUNS: usize = 5;
@@ -39,7 +37,7 @@ struct Arguments {
     /// Where to write the results as JSON.
     #[arg(long, default_value = "target/vm/out/bench.json")]
     out: PathBuf,
-    /// Measure these alone (by the names of the table, or `copies`, or `gpu`), and check no budget but that of the copies.
+    /// Measure these alone (by the names of the table, or `copies`), and check no budget but that of the copies.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Measure these widths alone, and check no budget.
@@ -72,18 +70,18 @@ fn main() -> Result<ExitCode> {
     measure::run(&programs::warm_up()).context("start GStreamer")?;
     let mut rows = Vec::new();
     // Those that copy beside one that is measured in full otherwise.
-    let alone = Program::size_of(&arguments.only);
+    let quick = arguments.only == [Program::COPIES];
     for size in Size::ALL {
         let mode = measure::mode_of(&Program::DmaflowFifo.command(size, None, 2));
         let mode = mode.as_deref();
         for program in Program::ALL {
             let wanted = arguments.only.is_empty() || arguments.only.iter().any(|name| program.is_called(name));
             let width = arguments.widths.is_empty() || arguments.widths.contains(&size.width);
-            let here = program.measured_at(size) && alone.is_none_or(|alone| alone == size);
+            let here = program.measured_at(size) && !(quick && size != Size::ALL[0]);
             if wanted && width && here {
                 report::progress(&format!("{} {}x{}", program.name(), size.width, size.height));
                 rows.push(
-                    row(program, size, mode, alone.is_some() || program.is_dear())
+                    row(program, size, mode, quick || program.copies())
                         .with_context(|| format!("{} at {size:?}", program.name()))?,
                 );
             }
@@ -103,28 +101,23 @@ fn main() -> Result<ExitCode> {
 fn row(program: Program, size: Size, mode: Option<&str>, quick: bool) -> Result<Row> {
     let command = |frames| program.command(size, mode, frames);
     // Copies cost so much that neither the modes of a run nor its length matter.
-    let by_gpu = program == Program::DmaflowGpu;
-    let ((short_frames, long_frames), runs) = match (by_gpu, quick) {
-        (true, _) => (BY_GPU, 1),
-        (false, true) => ((SHORT, COPIED), 1),
-        (false, false) => ((SHORT, LONG), LONG_RUNS),
-    };
-    let (short, short_peak) = median_cost(&command(short_frames), runs.min(SHORT_RUNS))?;
+    let (long_frames, runs) = if quick { (COPIED, 1) } else { (LONG, LONG_RUNS) };
+    let (short, short_peak) = median_cost(&command(SHORT), runs.min(SHORT_RUNS))?;
     let (long, long_peak) = median_cost(&command(long_frames), runs)?;
-    let instructions = (long - short) / f64::from(long_frames - short_frames);
+    let instructions = (long - short) / f64::from(long_frames - SHORT);
     let mut row = Row {
         program,
         width: size.width,
         height: size.height,
         camera_fps: size.rate,
         instructions_per_frame: instructions,
-        startup_instructions: short - f64::from(short_frames) * instructions,
+        startup_instructions: short - f64::from(SHORT) * instructions,
         peak_resident_kib: short_peak.max(long_peak),
         shown_per_second: None,
         system_calls_per_frame: None,
         startup_system_calls: None,
     };
-    if size.rate == 60 && !by_gpu {
+    if size.rate == 60 {
         row.shown_per_second = Some(shown::per_second(&command(TRACED))?);
     }
     // The calls do not depend on the size.

@@ -30,8 +30,6 @@ pub enum Program {
     GstNv12,
     /// `dmaflow pipe` of NV12, which the display takes from Linux 7.2 on.
     DmaflowNv12,
-    /// `dmaflow pipe` of YUYV that a GPU converts.
-    DmaflowGpu,
 }
 
 /// A size with the rate that vivid has there.
@@ -52,7 +50,7 @@ impl Size {
 }
 
 impl Program {
-    pub const ALL: [Program; 13] = [
+    pub const ALL: [Program; 12] = [
         Program::GstCopy,
         Program::GstDefault,
         Program::GstBest,
@@ -65,43 +63,20 @@ impl Program {
         Program::DmaflowYuyv,
         Program::GstNv12,
         Program::DmaflowNv12,
-        Program::DmaflowGpu,
     ];
 
     /// The group of programs that copy each frame, by a name for `--only`.
     pub const COPIES: &str = "copies";
-    /// The group of those that convert YUYV, the GPU beside the CPU.
-    pub const GPU: &str = "gpu";
 
     /// Whether `--only` with this name means it: the program's, or its group's.
     pub fn is_called(self, name: &str) -> bool {
-        name == self.name()
-            || name == Program::COPIES && (self.copies() || self == Program::GstCopy)
-            || name == Program::GPU && self.converts_yuyv()
+        name == self.name() || name == Program::COPIES && (self.copies() || self == Program::GstCopy)
     }
 
     /// Whether it is measured for its copies alone: at one size, by fewer runs, and without a count of its calls.
     pub fn copies(self) -> bool {
         use Program::{DmaflowCopy, DmaflowNv12, DmaflowYuyv, GstNv12, GstYuyv};
         matches!(self, DmaflowCopy | GstYuyv | DmaflowYuyv | GstNv12 | DmaflowNv12)
-    }
-
-    fn converts_yuyv(self) -> bool {
-        matches!(self, Program::GstYuyv | Program::DmaflowYuyv | Program::DmaflowGpu)
-    }
-
-    /// Whether a frame costs so much that few runs tell: neither where in the display's cycle it comes nor the length of a run matters.
-    pub fn is_dear(self) -> bool {
-        self.copies() || self == Program::DmaflowGpu
-    }
-
-    /// The size at which the programs of `--only` with these names are measured, where it is one.
-    pub fn size_of(names: &[String]) -> Option<Size> {
-        match names {
-            [name] if name == Program::COPIES => Some(Size::ALL[0]),
-            [name] if name == Program::GPU => Some(Size::ALL[1]),
-            _ => None,
-        }
     }
 
     /// As in the table, the JSON, and `--only`.
@@ -119,7 +94,6 @@ impl Program {
             Program::DmaflowYuyv => "dmaflow-yuyv",
             Program::GstNv12 => "gst-nv12",
             Program::DmaflowNv12 => "dmaflow-nv12",
-            Program::DmaflowGpu => "dmaflow-gpu",
         }
     }
 
@@ -142,20 +116,15 @@ impl Program {
                 "v4l2src, NV12 ! videoconvert, I420 ! videoconvert, BGRx ! kmssink skip-vsync=true (its best)"
             }
             Program::DmaflowNv12 => "dmaflow pipe --format NV12",
-            Program::DmaflowGpu => {
-                "dmaflow pipe --format YUYV --path convert (in the guest a GPU of software, lavapipe)"
-            }
         }
     }
 
     /// At the last size only what the check of growth compares: frames are slow to make there.
     pub fn measured_at(self, size: Size) -> bool {
         let is_gst = matches!(self, Program::GstCopy | Program::GstDefault | Program::GstBest);
-        match self {
-            Program::DmaflowGpu => size == Size::ALL[1],
-            _ if self.converts_yuyv() => size.rate == 60,
-            _ if self.copies() => size == Size::ALL[0],
-            _ => size.rate == 60 || !is_gst,
+        match self.copies() {
+            true => size == Size::ALL[0],
+            false => size.rate == 60 || !is_gst,
         }
     }
 
@@ -198,7 +167,6 @@ impl Program {
             Program::DmaflowYuyv => dmaflow("YUYV", ""),
             Program::GstNv12 => converted("NV12"),
             Program::DmaflowNv12 => dmaflow("NV12", ""),
-            Program::DmaflowGpu => dmaflow("YUYV", "--path convert"),
         };
         words(&line)
     }

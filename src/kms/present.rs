@@ -55,27 +55,31 @@ impl Display {
 
     /// Sends a frame to the screen as soon as the one before is there: one system call, and one lease given up.
     pub(super) fn show_in_turn(&mut self, frame: Frame) -> Result<Option<Shown>> {
-        let flags = CommitFlags { event: true, ..CommitFlags::default() };
         let waits = self.way.as_ref().is_some_and(|way| way.waits);
         let mut on_its_way = !waits && !self.fifo.waits();
-        if on_its_way && !self.flip(&frame, CommitFlags { nonblock: true, ..flags })? {
+        if on_its_way && !self.flip(&frame, CommitFlags { nonblock: true, event: true, ..CommitFlags::default() })? {
             self.fifo.refused();
             on_its_way = false;
         }
+        let event = on_its_way || self.fifo.wants_event();
         if !on_its_way {
-            self.flip(&frame, flags)?;
+            self.flip(&frame, CommitFlags { event, ..CommitFlags::default() })?;
         }
-        self.fifo.submitted(*frame.meta());
+        let meta = *frame.meta();
         // Either commit says that what was on its way is on screen, and so that what it replaced is not.
         if let Some(before) = self.pending.take() {
             self.put_on_screen(before);
         }
         match on_its_way {
-            true => self.pending = Some(frame),
+            true => {
+                self.pending = Some(frame);
+                self.fifo.submitted(meta);
+            }
             false => {
                 self.put_on_screen(frame);
                 // Such a commit is cleaned up when it returns: nobody reads what it replaced.
                 self.leaving = None;
+                self.fifo.arrived(&self.card, meta, event, self.period_us())?;
             }
         }
         self.fifo.next_shown(&self.card, usize::from(on_its_way))
@@ -130,10 +134,15 @@ impl Display {
             return Err(error.repair("an earlier commit has not completed"));
         }
         self.pending = Some(frame);
-        let period = self.way.as_ref().map_or(0, |way| way.route.period_us()).max(1);
+        let period = self.period_us();
         let since_last = now_us().saturating_sub(self.last_flip_us);
         self.flip_due_us = self.last_flip_us + (since_last / period + 1) * period;
         Ok(())
+    }
+
+    /// The time from one flip to the next by the mode's refresh, in µs; 1 if that is not known.
+    fn period_us(&self) -> u64 {
+        self.way.as_ref().map_or(0, |way| way.route.period_us()).max(1)
     }
 
     /// Submits a frame if the one before is on screen, else keeps it, instead of one that waits already.

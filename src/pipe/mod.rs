@@ -155,7 +155,7 @@ impl<'a> Pipe<'a> {
             .duration
             .map(|duration| start + u64::try_from(duration.as_micros()).unwrap_or(u64::MAX / 2));
         let waiter = Waiter::new(self.source.as_fd(), stop, self.sink.event_fd());
-        let waiter = waiter.context("wait for", || self.source.name())?;
+        let mut waiter = waiter.context("wait for", || self.source.name())?;
         self.source.start()?;
         self.last_came_us = now_us();
         loop {
@@ -163,7 +163,7 @@ impl<'a> Pipe<'a> {
             if end.is_some_and(|end| now_us() >= end) {
                 break;
             }
-            let Some(wake) = self.wait(&waiter, end)?.filter(|wake| !wake.stop) else { break };
+            let Some(wake) = self.wait(&mut waiter, end)?.filter(|wake| !wake.stop) else { break };
             // With a frame there as well, `present` handles the event: the frame that it shows next is to be the newest.
             if wake.sink && wake.source.is_none() {
                 let shown = self.sink.dispatch()?;
@@ -184,7 +184,7 @@ impl<'a> Pipe<'a> {
             };
             let Some(frame) = next else {
                 // Something came, as a damaged buffer does, and no frame: that may not go on for ever.
-                if self.watchdog_left().is_some_and(|left| left.is_zero()) {
+                if self.stalled_at_us().is_some_and(|stalled| now_us() >= stalled) {
                     return Err(self.source.stalled());
                 }
                 continue;
@@ -251,23 +251,21 @@ impl<'a> Pipe<'a> {
     }
 
     /// Waits for the source, the sink or the order to stop; `None` when the time is up.
-    fn wait(&self, waiter: &Waiter, end: Option<u64>) -> Result<Option<Wake>> {
-        let watchdog = self.watchdog_left();
-        let remaining = end.map(|end| Duration::from_micros(end.saturating_sub(now_us())));
-        let timeout = [watchdog, remaining].into_iter().flatten().min();
+    fn wait(&self, waiter: &mut Waiter, end: Option<u64>) -> Result<Option<Wake>> {
+        let stalled = self.stalled_at_us();
         let wake = waiter
-            .wait(timeout, self.sink.wants_event())
+            .wait([stalled, end].into_iter().flatten().min(), self.sink.wants_event())
             .context("wait for", || self.source.name())?;
-        if wake.is_some() || remaining.is_some_and(|remaining| watchdog.is_none_or(|watchdog| remaining <= watchdog)) {
+        if wake.is_some() || end.is_some_and(|end| stalled.is_none_or(|stalled| end <= stalled)) {
             return Ok(wake);
         }
         Err(self.source.stalled())
     }
 
-    /// How long the source may take yet.
-    fn watchdog_left(&self) -> Option<Duration> {
-        let since = Duration::from_micros(now_us().saturating_sub(self.last_came_us));
-        self.source.watchdog().map(|watchdog| watchdog.saturating_sub(since))
+    /// When the source will have taken too long, in µs of `CLOCK_MONOTONIC`.
+    fn stalled_at_us(&self) -> Option<u64> {
+        let watchdog = u64::try_from(self.source.watchdog()?.as_micros()).unwrap_or(u64::MAX);
+        Some(self.last_came_us.saturating_add(watchdog))
     }
 
     fn account(&mut self, shown: Option<Shown>, progress: &mut dyn FnMut(&Progress<'_>)) {

@@ -1,7 +1,8 @@
-//! Waiting for whatever comes first: a frame, a display's event, or the order to stop.
+//! Waiting for whatever comes first: a frame, a display's event, the order to stop, or the end of the time.
 //!
 //! By epoll, which keeps its list in the kernel. `poll` would enter and leave the wait queue of each descriptor, and ask each of
-//! them twice, for every frame.
+//! them twice, for every frame. For the same reason the time is a timer's, and not `epoll_wait`'s: that would start a timer for
+//! every frame and stop it again, which is a tenth of what the wait costs, where the time is up once in seconds or never.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -9,12 +10,16 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
+use crate::clock::now_us;
 use crate::endpoint::Ready;
 
 const SOURCE: u64 = 0;
 const STOP: u64 = 1;
 const SINK: u64 = 2;
+const TIME: u64 = 3;
 
 /// What came.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -26,60 +31,99 @@ pub(super) struct Wake {
 
 /// The descriptors to wait for. The kernel forgets one of them when it is closed.
 pub(super) struct Waiter {
-    /// Source and stop: while the sink has nothing to say that matters before the next frame.
+    /// Source, stop and timer: while the sink has nothing to say that matters before the next frame.
     without_sink: Epoll,
     /// The same and the sink's; none if it has none. A second list costs nothing while it is not used, and changing one would be
     /// a system call each time.
     with_sink: Option<Epoll>,
+    timer: TimerFd,
+    /// When the timer goes off, in µs of `CLOCK_MONOTONIC`. Never later than the time waited for, and often earlier: that time
+    /// moves on with every frame, and the timer follows when it has gone off for nothing.
+    set_us: Option<u64>,
 }
 
 impl Waiter {
     /// # Errors
-    /// What `epoll_create1` and `epoll_ctl` say: no descriptor left, or one that cannot be waited for.
+    /// What `epoll_create1`, `timerfd_create` and `epoll_ctl` say: no descriptor left, or one that cannot be waited for.
     pub(super) fn new(
         source: impl AsFd,
         stop: Option<BorrowedFd<'_>>,
         sink: Option<BorrowedFd<'_>>,
     ) -> io::Result<Waiter> {
+        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)?;
         let list = |sink: Option<BorrowedFd<'_>>| -> io::Result<Epoll> {
             let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
             epoll.add(&source, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLPRI, SOURCE))?;
-            for (fd, name) in [(stop, STOP), (sink, SINK)] {
+            for (fd, name) in [(stop, STOP), (sink, SINK), (Some(timer.as_fd()), TIME)] {
                 if let Some(fd) = fd {
                     epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, name))?;
                 }
             }
             Ok(epoll)
         };
-        Ok(Waiter { without_sink: list(None)?, with_sink: sink.map(|sink| list(Some(sink))).transpose()? })
+        let (without_sink, with_sink) = (list(None)?, sink.map(|sink| list(Some(sink))).transpose()?);
+        Ok(Waiter { without_sink, with_sink, timer, set_us: None })
     }
 
-    /// Waits, for ever without a timeout, for the sink only if asked to: one system call. `None` when the time is up; an empty [`Wake`] when a signal came.
+    /// Waits until a time in µs of `CLOCK_MONOTONIC`, for ever without one, for the sink only if asked to: one system call.
+    /// `None` when the time is up; an empty [`Wake`] when a signal came.
     ///
     /// # Errors
-    /// What `epoll_wait` says.
-    pub(super) fn wait(&self, timeout: Option<Duration>, sink: bool) -> io::Result<Option<Wake>> {
-        // Rounded up: a wait that is too short would be taken for a stall.
-        let timeout = timeout.map_or(EpollTimeout::NONE, |time| {
-            EpollTimeout::try_from(time + Duration::from_millis(1)).unwrap_or(EpollTimeout::MAX)
-        });
-        let mut events = [EpollEvent::empty(); 3];
+    /// What `epoll_wait` and `timerfd_settime` say.
+    pub(super) fn wait(&mut self, until_us: Option<u64>, sink: bool) -> io::Result<Option<Wake>> {
+        loop {
+            if let Some(until) = until_us
+                && self.set_us.is_none_or(|set| until < set)
+            {
+                self.set(until)?;
+            }
+            let (wake, timer) = self.wait_once(sink)?;
+            if wake != Wake::default() || !timer {
+                return Ok(Some(wake));
+            }
+            match until_us {
+                Some(until) if now_us() < until => self.set(until)?,
+                Some(_) => return Ok(None),
+                // It was set for an earlier wait.
+                None => self.unset()?,
+            }
+        }
+    }
+
+    /// What came, and whether the timer has gone off.
+    fn wait_once(&self, sink: bool) -> io::Result<(Wake, bool)> {
+        let mut events = [EpollEvent::empty(); 4];
         let list = self.with_sink.as_ref().filter(|_| sink).unwrap_or(&self.without_sink);
-        let count = match list.wait(&mut events, timeout) {
-            Ok(0) => return Ok(None),
+        let count = match list.wait(&mut events, EpollTimeout::NONE) {
             Ok(count) => count,
             Err(Errno::EINTR) => 0,
             Err(errno) => return Err(errno.into()),
         };
-        let mut wake = Wake::default();
+        let (mut wake, mut timer) = (Wake::default(), false);
         for event in events.iter().take(count) {
             match event.data() {
                 SOURCE => wake.source = Some(ready(event.events())),
                 STOP => wake.stop = true,
+                TIME => timer = true,
                 _ => wake.sink = true,
             }
         }
-        Ok(Some(wake))
+        Ok((wake, timer))
+    }
+
+    /// Sets the timer, and forgets that it has gone off (`timerfd_setup` in fs/timerfd.c).
+    fn set(&mut self, at_us: u64) -> io::Result<()> {
+        // A time of 0 would stop it.
+        let at = TimeSpec::from_duration(Duration::from_micros(at_us.max(1)));
+        self.timer.set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME)?;
+        self.set_us = Some(at_us);
+        Ok(())
+    }
+
+    fn unset(&mut self) -> io::Result<()> {
+        self.timer.unset()?;
+        self.set_us = None;
+        Ok(())
     }
 }
 
@@ -94,16 +138,16 @@ fn ready(events: EpollFlags) -> Ready {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nix::unistd::{pipe, write};
+    use nix::unistd::{pipe, read, write};
 
     #[test]
     fn each_descriptor_is_told_apart() {
         let [source, stop, sink] = [0; 3].map(|_| pipe().unwrap());
-        let waiter = Waiter::new(&source.0, Some(stop.0.as_fd()), Some(sink.0.as_fd())).unwrap();
-        assert_eq!(waiter.wait(Some(Duration::ZERO), true).unwrap(), None);
+        let mut waiter = Waiter::new(&source.0, Some(stop.0.as_fd()), Some(sink.0.as_fd())).unwrap();
+        assert_eq!(waiter.wait(Some(0), true).unwrap(), None);
         write(&sink.1, b"x").unwrap();
         assert_eq!(waiter.wait(None, true).unwrap(), Some(Wake { sink: true, ..Wake::default() }));
-        assert_eq!(waiter.wait(Some(Duration::ZERO), false).unwrap(), None, "nobody asked for the sink");
+        assert_eq!(waiter.wait(Some(0), false).unwrap(), None, "nobody asked for the sink");
         write(&stop.1, b"x").unwrap();
         assert_eq!(waiter.wait(None, true).unwrap(), Some(Wake { sink: true, stop: true, source: None }));
         write(&source.1, b"x").unwrap();
@@ -111,9 +155,30 @@ mod tests {
     }
 
     #[test]
+    fn the_time_is_up_when_it_was_said_and_no_sooner() {
+        let source = pipe().unwrap();
+        let mut waiter = Waiter::new(&source.0, None, None).unwrap();
+        // The second moves on, as with every frame: the timer goes off at the first time, for nothing. The third is earlier
+        // than the timer's.
+        for after_us in [20_000, 60_000, 10_000] {
+            write(&source.1, b"x").unwrap();
+            let start = now_us();
+            let until = Some(start + after_us);
+            assert!(waiter.wait(until, true).unwrap().unwrap().source.is_some(), "what came goes before the time");
+            read(&source.0, &mut [0]).unwrap();
+            assert_eq!(waiter.wait(until, true).unwrap(), None);
+            let took = now_us() - start;
+            assert!((after_us..after_us + 5_000_000).contains(&took), "{took} µs for {after_us}");
+        }
+        // Of a wait for ever the timer is no part, though it is still past its time.
+        write(&source.1, b"x").unwrap();
+        assert!(waiter.wait(None, true).unwrap().is_some());
+    }
+
+    #[test]
     fn a_source_that_is_gone_has_failed() {
         let (source, end) = pipe().unwrap();
-        let waiter = Waiter::new(&source, None, None).unwrap();
+        let mut waiter = Waiter::new(&source, None, None).unwrap();
         drop(end);
         assert!(waiter.wait(None, true).unwrap().unwrap().source.unwrap().failed);
     }
