@@ -4,11 +4,11 @@ use std::ffi::CStr;
 use std::fs;
 use std::sync::Mutex;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, Result, ensure};
 use dmaflow::endpoint::{Importer, Sink, Source};
 use dmaflow::format::Layout;
 use dmaflow::vulkan::ash::{self, vk};
-use dmaflow::vulkan::{Crop, Gpu, GpuConverter, GpuImporter, RawGpu, Vulkan};
+use dmaflow::vulkan::{Crop, Gpu, GpuConverter, GpuImporter, RawGpu, Semaphore, Vulkan};
 
 use crate::camera::{format, open};
 use crate::gpu::{LAVAPIPE, tested};
@@ -47,10 +47,25 @@ unsafe extern "system" fn hear(
 /// A program hands its device in, has images, a sink and a conversion on it, and destroys all of it itself, under the eyes of the
 /// validation layer.
 fn a_device_of_the_program() -> anyhow::Result<Outcome> {
+    for asked in [Asked { ycbcr: true, sync_fd: true }, Asked { ycbcr: false, sync_fd: false }] {
+        with_a_device(asked)?;
+    }
+    PASSED
+}
+
+/// What the program has made its device with.
+#[derive(Clone, Copy, Debug)]
+struct Asked {
+    ycbcr: bool,
+    sync_fd: bool,
+}
+
+fn with_a_device(asked: Asked) -> Result<()> {
     let mut camera = open("XR24", (320, 180))?;
     let yuyv = Layout::packed(format("YUYV"), (66, 34), 1)?;
     let words = Layout::packed(format("XR24"), (66, 34), 1)?;
     let (source, target) = (noise(&yuyv, 0x1dea)?, made(&words)?);
+    let nv12 = made(&Layout::packed(format("NV12"), (66, 34), 1)?)?;
     let frame = camera.next()?;
     let fds = fs::read_dir("/proc/self/fd")?.count();
     // SAFETY: handles are used with what they were made of, and destroyed once, children first. Nobody else uses the queue.
@@ -82,24 +97,40 @@ fn a_device_of_the_program() -> anyhow::Result<Outcome> {
             .into_iter()
             .find(is_tested)
             .context("not there")?;
-        let names: Vec<_> = Gpu::EXTENSIONS.iter().map(|name| name.as_ptr()).collect();
+        let fences = if asked.sync_fd { &Gpu::FENCE_EXTENSIONS[..] } else { &[] };
+        let names: Vec<_> = Gpu::EXTENSIONS.iter().chain(fences).map(|name| name.as_ptr()).collect();
         let priorities = [1.0];
         let queues = [vk::DeviceQueueCreateInfo::default()
             .queue_family_index(0)
             .queue_priorities(&priorities)];
-        let mut ycbcr = vk::PhysicalDeviceSamplerYcbcrConversionFeatures::default().sampler_ycbcr_conversion(true);
+        let mut feature =
+            vk::PhysicalDeviceSamplerYcbcrConversionFeatures::default().sampler_ycbcr_conversion(asked.ycbcr);
         let info = vk::DeviceCreateInfo::default()
             .queue_create_infos(&queues)
             .enabled_extension_names(&names)
-            .push_next(&mut ycbcr);
+            .push_next(&mut feature);
         let device = instance.create_device(physical, &info, None)?;
         let queue = device.get_device_queue(0, 0);
-        let raw = RawGpu { instance: instance.clone(), physical, device: device.clone(), queue_family: 0, queue };
+        let raw = RawGpu {
+            instance: instance.clone(),
+            physical,
+            device: device.clone(),
+            queue_family: 0,
+            queue,
+            ycbcr: asked.ycbcr,
+            sync_fd: asked.sync_fd,
+        };
         let gpu = Gpu::from_raw(raw)?;
         ensure!(gpu.info().is_software() == (tested() == LAVAPIPE) && gpu.messages().is_none(), "{:?}", gpu.info());
         let image = GpuImporter::new(gpu.clone(), vk::ImageUsageFlags::SAMPLED).import(frame.buffer())?;
         let raw = image.into_raw();
         ensure!(raw.image != vk::Image::null() && raw.memory.len() == 1 && raw.size == (320, 180), "{raw:?}");
+        // lavapipe has no image of all planes of NV12; but without the feature it is not asked.
+        let refusal = GpuImporter::new(gpu.clone(), vk::ImageUsageFlags::SAMPLED).import(&nv12).err();
+        let refusal = refusal.filter(|refusal| refusal.why.contains("samplerYcbcrConversion"));
+        ensure!(refusal.is_none() == asked.ycbcr, "{asked:?}: {refusal:?}");
+        let fence = Semaphore::new(&gpu).err();
+        ensure!(fence.is_none() == asked.sync_fd, "{asked:?}: {fence:?}");
         // A sink that reads, and a conversion.
         let mut sink = Vulkan::new(gpu.clone(), true)?;
         sink.join(camera.layout(), camera.rate(), camera.buffers())?;
@@ -122,5 +153,5 @@ fn a_device_of_the_program() -> anyhow::Result<Outcome> {
     let heard = HEARD.lock().expect("nobody panics");
     ensure!(heard.is_empty(), "the validation layer said: {}", heard.join("\n"));
     ensure!(fs::read_dir("/proc/self/fd")?.count() == fds, "descriptors are left");
-    PASSED
+    Ok(())
 }

@@ -35,6 +35,7 @@ mod gone;
 mod gpu;
 mod gpu_made;
 mod gpu_program;
+mod gpu_sync;
 mod growth;
 mod harness;
 mod inputs;
@@ -55,6 +56,7 @@ mod syscalls;
 mod verify;
 mod vgem;
 mod vulkan;
+mod wgpu;
 
 fn main() -> std::process::ExitCode {
     // Cheap and telling first; what takes minutes last.
@@ -92,6 +94,8 @@ fn main() -> std::process::ExitCode {
         signals::TESTS,
         vulkan::TESTS,
         gpu::TESTS,
+        wgpu::TESTS,
+        gpu_sync::TESTS,
         gpu_made::TESTS,
         gpu_program::TESTS,
         convert::TESTS,

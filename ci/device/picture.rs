@@ -28,6 +28,13 @@ pub fn made(layout: &Layout) -> Result<Buffer> {
 /// A picture in which every sample has some value, none of them outside its bits.
 pub fn noise(layout: &Layout, seed: u32) -> Result<Buffer> {
     let buffer = made(layout)?;
+    fill(&buffer, seed)?;
+    Ok(buffer)
+}
+
+/// Makes it the picture of [`noise`] with this seed.
+pub fn fill(buffer: &Buffer, seed: u32) -> Result<()> {
+    let layout = buffer.layout();
     let mut writer = buffer.write()?;
     let mut noise = Noise(seed);
     let form = layout.format();
@@ -48,8 +55,7 @@ pub fn noise(layout: &Layout, seed: u32) -> Result<Buffer> {
             writer.row(plane, y, &row);
         }
     }
-    writer.end()?;
-    Ok(buffer)
+    Ok(writer.end()?)
 }
 
 /// The bytes of the memory planes.

@@ -89,8 +89,8 @@ fn is_right(result: &Value, frames: u64) -> Result<()> {
     ensure!(is_tested(&result["gpu"]), "{result}");
     let checksums = result["gpu"]["checksums"].as_array().context("checksums")?;
     ensure!(checksums.len() as u64 == frames.min(256), "{result}");
-    // vivid's pictures differ: it writes time and number into each.
-    ensure!(checksums[0]["checksum"] != checksums[1]["checksum"], "{result}");
+    // vivid's pictures differ: it writes the time into each. Two may be of the same millisecond where it catches up.
+    ensure!(checksums.iter().any(|one| one["checksum"] != checksums[0]["checksum"]), "{result}");
     Ok(())
 }
 

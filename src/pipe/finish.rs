@@ -90,7 +90,7 @@ impl Pipe<'_> {
     /// [`Kind::Timeout`], naming the fence; [`Kind::Ended`] if the flow is to end: the frame counts as dropped.
     pub(super) fn acquire(&mut self, frame: &Frame, until: &Until<'_>) -> Result<()> {
         let next = match self.joined.copier {
-            // It reads the frame, and its copies have no fence.
+            // It reads the frame. Its copies have a fence where a GPU makes them from frames that are there: it signals soon.
             Some(_) => None,
             None => Some(frame),
         };

@@ -12,7 +12,8 @@ use super::failure::failed;
 use super::instance::Instance;
 use super::messages::Messages;
 use super::offers::{GpuOffer, HandleOffer};
-use super::physical::{GpuInfo, GpuKind, NEEDED, Physical};
+use super::physical::{FENCES, GpuInfo, GpuKind, NEEDED, Physical};
+use super::sync::{SyncFds, SyncOffer};
 use crate::error::{Error, Kind, Result};
 
 /// Which GPU, and how.
@@ -36,6 +37,8 @@ pub struct GpuListing {
     pub offers: Vec<GpuOffer>,
     /// The kinds of memory handles that it knows.
     pub handles: Vec<HandleOffer>,
+    /// Which way fences go.
+    pub sync: SyncOffer,
 }
 
 /// A program's own device, for [`Gpu::from_raw`].
@@ -51,6 +54,11 @@ pub struct RawGpu {
     pub queue_family: u32,
     /// The queue that [`Vulkan`](super::Vulkan) and [`GpuConverter`](super::GpuConverter) submit to, and wait for. An import alone uses none.
     pub queue: vk::Queue,
+    /// Whether the device was made with the feature `samplerYcbcrConversion`. Without it, as wgpu makes its devices, there are no images
+    /// of several colour planes: NV12 and its like are imported [plane by plane](super::GpuImporter::import_planes).
+    pub ycbcr: bool,
+    /// Whether the device was made with [`Gpu::FENCE_EXTENSIONS`]. Without them fences are waited for by the CPU.
+    pub sync_fd: bool,
 }
 
 /// A Vulkan device. Clones are cheap and share it; images keep it.
@@ -60,6 +68,8 @@ pub struct Gpu(Arc<Inner>);
 struct Inner {
     device: ash::Device,
     memory_fd: khr::external_memory_fd::Device,
+    /// Where the device was made with the extensions.
+    sync_fds: Option<SyncFds>,
     physical: Physical,
     memory: vk::PhysicalDeviceMemoryProperties,
     queue_family: u32,
@@ -82,6 +92,10 @@ impl std::fmt::Debug for Gpu {
 impl Gpu {
     /// The device extensions that an import needs; in Vulkan 1.1 also `VK_KHR_image_format_list`.
     pub const EXTENSIONS: [&CStr; 4] = NEEDED;
+
+    /// The device extensions that fences need to go in and out ([`Semaphore`](super::Semaphore), [`GpuFence`](super::GpuFence)). A GPU
+    /// that is opened here has them where its driver does.
+    pub const FENCE_EXTENSIONS: [&CStr; 2] = FENCES;
 
     /// Opens a GPU: loads the Vulkan loader, makes an instance and a device of its own. Tens of milliseconds and more.
     ///
@@ -141,7 +155,7 @@ impl Gpu {
             .queue_priorities(&priorities)];
         let extensions: Vec<_> = physical.device_extensions().iter().map(|name| name.as_ptr()).collect();
         let mut ycbcr =
-            vk::PhysicalDeviceSamplerYcbcrConversionFeatures::default().sampler_ycbcr_conversion(physical.has_ycbcr());
+            vk::PhysicalDeviceSamplerYcbcrConversionFeatures::default().sampler_ycbcr_conversion(physical.ycbcr);
         let info = vk::DeviceCreateInfo::default()
             .queue_create_infos(&queues)
             .enabled_extension_names(&extensions)
@@ -155,10 +169,13 @@ impl Gpu {
         // SAFETY: as for the families.
         let memory = unsafe { instance.raw.get_physical_device_memory_properties(physical.raw) };
         let memory_fd = khr::external_memory_fd::Device::new(&instance.raw, &device);
+        // SAFETY: the device is of this instance and has the extensions (`device_extensions`).
+        let sync_fds = physical.has_sync_fd().then(|| unsafe { SyncFds::new(&device, &physical) });
         let queue = Mutex::new(queue);
         Ok(Gpu(Arc::new(Inner {
             device,
             memory_fd,
+            sync_fds,
             physical,
             memory,
             queue_family: family,
@@ -181,7 +198,7 @@ impl Gpu {
     /// - All handles of `raw` are valid and of each other, the instance has Vulkan 1.1 or later, and all outlive the last clone of this
     ///   and everything imported through it. The queue is of this family, made without flags (`vkGetDeviceQueue`).
     /// - The device was made with [`Gpu::EXTENSIONS`], with `VK_KHR_image_format_list` where the instance's `apiVersion` or the physical
-    ///   device's version is below 1.2, and with the feature `samplerYcbcrConversion` if the physical device has it.
+    ///   device's version is below 1.2, and with what `raw` says of it.
     /// - While a [`Vulkan`](super::Vulkan) or a [`GpuConverter`](super::GpuConverter) of this exists, in whatever thread, whoever else uses
     ///   the queue holds the lock of [`Gpu::queue`] meanwhile: `vkQueueSubmit` and its like want the queue externally synchronized ("Host
     ///   Synchronization" of each).
@@ -189,22 +206,26 @@ impl Gpu {
     /// # Errors
     /// [`Kind::Unsupported`] where the physical device lacks an extension; [`Kind::Invalid`] for a family that it does not have.
     pub unsafe fn from_raw(raw: RawGpu) -> Result<Gpu> {
-        let RawGpu { instance, physical, device, queue_family, queue } = raw;
+        let RawGpu { instance, physical, device, queue_family, queue, ycbcr, sync_fd } = raw;
         let memory_fd = khr::external_memory_fd::Device::new(&instance, &device);
         // SAFETY: by this function's contract.
         let memory = unsafe { instance.get_physical_device_memory_properties(physical) };
         // SAFETY: as above.
         let families = unsafe { instance.get_physical_device_queue_family_properties(physical) };
         // SAFETY: as above.
-        let physical = unsafe { Physical::new(instance, physical) }?;
+        let mut physical = unsafe { Physical::new(instance, physical) }?;
         physical.can_import()?;
+        physical.ycbcr &= ycbcr;
         let computes = computes(&families, queue_family).ok_or_else(|| {
             let error = Error::new(Kind::Invalid, "use the queue of", &physical.info.name);
             error.because(format!("it has {} queue families, and none at {queue_family}", families.len()))
         })?;
+        // SAFETY: by this function's contract the device was made with the extensions if `raw` says so.
+        let sync_fds = (sync_fd && physical.has_sync_fd()).then(|| unsafe { SyncFds::new(&device, &physical) });
         Ok(Gpu(Arc::new(Inner {
             device,
             memory_fd,
+            sync_fds,
             physical,
             memory,
             queue_family,
@@ -253,7 +274,8 @@ impl Gpu {
             let physical = unsafe { Physical::new(instance.raw.clone(), raw) }?;
             physical.can_import()?;
             let offers = physical.offers(vk::ImageUsageFlags::SAMPLED);
-            Ok(GpuListing { info: physical.info.clone(), offers, handles: physical.handles() })
+            let (handles, sync) = (physical.handles(), SyncOffer::of(&physical));
+            Ok(GpuListing { info: physical.info.clone(), offers, handles, sync })
         };
         Ok(instance.physical_devices()?.into_iter().map(list).collect())
     }
@@ -272,6 +294,15 @@ impl Gpu {
     /// The kinds of memory handles that it knows.
     pub fn handles(&self) -> Vec<HandleOffer> {
         self.0.physical.handles()
+    }
+
+    /// Which way fences go between it and the kernel: none for a program's device without [`Gpu::FENCE_EXTENSIONS`].
+    pub fn sync(&self) -> SyncOffer {
+        self.0.sync_fds.as_ref().map(|fds| fds.offer).unwrap_or_default()
+    }
+
+    pub(super) fn sync_fds(&self) -> Option<&SyncFds> {
+        self.0.sync_fds.as_ref()
     }
 
     /// The device, to use what was imported.

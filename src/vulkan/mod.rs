@@ -7,8 +7,14 @@
 //!
 //! libvulkan.so.1 is loaded at run time: where it is missing, or a driver, or an extension, the answer is an error that says so.
 //!
-//! Nothing here waits for the fences of a dma-buf: a frame that a camera has delivered has none. A buffer that a GPU is still writing
-//! needs a wait of its own.
+//! # Fences
+//! [`Semaphore`] and [`GpuFence`] go to and from a [`SyncFile`](crate::fence::SyncFile): a program has its queue wait for a frame's acquire
+//! fence, and leaves one with the frame that its queue reads. The sink [`Vulkan`] has read a frame when it returns, and waits for the frame's
+//! acquire fence first; [`GpuConverter`] waits for its own work or, where the driver gives one, hands a fence on.
+//!
+//! Vulkan takes no notice of the fences that are *in* a dma-buf ("External Memory", and unlike OpenGL), and neither does anything here: a
+//! frame that a camera has delivered has none, and whoever takes frames from another GPU takes those along
+//! ([`Frame::with_implicit_fences`](crate::frame::Frame::with_implicit_fences)).
 
 mod buffer;
 mod checksum;
@@ -29,6 +35,7 @@ mod physical;
 mod sampled;
 mod sink;
 mod submission;
+mod sync;
 mod usage;
 
 pub use ash;
@@ -41,3 +48,4 @@ pub use messages::Messages;
 pub use offers::{GpuOffer, HandleOffer, ModifierOffer};
 pub use physical::{GpuInfo, GpuKind};
 pub use sink::{Checksum, Vulkan};
+pub use sync::{GpuFence, Semaphore, SyncOffer};

@@ -124,8 +124,8 @@ impl Physical {
     ) -> Result<ModifierOffer, String> {
         // The format's own word, and that of each view: VUID-VkImageViewCreateInfo-usage-02274 asks it of the view's format.
         let wanted = features_of(usage);
-        if format.is_multi_planar() && !self.has_ycbcr() {
-            return Err("its driver has no formats of several colour planes".to_owned());
+        if format.is_multi_planar() && !self.ycbcr {
+            return Err("it has no images of several colour planes (samplerYcbcrConversion)".to_owned());
         }
         for view in format.planes().map(|plane| plane.view) {
             let features = self
@@ -305,15 +305,6 @@ impl Physical {
                 .get_physical_device_external_buffer_properties(self.raw, &info, &mut properties);
         }
         properties.external_memory_properties.external_memory_features
-    }
-
-    /// Whether images of several colour planes can be had.
-    pub(super) fn has_ycbcr(&self) -> bool {
-        let mut ycbcr = vk::PhysicalDeviceSamplerYcbcrConversionFeatures::default();
-        let mut features = vk::PhysicalDeviceFeatures2::default().push_next(&mut ycbcr);
-        // SAFETY: `Physical::new`'s contract, and Vulkan 1.1 (`can_import`).
-        unsafe { self.instance().get_physical_device_features2(self.raw, &mut features) };
-        ycbcr.sampler_ycbcr_conversion == vk::TRUE
     }
 }
 

@@ -18,6 +18,9 @@ pub(super) const NEEDED: [&CStr; 4] = [
     ext::queue_family_foreign::NAME,
 ];
 
+/// The extensions that fences need.
+pub(super) const FENCES: [&CStr; 2] = [khr::external_semaphore_fd::NAME, khr::external_fence_fd::NAME];
+
 /// What sort of device a GPU is.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum GpuKind {
@@ -78,6 +81,8 @@ pub(super) struct Physical {
     numbers: Vec<u64>,
     /// Whether the driver is lavapipe.
     lavapipe: bool,
+    /// Whether images of several colour planes can be had (the feature `samplerYcbcrConversion`): by the driver, and on the device.
+    pub(super) ycbcr: bool,
 }
 
 impl Physical {
@@ -111,15 +116,21 @@ impl Physical {
         };
         let version = (vk::api_version_major(version), vk::api_version_minor(version), vk::api_version_patch(version));
         let info = GpuInfo { name, driver: String::new(), kind, version, nodes: Vec::new() };
-        let mut physical = Physical { instance, raw, extensions, info, numbers: Vec::new(), lavapipe: false };
+        let mut physical =
+            Physical { instance, raw, extensions, info, numbers: Vec::new(), lavapipe: false, ycbcr: false };
         if physical.info.version >= (1, 1, 0) {
             physical.ask_more();
         }
         Ok(physical)
     }
 
-    /// The driver's name and the nodes, where the device tells.
+    /// What takes Vulkan 1.1 to ask: images of several planes, and the driver's name and the nodes, where the device tells.
     fn ask_more(&mut self) {
+        let mut ycbcr = vk::PhysicalDeviceSamplerYcbcrConversionFeatures::default();
+        let mut features = vk::PhysicalDeviceFeatures2::default().push_next(&mut ycbcr);
+        // SAFETY: `new`'s contract; Vulkan 1.1 has the call and the structure.
+        unsafe { self.instance.get_physical_device_features2(self.raw, &mut features) };
+        self.ycbcr = ycbcr.sampler_ycbcr_conversion == vk::TRUE;
         let mut driver = vk::PhysicalDeviceDriverProperties::default();
         let mut nodes = vk::PhysicalDeviceDrmPropertiesEXT::default();
         let mut all = vk::PhysicalDeviceProperties2::default();
@@ -216,13 +227,21 @@ impl Physical {
         })
     }
 
-    /// The extensions to make a device with: those needed, and what they need in Vulkan 1.1.
+    /// The extensions to make a device with: those needed, what they need in Vulkan 1.1, and those for fences where they are there.
     pub(super) fn device_extensions(&self) -> Vec<&'static CStr> {
         let mut names = NEEDED.to_vec();
         if !self.at_least(1, 2) {
             names.push(khr::image_format_list::NAME);
         }
+        if self.has_sync_fd() {
+            names.extend(FENCES);
+        }
         names
+    }
+
+    /// Whether fences go in and out as sync files. In Vulkan 1.1 nothing else is needed for that.
+    pub(super) fn has_sync_fd(&self) -> bool {
+        self.at_least(1, 1) && FENCES.iter().all(|name| self.has(name))
     }
 
     /// The device's functions of physical devices.

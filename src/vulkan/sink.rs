@@ -178,6 +178,8 @@ impl Sink for Vulkan {
         if self.failed {
             return Err(gone(&self.gpu));
         }
+        // By the CPU: the checksum is waited for here in any case, and a fence that never signals is not to take the GPU with it.
+        frame.wait_acquired(self.fence_timeout())?;
         let sampled = self.cache.get(&mut self.sampler, frame.buffer()).map_err(|refusal| {
             Error::new(Kind::Unsupported, "import", frame.buffer().layout().to_string())
                 .said_by(refusal.step)
@@ -222,7 +224,7 @@ impl Verifier {
         let no =
             |why: String| Error::new(Kind::Invalid, "verify", format!("frame {}", frame.meta().sequence)).because(why);
         let format = GpuFormat::of(layout.format()).ok_or_else(|| no(format!("Vulkan has no {}", layout.format())))?;
-        let reader = frame.buffer().read()?;
+        let reader = frame.read()?;
         let sum = predict(&format, layout, &mut self.scratch, &mut |plane, row, out| reader.row(plane, row, out));
         let slot = self.expected.get_mut(frame.slot() as usize);
         *slot.ok_or_else(|| no(format!("it is of slot {}", frame.slot())))? = Some((frame.meta().sequence, place, sum));

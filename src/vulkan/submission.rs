@@ -18,8 +18,19 @@ const GRACE_NS: u64 = 2_000_000_000;
 pub(super) struct Submission {
     gpu: Gpu,
     fence: vk::Fence,
-    /// Whether the GPU may still have something. Locked while the fence is in use.
-    busy: Mutex<bool>,
+    /// What the GPU may still have. Locked while the fence is in use.
+    given: Mutex<Given>,
+}
+
+/// What was given to the GPU last.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Given {
+    /// Nothing, or it has ended.
+    Nothing,
+    /// It has not been waited for yet.
+    Started,
+    /// It has, and did not end in time.
+    Late,
 }
 
 impl std::fmt::Debug for Submission {
@@ -36,7 +47,7 @@ impl Submission {
         // SAFETY: the device lives.
         let fence = unsafe { gpu.device().create_fence(&vk::FenceCreateInfo::default(), None) };
         let fence = fence.map_err(|result| failed("vkCreateFence", "compute on", &gpu.info().name, result))?;
-        Ok(Submission { gpu: gpu.clone(), fence, busy: Mutex::new(false) })
+        Ok(Submission { gpu: gpu.clone(), fence, given: Mutex::new(Given::Nothing) })
     }
 
     fn failed(&self, call: &'static str, result: vk::Result) -> Error {
@@ -53,17 +64,64 @@ impl Submission {
     /// [`Kind::Disconnected`](crate::error::Kind::Disconnected) if the GPU is lost, [`Kind::Timeout`](crate::error::Kind::Timeout) if
     /// it does not end within 30 s, or, at once, if something before did not end; and what else the driver says.
     pub(super) unsafe fn run(&self, commands: vk::CommandBuffer) -> Result<()> {
+        let mut given = self.given();
+        // SAFETY: by this function's contract.
+        unsafe { self.submit(&mut given, commands, None, None) }?;
+        // SAFETY: the device lives; the fence is ours and was submitted.
+        let ended = unsafe { self.gpu.device().wait_for_fences(&[self.fence], true, TIMEOUT_NS) };
+        *given = if ended.is_ok() { Given::Nothing } else { Given::Late };
+        ended.map_err(|result| self.failed("vkWaitForFences", result))
+    }
+
+    /// Waits for the end of what was given before: nothing uses it any more when this has succeeded.
+    ///
+    /// # Errors
+    /// [`Kind::Timeout`](crate::error::Kind::Timeout) if that does not end.
+    pub(super) fn ended(&self) -> Result<()> {
+        self.must_end(&mut self.given())
+    }
+
+    /// Has the GPU run commands when `wait` has signalled, and signal `signal` then. What was given before is waited for. Nothing that they
+    /// use may be destroyed before [`Submission::settle`] says so.
+    ///
+    /// # Safety
+    /// As [`Submission::run`]; both semaphores are of the GPU, and nothing else uses them. `wait` has an import.
+    ///
+    /// # Errors
+    /// As [`Submission::run`], without its wait.
+    pub(super) unsafe fn start(
+        &self,
+        commands: vk::CommandBuffer,
+        wait: Option<vk::Semaphore>,
+        signal: Option<vk::Semaphore>,
+    ) -> Result<()> {
+        // SAFETY: by this function's contract.
+        unsafe { self.submit(&mut self.given(), commands, wait, signal) }
+    }
+
+    /// # Safety
+    /// As [`Submission::start`].
+    unsafe fn submit(
+        &self,
+        given: &mut Given,
+        commands: vk::CommandBuffer,
+        wait: Option<vk::Semaphore>,
+        signal: Option<vk::Semaphore>,
+    ) -> Result<()> {
         let device = self.gpu.device();
         let (buffers, fences) = ([commands], [self.fence]);
-        let submits = [vk::SubmitInfo::default().command_buffers(&buffers)];
-        let mut busy = self.busy();
-        if !self.end(&mut busy) || self.gpu.is_stuck() {
-            let error = self.failed("vkWaitForFences", vk::Result::TIMEOUT);
-            return Err(error
-                .meaning("what it was given before never ended")
-                .repair("open the GPU again"));
+        // Where the commands take memory over from others: their first barrier is from this stage on.
+        let stages = [vk::PipelineStageFlags::COMPUTE_SHADER];
+        let mut info = vk::SubmitInfo::default().command_buffers(&buffers);
+        if let Some(wait) = &wait {
+            info = info.wait_semaphores(std::slice::from_ref(wait)).wait_dst_stage_mask(&stages);
         }
-        // SAFETY: by this function's contract; the queue is locked for the submission, the fence is ours and not in use: `busy` is
+        if let Some(signal) = &signal {
+            info = info.signal_semaphores(std::slice::from_ref(signal));
+        }
+        let submits = [info];
+        self.must_end(given)?;
+        // SAFETY: by this function's contract; the queue is locked for the submission, the fence is ours and not in use: `given` is
         // locked, and the end of every submission was waited for, here or just now.
         unsafe {
             device
@@ -73,39 +131,48 @@ impl Submission {
             device
                 .queue_submit(*queue, &submits, self.fence)
                 .map_err(|result| self.failed("vkQueueSubmit", result))?;
-            drop(queue);
-            *busy = true;
-            device
-                .wait_for_fences(&fences, true, TIMEOUT_NS)
-                .map_err(|result| self.failed("vkWaitForFences", result))?;
         }
-        *busy = false;
+        *given = Given::Started;
         Ok(())
     }
 
     /// Waits for the end of what a failure has left with the GPU, and tells whether it has ended: if not, nothing that it uses may be
-    /// destroyed. Most drivers reset a GPU that hangs, which ends the wait; with one that does not, the wait is two seconds, once, and the
-    /// GPU's objects stay behind ([`Gpu::is_stuck`]).
+    /// destroyed. Most drivers reset a GPU that hangs, which ends the wait; with one that does not, the wait ends (after 30 s, or two more where
+    /// those are over), once, and the GPU's objects stay behind ([`Gpu::is_stuck`]).
     pub(super) fn settle(&self) -> bool {
-        self.end(&mut self.busy()) && !self.gpu.is_stuck()
+        self.end(&mut self.given()) && !self.gpu.is_stuck()
     }
 
-    fn busy(&self) -> MutexGuard<'_, bool> {
-        self.busy.lock().unwrap_or_else(PoisonError::into_inner)
+    fn given(&self) -> MutexGuard<'_, Given> {
+        self.given.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn must_end(&self, given: &mut Given) -> Result<()> {
+        if self.end(given) && !self.gpu.is_stuck() {
+            return Ok(());
+        }
+        let error = self.failed("vkWaitForFences", vk::Result::TIMEOUT);
+        Err(error
+            .meaning("what it was given before never ended")
+            .repair("open the GPU again"))
     }
 
     /// Whether nothing is left with the GPU. By the own fence, not by the queue: on that there may be work of others, and no limit.
-    fn end(&self, busy: &mut bool) -> bool {
-        if *busy {
-            let patience = if self.gpu.is_stuck() { 0 } else { GRACE_NS };
+    fn end(&self, given: &mut Given) -> bool {
+        if *given != Given::Nothing {
+            let patience = match *given {
+                _ if self.gpu.is_stuck() => 0,
+                Given::Started => TIMEOUT_NS,
+                _ => GRACE_NS,
+            };
             // SAFETY: the device lives, and the fence is ours and was submitted.
             match unsafe { self.gpu.device().wait_for_fences(&[self.fence], true, patience) } {
                 // A lost device has ended everything as well ("Lost Device").
-                Ok(()) | Err(vk::Result::ERROR_DEVICE_LOST) => *busy = false,
+                Ok(()) | Err(vk::Result::ERROR_DEVICE_LOST) => *given = Given::Nothing,
                 Err(_) => self.gpu.give_up(),
             }
         }
-        !*busy
+        *given == Given::Nothing
     }
 }
 

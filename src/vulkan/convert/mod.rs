@@ -20,12 +20,12 @@ use std::sync::Arc;
 
 use crate::endpoint::{ImportCache, JoinError, Refusal, Rung};
 use crate::error::{Error, Kind, Result};
+use crate::fence::{PATIENCE, SyncFile};
 use crate::format::{Format, Layout};
 use crate::frame::{Buffer, WeakBuffer};
 
 use super::gpu::Gpu;
 use super::linear::stated_modifier;
-use super::submission::Submission;
 use job::Job;
 pub use job::{Crop, NotByGpu};
 use pipeline::Pipeline;
@@ -35,7 +35,8 @@ use recorded::{Bytes, Recorded, of_conversion};
 /// Makes pictures of one layout out of pictures of another, on a GPU.
 ///
 /// For each pair of buffers the commands are recorded once ([`GpuConverter::prepare`]); after that a picture costs one submission and one
-/// wait, without an allocation or an import here.
+/// wait ([`convert`](GpuConverter::convert)), or a fence in place of the wait ([`start`](GpuConverter::start)), without an allocation or an
+/// import here.
 pub struct GpuConverter {
     gpu: Gpu,
     from: Layout,
@@ -46,7 +47,6 @@ pub struct GpuConverter {
     imports: ImportCache<Arc<Vec<super::GpuBuffer>>>,
     importer: Bytes,
     pipeline: Arc<Pipeline>,
-    submission: Arc<Submission>,
 }
 
 struct Pair {
@@ -86,11 +86,11 @@ impl GpuConverter {
             return Err(bad().because(format!("{to} is larger than {} computes at once", gpu.info().name)));
         }
         // In this order: one that does not compute is not to compile anything.
-        let submission = Arc::new(Submission::new(gpu)?);
+        gpu.can_compute()?;
         let pipeline = Pipeline::of(gpu)?;
         let (imports, importer) = (ImportCache::new(), Bytes(gpu.clone()));
         let (gpu, pairs) = (gpu.clone(), Vec::new());
-        Ok(GpuConverter { gpu, from: *from, to: *to, job, pairs, imports, importer, pipeline, submission })
+        Ok(GpuConverter { gpu, from: *from, to: *to, job, pairs, imports, importer, pipeline })
     }
 
     /// What it reads.
@@ -140,6 +140,39 @@ impl GpuConverter {
         Ok(self.pairs[index].recorded.run()?)
     }
 
+    /// Has the GPU convert a picture as soon as `after` has signalled (the source's acquire fence, if it has one), and returns what signals
+    /// when it has: until then the source is not filled again ([`Frame::release_after`](crate::frame::Frame::release_after)), and the target
+    /// neither shown nor read without waiting for it ([`with_acquire_fence`](crate::frame::Frame::with_acquire_fence)). `None` if it has
+    /// already.
+    ///
+    /// Where the driver takes or gives no fences ([`Gpu::sync`]), the CPU waits here, for `after` 5 s at most; one of software waits here as
+    /// well, before it gives a fence. A pair of buffers whose conversion has not ended is waited for. Cost: a submission, a descriptor for
+    /// the result and, with `after`, one more; no allocation here.
+    ///
+    /// # Errors
+    /// As [`GpuConverter::convert`]; that of a fence that is waited for here. That the GPU fails later, the fence tells.
+    pub fn start(
+        &mut self,
+        source: &Buffer,
+        after: Option<SyncFile>,
+        target: &Buffer,
+    ) -> Result<Option<SyncFile>, JoinError> {
+        let index = self.pair(source, target)?;
+        let sync = self.gpu.sync();
+        let after = match after {
+            Some(fence) if !(sync.import_semaphore && sync.export_semaphore) => {
+                fence.wait(PATIENCE)?;
+                None
+            }
+            other => other,
+        };
+        let recorded = &mut self.pairs[index].recorded;
+        match sync.export_semaphore {
+            true => Ok(recorded.start(after)?),
+            false => Ok(recorded.run().map(|()| None)?),
+        }
+    }
+
     fn forget_gone(&mut self) {
         self.pairs.retain(|pair| !pair.source.is_gone() && !pair.target.is_gone());
     }
@@ -174,7 +207,7 @@ impl GpuConverter {
         }
         let from = Arc::clone(self.imports.get(&mut self.importer, source)?);
         let to = Arc::clone(self.imports.get(&mut self.importer, target)?);
-        let recorded = Recorded::new((&self.pipeline, &self.submission), &self.job, self.to.size(), &from, &to)?;
+        let recorded = Recorded::new(&self.pipeline, &self.job, self.to.size(), &from, &to)?;
         self.pairs
             .push(Pair { source: source.downgrade(), target: target.downgrade(), recorded });
         Ok(self.pairs.len() - 1)

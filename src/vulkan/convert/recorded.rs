@@ -8,11 +8,13 @@ use super::job::Job;
 use super::pipeline::{BINDINGS, Pipeline};
 use crate::endpoint::{Importer, Refusal, Rung};
 use crate::error::Result;
+use crate::fence::SyncFile;
 use crate::frame::Buffer;
 use crate::vulkan::buffer::GpuBuffer;
 use crate::vulkan::failure::{code, refuse};
 use crate::vulkan::gpu::Gpu;
 use crate::vulkan::submission::Submission;
+use crate::vulkan::sync::Semaphore;
 
 /// Imports all memory planes of a buffer as bytes.
 #[derive(Debug)]
@@ -40,7 +42,10 @@ pub(super) fn of_conversion(refusal: Refusal) -> Refusal {
 /// Descriptors and commands for a pair of buffers, which it keeps imported.
 pub(super) struct Recorded {
     pipeline: Arc<Pipeline>,
-    submission: Arc<Submission>,
+    submission: Submission,
+    /// What it waits for, and what it signals, made when they are first wanted.
+    after: Option<Semaphore>,
+    done: Option<Semaphore>,
     descriptors: vk::DescriptorPool,
     pool: vk::CommandPool,
     commands: vk::CommandBuffer,
@@ -59,16 +64,20 @@ impl Recorded {
     /// # Errors
     /// The driver's refusal.
     pub(super) fn new(
-        (pipeline, submission): (&Arc<Pipeline>, &Arc<Submission>),
+        pipeline: &Arc<Pipeline>,
         job: &Job,
         size: (u32, u32),
         source: &Arc<Vec<GpuBuffer>>,
         target: &Arc<Vec<GpuBuffer>>,
     ) -> Result<Recorded, Refusal> {
+        let submission =
+            Submission::new(&pipeline.gpu).map_err(|error| Refusal::from_error(Rung::Converted, &error))?;
         // Filled step by step; dropping it destroys what there is so far.
         let mut made = Recorded {
             pipeline: Arc::clone(pipeline),
-            submission: Arc::clone(submission),
+            submission,
+            after: None,
+            done: None,
             descriptors: vk::DescriptorPool::null(),
             pool: vk::CommandPool::null(),
             commands: vk::CommandBuffer::null(),
@@ -163,8 +172,7 @@ impl Recorded {
         let acquire: Vec<_> = acquire.chain(target.iter().map(|plane| plane.acquire(write))).collect();
         let release = source.iter().map(|plane| plane.release(vk::AccessFlags::empty()));
         let release: Vec<_> = release.chain(target.iter().map(|plane| plane.release(write))).collect();
-        let (begin, end) = (vk::PipelineStageFlags::TOP_OF_PIPE, vk::PipelineStageFlags::BOTTOM_OF_PIPE);
-        let shader = vk::PipelineStageFlags::COMPUTE_SHADER;
+        let (shader, end) = (vk::PipelineStageFlags::COMPUTE_SHADER, vk::PipelineStageFlags::BOTTOM_OF_PIPE);
         let none = vk::DependencyFlags::empty();
         let (across, down) = Job::groups(size);
         let compute = vk::PipelineBindPoint::COMPUTE;
@@ -174,7 +182,8 @@ impl Recorded {
             device
                 .begin_command_buffer(commands, &vk::CommandBufferBeginInfo::default())
                 .map_err(|result| no("vkBeginCommandBuffer", result))?;
-            device.cmd_pipeline_barrier(commands, begin, shader, none, &[], &acquire, &[]);
+            // From the stage on in which a semaphore is waited for (`Submission::start`): not before that do they take anything over.
+            device.cmd_pipeline_barrier(commands, shader, shader, none, &[], &acquire, &[]);
             device.cmd_bind_pipeline(commands, compute, pipeline.raw);
             device.cmd_bind_descriptor_sets(commands, compute, pipeline.layout, 0, &[set], &[]);
             device.cmd_push_constants(commands, pipeline.layout, vk::ShaderStageFlags::COMPUTE, 0, &job.bytes());
@@ -195,6 +204,46 @@ impl Recorded {
         // or keeps.
         unsafe { self.submission.run(self.commands) }
     }
+}
+
+impl Recorded {
+    /// Has the GPU convert when `after` has signalled, and gives what signals when it has; `None` if it has already.
+    ///
+    /// # Errors
+    /// As [`Submission::start`], and of the fences.
+    pub(super) fn start(&mut self, after: Option<SyncFile>) -> Result<Option<SyncFile>> {
+        // Neither semaphore is in use after this.
+        self.submission.ended()?;
+        let gpu = &self.pipeline.gpu;
+        let wait = match after {
+            None => None,
+            Some(fence) => {
+                let semaphore = made(&mut self.after, gpu)?;
+                semaphore.import(Some(fence))?;
+                Some(semaphore.raw())
+            }
+        };
+        let done = made(&mut self.done, gpu)?;
+        // SAFETY: as in `run`; the semaphores are this value's, nothing uses them, and one that is waited for has an import.
+        let started = unsafe { self.submission.start(self.commands, wait, Some(done.raw())) };
+        // SAFETY: it was submitted to be signalled, all that this depends on was as well, and nobody waits for it.
+        let fence = started.and_then(|()| unsafe { done.export() });
+        if fence.is_err() {
+            // An import may be left in the one, a signal in the other: not to be used again. If the work does not end they stay behind.
+            self.submission.settle();
+            (self.after, self.done) = (None, None);
+        }
+        fence
+    }
+}
+
+/// The semaphore of this place, made now if there is none.
+fn made<'a>(place: &'a mut Option<Semaphore>, gpu: &Gpu) -> Result<&'a mut Semaphore> {
+    let semaphore = match place.take() {
+        Some(there) => there,
+        None => Semaphore::new(gpu)?,
+    };
+    Ok(place.insert(semaphore))
 }
 
 impl Drop for Recorded {
