@@ -72,6 +72,10 @@ fn listed() -> anyhow::Result<Outcome> {
             .any(|one| one["handle"] == "DMA_BUF" && one["importable"] == true),
         "{list}"
     );
+    for what in ["semaphore", "fence"] {
+        let ways = &list["gpus"][0]["sync_fd"][what];
+        ensure!(ways["importable"].is_boolean() && ways["exportable"].is_boolean(), "{what}: {list}");
+    }
     let table = finish(&mut dmaflow("list"))?;
     table.has_status(0)?;
     ensure!(table.stdout.contains("llvmpipe") && table.stdout.contains("DMA_BUF"), "{}", table.stdout);

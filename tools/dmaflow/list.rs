@@ -101,6 +101,20 @@ struct GpuEntry {
     /// What it can import, to be sampled.
     formats: Vec<GpuFormatListing>,
     memory_handles: Vec<HandleListing>,
+    /// Which way fences go, as sync files.
+    sync_fd: SyncListing,
+}
+
+#[derive(Serialize)]
+struct SyncListing {
+    semaphore: Ways,
+    fence: Ways,
+}
+
+#[derive(Serialize)]
+struct Ways {
+    importable: bool,
+    exportable: bool,
 }
 
 #[derive(Serialize)]
@@ -306,6 +320,10 @@ fn gpu_entry(gpu: &dmaflow::vulkan::GpuListing) -> GpuEntry {
         vulkan: format!("{major}.{minor}.{patch}"),
         nodes: gpu.info.nodes.iter().map(|node| node.display().to_string()).collect(),
         formats: gpu.offers.iter().map(format).collect(),
+        sync_fd: SyncListing {
+            semaphore: Ways { importable: gpu.sync.import_semaphore, exportable: gpu.sync.export_semaphore },
+            fence: Ways { importable: gpu.sync.import_fence, exportable: gpu.sync.export_fence },
+        },
         memory_handles: gpu
             .handles
             .iter()
@@ -420,15 +438,26 @@ fn gpu_lines(listing: &Listing, lines: &mut Vec<String>) {
         });
         lines.push(format!("    imports  {}", formats.collect::<Vec<_>>().join(" ")));
         let handles = gpu.memory_handles.iter().filter(|offer| offer.importable || offer.exportable);
-        let handles = handles.map(|offer| match (offer.importable, offer.exportable) {
-            (true, true) => offer.handle.to_owned(),
-            (true, false) => format!("{} (import alone)", offer.handle),
-            _ => format!("{} (export alone)", offer.handle),
-        });
+        let handles = handles.map(|offer| format!("{}{}", offer.handle, alone(offer.importable, offer.exportable)));
         lines.push(format!("    memory   {}", handles.collect::<Vec<_>>().join(", ")));
+        let fences = [("SYNC_FD semaphores", &gpu.sync_fd.semaphore), ("SYNC_FD fences", &gpu.sync_fd.fence)];
+        let fences = fences.iter().filter(|(_, ways)| ways.importable || ways.exportable);
+        let fences: Vec<_> = fences
+            .map(|(name, ways)| format!("{name}{}", alone(ways.importable, ways.exportable)))
+            .collect();
+        lines.push(format!("    fences   {}", if fences.is_empty() { "none".to_owned() } else { fences.join(", ") }));
     }
     if listing.gpus.is_empty() {
         lines.push("  none".to_owned());
+    }
+}
+
+/// What to say of something that goes one way alone.
+fn alone(importable: bool, exportable: bool) -> &'static str {
+    match (importable, exportable) {
+        (true, false) => " (import alone)",
+        (false, true) => " (export alone)",
+        _ => "",
     }
 }
 
