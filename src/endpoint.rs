@@ -89,6 +89,13 @@ pub trait Source: AsFd {
         Vec::new()
     }
 
+    /// Whether it has no buffer to fill, nor one that it could: until somebody drops a frame, or one of
+    /// [`release_fences`](Source::release_fences) signals. With such fences [`start`](Source::start) waits until it has one. Without them
+    /// no system call.
+    fn starves(&self) -> bool {
+        false
+    }
+
     /// Stops the flow; frames that are leased stay valid.
     ///
     /// # Errors
@@ -346,9 +353,10 @@ pub trait Sink {
     /// it waits for its [acquire fence](Frame::acquire_fence) first, or has its device wait.
     ///
     /// # Errors
-    /// The device's refusal; [`Kind::Ended`] when it takes no more, as when nobody reads a pipe any more. The error may be that of a frame
-    /// before, whose fence has failed or taken too long: the frame given now is taken all the same, unless it cannot be while that fence
-    /// is open. So that nothing shown goes untold, such an error may come with a later call.
+    /// The device's refusal; [`Kind::Ended`] when it takes no more, as when nobody reads a pipe any more. One [of a
+    /// fence](Error::is_of_fence), which has failed or taken too long, is of one frame alone: the sink takes the next. It may be that of a
+    /// frame before: the frame given now is taken all the same, unless it cannot be while that fence is open. So that nothing shown goes
+    /// untold, such an error may come with a later call; which of several frames it is of, [`fence_use`](Sink::fence_use) counts.
     fn present(&mut self, frame: Frame) -> Result<Option<Shown>>;
 
     /// What to poll for input, if the sink has something to say between two frames.

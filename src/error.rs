@@ -47,6 +47,7 @@ struct Inner {
     repair: Option<String>,
     call: Option<&'static str>,
     meaning: Option<&'static str>,
+    of_fence: bool,
 }
 
 impl Error {
@@ -60,6 +61,7 @@ impl Error {
             repair: None,
             call: None,
             meaning: None,
+            of_fence: false,
         }))
     }
 
@@ -95,6 +97,20 @@ impl Error {
     pub fn kind_is(mut self, kind: Kind) -> Error {
         self.0.kind = kind;
         self
+    }
+
+    /// Says that a fence failed or took too long.
+    #[must_use]
+    pub(crate) fn of_fence(mut self) -> Error {
+        self.0.of_fence = true;
+        self
+    }
+
+    /// Whether it is the failure of a [fence](crate::fence), which is named: the work that it stands for has failed, as when a GPU was reset
+    /// ([`Kind::System`]), or it has not signalled in the time allowed ([`Kind::Timeout`]). That costs the frame of that fence, or in fifo
+    /// the one behind it, and not the device: the next frame may be as good as any.
+    pub fn is_of_fence(&self) -> bool {
+        self.0.of_fence
     }
 
     /// What kind of failure it is.

@@ -27,6 +27,7 @@ mod fences;
 mod fences_faults;
 mod fences_flow;
 mod fences_late;
+mod fences_recovery;
 mod fences_shown;
 mod formats;
 #[cfg(feature = "gbm")]
@@ -72,6 +73,7 @@ fn main() -> std::process::ExitCode {
         fences_shown::TESTS,
         fences_late::TESTS,
         fences_flow::TESTS,
+        fences_recovery::TESTS,
         fences_faults::TESTS,
         screen::TESTS,
         commands::TESTS,

@@ -199,6 +199,7 @@ impl SyncFile {
         error
             .because(format!("it has not signalled for {} s", Duration::from_millis(millis).as_secs_f64()))
             .repair("its device is stuck, or the work that it stands for was never begun")
+            .of_fence()
     }
 
     fn succeeded(&self) -> Result<()> {
@@ -207,7 +208,8 @@ impl SyncFile {
                 let error = Error::from_io("wait for", self.to_string(), io::Error::from_raw_os_error(errno));
                 Err(error
                     .kind_is(Kind::System)
-                    .repair("the work that it stands for has failed; the kernel log may say why"))
+                    .repair("the work that it stands for has failed; the kernel log may say why")
+                    .of_fence())
             }
             FenceState::Active | FenceState::Signalled => Ok(()),
         }

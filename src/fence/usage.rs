@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::error::{Error, Kind};
+
 /// How a sink waited for the acquire fences of its frames.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct FenceUse {
@@ -11,6 +13,12 @@ pub struct FenceUse {
     pub by_cpu: u64,
     /// Why the last of those was not handed to the device.
     pub why: Option<CpuWait>,
+    /// Fences whose work has failed. Their frames were dropped, or, where the device waited, shown all the same.
+    pub failed: u64,
+    /// Frames that were dropped because a fence, theirs or in fifo that of the frame before, took too long.
+    pub late: u64,
+    /// The last so many of those that failed and were late together came one after the other, with none that went well between.
+    pub in_a_row: u64,
 }
 
 /// Why a fence was not handed to the device.
@@ -39,7 +47,41 @@ pub enum CpuWait {
 impl FenceUse {
     /// Whether there were no fences at all.
     pub fn is_none(&self) -> bool {
-        self.by_device == 0 && self.by_cpu == 0
+        self.by_device == 0 && self.by_cpu == 0 && self.lost() == 0
+    }
+
+    /// How many failed or were late.
+    pub(crate) fn lost(&self) -> u64 {
+        self.failed + self.late
+    }
+
+    /// One has failed or was late, as this error says. Others are not counted.
+    pub(crate) fn lose(&mut self, error: &Error) {
+        if !error.is_of_fence() {
+            return;
+        }
+        match error.kind() {
+            Kind::Timeout => self.late += 1,
+            _ => self.failed += 1,
+        }
+        self.in_a_row += 1;
+    }
+
+    /// A frame was taken whose fence has signalled, or that needs none.
+    pub(crate) fn went_well(&mut self) {
+        self.in_a_row = 0;
+    }
+
+    /// Both together.
+    pub(crate) fn and(self, other: FenceUse) -> FenceUse {
+        FenceUse {
+            by_device: self.by_device + other.by_device,
+            by_cpu: self.by_cpu + other.by_cpu,
+            why: self.why.or(other.why),
+            failed: self.failed + other.failed,
+            late: self.late + other.late,
+            in_a_row: self.in_a_row + other.in_a_row,
+        }
     }
 
     pub(crate) fn waited(&mut self, why: CpuWait) {

@@ -221,6 +221,11 @@ impl Slots {
         self.slots.iter().filter(queued).count() as u32
     }
 
+    /// Whether the driver has none, and none can be given to it. Looked at, a free slot stays free. Without release fences no system call.
+    pub(crate) fn starve(&self) -> bool {
+        self.queued() == 0 && self.take_free().next().is_none()
+    }
+
     /// Who has views of these slots' frames, and what was copied for them.
     pub(crate) fn views(&self) -> &Views {
         &self.views

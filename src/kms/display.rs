@@ -36,10 +36,9 @@ pub enum Present {
     #[default]
     Fifo,
     /// The newest frame is shown; presenting never waits, and a frame that waits is dropped for a newer one. A frame whose acquire fence
-    /// has not signalled is held back, and does not stand in the way of newer ones that are ready. Two such frames are held at most: the
-    /// first in line and the newest. So of frames with fences the display holds four, and a dropped one's buffer is not filled before its
-    /// fence has signalled: a camera needs two buffers more than by default ([`CameraRequest::buffers`](crate::v4l2::CameraRequest)) to
-    /// have one to fill meanwhile.
+    /// has not signalled is held back, and does not stand in the way of newer ones that are ready. Every such frame is held, until a newer
+    /// one is shown: before its fence has signalled its buffer cannot be filled anyway. So of the buffers that no other device is busy with
+    /// the display takes three, as without fences: on screen, on its way, and ready.
     Mailbox,
 }
 

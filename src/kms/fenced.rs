@@ -17,7 +17,7 @@ use super::present::FLIP_TIMEOUT_MS;
 use super::route::Route;
 use super::setup::Setup;
 use crate::endpoint::{Shown, Sink};
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::fence::{CpuWait, SyncFile};
 use crate::frame::{Frame, FrameMeta};
 use crate::memory::Access;
@@ -147,6 +147,12 @@ impl Display {
         Ok(committed.map(|out| self.out_fence = out.map(|out| (*frame.meta(), out))))
     }
 
+    /// The frame at hand is dropped, for its fence or that of the one before.
+    pub(super) fn lose(&mut self, error: &Error) {
+        self.lost += 1;
+        self.fence_use.lose(error);
+    }
+
     /// Waits by the CPU for a frame's fence; without one no system call. Whether it had one.
     ///
     /// # Errors
@@ -154,8 +160,7 @@ impl Display {
     pub(super) fn acquire_by_cpu(&mut self, frame: &Frame) -> Result<bool> {
         let Some(fence) = frame.acquire_fence() else { return Ok(false) };
         let acquired = fence.wait(self.fence_timeout());
-        self.lost += u64::from(acquired.is_err());
-        acquired.map(|()| true)
+        acquired.map(|()| true).inspect_err(|error| self.lose(error))
     }
 
     /// Waits for all fences of the first frame: its commit waits, whatever is asked. Also for those that are in its memory, for which
@@ -167,7 +172,7 @@ impl Display {
             let Ok(fence) = SyncFile::export(dma_buf, Access::Read) else { continue };
             match fence.wait(self.fence_timeout()) {
                 Err(late) if late.kind() == Kind::Timeout => {
-                    self.lost += 1;
+                    self.lose(&late);
                     return Err(late);
                 }
                 // Work that failed some time ago says nothing of what the source has put there since.
@@ -192,6 +197,12 @@ impl Display {
         match frame.wait_acquired(timeout) {
             Err(late) if late.kind() == Kind::Timeout => Err(late),
             acquired => {
+                if frame.acquire_fence().is_some() {
+                    match &acquired {
+                        Ok(()) => self.fence_use.went_well(),
+                        Err(error) => self.fence_use.lose(error),
+                    }
+                }
                 frame.acquired();
                 self.tell_later(acquired);
                 Ok(())
@@ -277,35 +288,45 @@ impl Display {
         }
     }
 
-    /// In mailbox: submits the newest frame that is ready, if nothing is on its way. Drops a frame whose fence has failed or taken too
+    /// In mailbox: frames that were dropped for their fences, which is told later.
+    pub(super) fn tell_of_dropped(&mut self, failures: Vec<Error>) {
+        for error in failures {
+            self.fence_use.lose(&error);
+            self.tell_later(Err(error));
+        }
+    }
+
+    /// In mailbox: submits the newest frame that is ready, if nothing is on its way. Drops frames whose fences have failed or taken too
     /// long, which is [told later](Display::tell_later), as is what the commit says.
     pub(super) fn advance(&mut self) {
-        let looked = self.mailbox.look();
-        self.tell_later(looked);
+        let failed = self.mailbox.look();
+        self.tell_of_dropped(failed);
         if self.pending.is_none()
             && let Some(frame) = self.mailbox.take_ready()
         {
             let had_fence = frame.acquire_fence().is_some();
             let submitted = self.submit(frame);
-            if had_fence && submitted.is_ok() {
-                self.fence_use.waited(match self.request.verify {
-                    true => CpuWait::Verified,
-                    false => CpuWait::Mailbox,
-                });
+            if submitted.is_ok() {
+                self.fence_use.went_well();
+                if had_fence {
+                    self.fence_use.waited(match self.request.verify {
+                        true => CpuWait::Verified,
+                        false => CpuWait::Mailbox,
+                    });
+                }
             }
             self.tell_later(submitted);
-            return;
         }
-        let in_time = self.mailbox.check_time(self.fence_timeout());
-        self.tell_later(in_time);
+        let late = self.mailbox.check_time(self.fence_timeout());
+        self.tell_of_dropped(late);
     }
 
     /// In mailbox: waits for the next frame that is on its way or held, until it is on screen. Failures come after the last of them.
     pub(super) fn finish_newest(&mut self) -> Result<Option<Shown>> {
         // Each round submits a frame or drops one.
         while self.pending.is_none() && !self.mailbox.is_empty() {
-            let waited = self.mailbox.wait(self.fence_timeout());
-            self.tell_later(waited);
+            let failed = self.mailbox.wait(self.fence_timeout());
+            self.tell_of_dropped(failed);
             self.advance();
         }
         if self.pending.is_none() {

@@ -38,6 +38,7 @@ impl Display {
         way.lit = true;
         let shown = self.replaced(frame, now_us());
         self.leaving = None;
+        self.fence_use.went_well();
         if let (Some(Way { route, verifier: Some(verifier), .. }), Some(frame)) = (&mut self.way, &self.on_screen) {
             verifier.first(&self.card, route, frame)?;
         }
@@ -56,14 +57,20 @@ impl Display {
     /// Sends a frame to the screen as soon as the one before is there: one system call, and one lease given up. With fences a few more.
     pub(super) fn show_in_turn(&mut self, frame: Frame) -> Result<Option<Shown>> {
         // What is on its way may wait for a fence, without limit, and a commit that waits for it would too.
-        self.pending_acquired().inspect_err(|_| self.lost += 1)?;
+        let acquired = self.pending_acquired();
+        acquired.inspect_err(|error| self.lose(error))?;
         let (on_its_way, event) = match frame.acquire_fence() {
-            None => self.send(&frame)?,
+            None => {
+                let sent = self.send(&frame)?;
+                self.fence_use.went_well();
+                sent
+            }
             Some(fence) => match self.send_fenced(&frame, fence)? {
                 Sent::OnItsWay => (true, true),
                 Sent::Acquired(why) => {
                     let sent = self.send(&frame)?;
                     self.fence_use.waited(why);
+                    self.fence_use.went_well();
                     if let CpuWait::Refused(_) = why {
                         // It was the fence, and will be with the next.
                         self.by_cpu = self.by_cpu.or(Some(why));
@@ -117,6 +124,7 @@ impl Display {
         let waited = self.acquire_by_cpu(&frame)?;
         self.forget_crcs()?;
         self.flip(&frame, CommitFlags { event: true, ..CommitFlags::default() })?;
+        self.fence_use.went_well();
         if waited {
             self.fence_use.waited(self.by_cpu.unwrap_or(CpuWait::Verified));
         }
@@ -175,8 +183,8 @@ impl Display {
     /// frame that is ready goes before older ones that are not; see [`Mailbox`](super::mailbox::Mailbox).
     pub(super) fn queue(&mut self, frame: Frame) -> Result<Option<Shown>> {
         // Before the look at the event, which submits what waits: that is to be the newest.
-        let put = self.mailbox.put(frame);
-        self.tell_later(put);
+        let failed = self.mailbox.put(frame);
+        self.tell_of_dropped(failed);
         if self.pending.is_none() {
             self.advance();
             return self.tell(None);

@@ -301,6 +301,10 @@ impl Source for Pattern {
         self.slots.0.release_fences().into_iter().map(|(_, fence)| fence).collect()
     }
 
+    fn starves(&self) -> bool {
+        self.slots.0.starve()
+    }
+
     fn stop(&mut self) -> Result<()> {
         // Ticks up to now that found no buffer are frames that were dropped.
         self.account(now_ns());

@@ -11,7 +11,6 @@ use crate::clock::now_us;
 use crate::endpoint::Sink;
 use crate::error::{Context, Error, Kind, Result};
 use crate::fence::SyncFile;
-use crate::frame::Frame;
 
 /// What ends a flow from outside.
 pub(super) struct Until<'a> {
@@ -23,7 +22,7 @@ pub(super) struct Until<'a> {
 
 /// How a wait for fences ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Waited {
+pub(super) enum Waited {
     /// One of them has signalled.
     Signalled,
     /// The time for fences is up.
@@ -37,7 +36,7 @@ impl Until<'_> {
     ///
     /// # Errors
     /// What `poll` says.
-    fn wait(&self, fences: &[BorrowedFd<'_>], timeout: Duration) -> nix::Result<Waited> {
+    pub(super) fn wait(&self, fences: &[BorrowedFd<'_>], timeout: Duration) -> nix::Result<Waited> {
         let late = now_us().saturating_add(u64::try_from(timeout.as_micros()).unwrap_or(u64::MAX));
         let mut fds: Vec<_> = fences
             .iter()
@@ -69,8 +68,18 @@ impl Until<'_> {
         }
     }
 
-    /// Waits for each of these, as long as the sink does: one that takes longer is the sink's to tell of. Whether the flow goes on.
-    fn wait_for_all(&self, sink: &dyn Sink, fences: &[&SyncFile]) -> Result<bool> {
+    /// Whether the order to stop has come; it stays there to be read.
+    pub(super) fn is_told(&self) -> bool {
+        self.stop.is_some_and(|stop| {
+            poll(&mut [PollFd::new(stop, PollFlags::POLLIN)], PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+        })
+    }
+
+    /// Waits for each of these, as long as the sink does. Whether the flow goes on.
+    ///
+    /// # Errors
+    /// That of a fence that takes longer.
+    pub(super) fn wait_for_all(&self, sink: &dyn Sink, fences: &[&SyncFile]) -> Result<bool> {
         for fence in fences {
             let waited = self.wait(&[fence.as_fd()], sink.fence_timeout());
             match waited.context("wait for a fence for", || sink.name())? {
@@ -84,29 +93,9 @@ impl Until<'_> {
 }
 
 impl Pipe<'_> {
-    /// Waits for the fences that the CPU would wait for on this frame's way to the sink, where nothing else would be listened to.
-    ///
-    /// # Errors
-    /// [`Kind::Timeout`], naming the fence; [`Kind::Ended`] if the flow is to end: the frame counts as dropped.
-    pub(super) fn acquire(&mut self, frame: &Frame, until: &Until<'_>) -> Result<()> {
-        let next = match self.joined.copier {
-            // It reads the frame. Its copies have a fence where a GPU makes them from frames that are there: it signals soon.
-            Some(_) => None,
-            None => Some(frame),
-        };
-        let own = frame.acquire_fence().filter(|_| next.is_none());
-        let mut fences = self.sink.waits_for(next);
-        fences.extend(own);
-        if until.wait_for_all(&*self.sink, &fences)? && self.wait_for_a_copy(until)? {
-            return Ok(());
-        }
-        self.dropped += 1;
-        Err(Error::new(Kind::Ended, "wait for a fence for", self.sink.name()))
-    }
-
     /// Where the sink's devices read every copy that is free, and the sink takes its time (it has no event to tell that it is ready for
     /// another frame), waits until one is done, as the source would for its own buffers. Whether the flow goes on.
-    fn wait_for_a_copy(&self, until: &Until<'_>) -> Result<bool> {
+    pub(super) fn wait_for_a_copy(&self, until: &Until<'_>) -> Result<bool> {
         let Some(copier) = self.joined.copier.as_ref().filter(|_| self.sink.event_fd().is_none()) else {
             return Ok(true);
         };
@@ -127,8 +116,14 @@ impl Pipe<'_> {
     }
 
     /// Waits for the frames that are on their way, and for those that the sink holds back until their fences signal, unless the flow was
-    /// told to stop or its time is up: then they are given up. Whether it was not.
-    pub(super) fn finish(&mut self, until: &Until<'_>, progress: &mut dyn FnMut(&Progress<'_>)) -> Result<bool> {
+    /// told to stop or its time is up: then they are given up. Whether it was not. One that takes too long is given up as well at the end
+    /// of the flow; before a step after which it goes on nothing may be on its way, and so it is waited for as long as a flow may fail.
+    pub(super) fn finish(
+        &mut self,
+        until: &Until<'_>,
+        progress: &mut dyn FnMut(&Progress<'_>),
+        at_end: bool,
+    ) -> Result<bool> {
         let mut all = true;
         loop {
             let held = self.sink.acquire_fences();
@@ -141,15 +136,36 @@ impl Pipe<'_> {
                 all = false;
                 break;
             }
-            let shown = self.sink.dispatch()?;
+            let shown = self.sink.dispatch();
+            let shown = self.hear(shown)?;
             self.account(shown, progress);
         }
-        all = all && until.wait_for_all(&*self.sink, &self.sink.waits_for(None))?;
+        while all {
+            match until.wait_for_all(&*self.sink, &self.sink.waits_for(None)) {
+                Err(late) if late.is_of_fence() => {
+                    if at_end {
+                        self.fences.lose(&late);
+                        all = false;
+                    }
+                    self.hear(Err::<(), _>(late))?;
+                }
+                waited => {
+                    all = waited?;
+                    break;
+                }
+            }
+        }
         if !all {
             self.sink.give_up();
         }
-        while let Some(shown) = self.sink.finish()? {
-            self.account(Some(shown), progress);
+        loop {
+            let told = self.sink.finish();
+            let lost = told.is_err();
+            match self.hear(told)? {
+                None if lost => {}
+                None => break,
+                shown => self.account(shown, progress),
+            }
         }
         Ok(all)
     }
@@ -159,7 +175,7 @@ impl Pipe<'_> {
     /// # Errors
     /// [`Kind::Ended`] if it is not to: that frame counts as dropped.
     pub(super) fn finish_or_end(&mut self, until: &Until<'_>, progress: &mut dyn FnMut(&Progress<'_>)) -> Result<()> {
-        match self.finish(until, progress)? {
+        match self.finish(until, progress, false)? {
             true => Ok(()),
             false => {
                 self.dropped += 1;

@@ -5,6 +5,7 @@
 
 mod account;
 mod finish;
+mod losses;
 mod moves;
 mod wait;
 
@@ -14,7 +15,7 @@ use std::time::Duration;
 use crate::clock::now_us;
 use crate::endpoint::{Refusal, Rung, Shown, Sink, Source, Verdict};
 use crate::error::{Context, Kind, Result};
-use crate::fence::PATIENCE;
+use crate::fence::{FenceUse, PATIENCE};
 use crate::format;
 use crate::frame::{Clock, Frame};
 use crate::ladder::{self, Joined, NoWay, Path, Watch};
@@ -22,6 +23,7 @@ use crate::ledger::Ledger;
 use crate::memory::{Access, CpuAccess};
 use account::cpu_time;
 use finish::Until;
+use losses::Failing;
 use wait::{Fences, Waiter, Wake};
 
 pub use account::{Account, Latency, Progress};
@@ -58,6 +60,13 @@ pub struct Pipe<'a> {
     last_shown_us: u64,
     /// When the last frame came, or the source started; for the watchdog.
     last_came_us: u64,
+    /// Until when fences kept every buffer of the source.
+    starved_us: u64,
+    /// Fences that went wrong before the sink had to do with them.
+    fences: FenceUse,
+    failing: Option<Failing>,
+    /// How many had when that was last told.
+    told_lost: u64,
     latency: Latency,
 }
 
@@ -105,6 +114,10 @@ impl<'a> Pipe<'a> {
             first_shown_us: 0,
             last_shown_us: 0,
             last_came_us: 0,
+            starved_us: 0,
+            fences: FenceUse::default(),
+            failing: None,
+            told_lost: 0,
             latency: Latency::new()?,
         };
         pipe.check_copies();
@@ -130,8 +143,13 @@ impl<'a> Pipe<'a> {
     /// frame shown, with the numbers so far. Frames whose fences are still waited for when it is told to stop, or when its time is up,
     /// count as dropped; after the last of a number of frames they are waited for.
     ///
+    /// A frame whose fence fails (its GPU was reset, say) or takes too long is lost, and the flow goes on: how many is in
+    /// [`Account::fences`], and [`Account::moves`] tells of them now and then. It ends when none goes well for twice the sink's
+    /// [`fence_timeout`](Sink::fence_timeout) after the first, three at least, or when fences keep every buffer of the source for
+    /// that long; and when a flow that was not told to stop ends without having shown anything for that reason.
+    ///
     /// # Errors
-    /// The first failure of source or sink. The source is stopped either way; a display goes on showing the last frame.
+    /// The first failure of source or sink; of fences as above, naming the last. The source is stopped either way; a display goes on showing the last frame.
     pub fn run(mut self, stop: Option<BorrowedFd<'_>>, progress: &mut dyn FnMut(&Progress<'_>)) -> Result<Account> {
         let cpu = cpu_time();
         let start = now_us();
@@ -161,7 +179,7 @@ impl<'a> Pipe<'a> {
             duration,
             fps,
             latency: self.latency,
-            fences: self.sink.fence_use(),
+            fences: self.sink.fence_use().and(self.fences),
             cpu: cpu.and_then(|before| cpu_time()?.checked_sub(before)),
         })
     }
@@ -179,9 +197,8 @@ impl<'a> Pipe<'a> {
         let until = &Until { stop, end };
         let waiter = Waiter::new(self.source.as_fd(), stop, self.sink.event_fd());
         let mut waiter = waiter.context("wait for", || self.source.name())?;
-        self.source.start()?;
-        self.last_came_us = now_us();
-        loop {
+        let mut goes_on = self.start(until)?;
+        while goes_on {
             self.source.recycle()?;
             if end.is_some_and(|end| now_us() >= end) {
                 break;
@@ -189,7 +206,8 @@ impl<'a> Pipe<'a> {
             let Some(wake) = self.wait(&mut waiter, end)?.filter(|wake| !wake.stop) else { break };
             // With a frame there as well, `present` handles the event: the frame that it shows next is to be the newest.
             if (wake.sink || wake.fence) && wake.source.is_none() {
-                let shown = self.sink.dispatch()?;
+                let shown = self.sink.dispatch();
+                let shown = self.hear(shown)?;
                 self.account(shown, progress);
             }
             let Some(ready) = wake.source else { continue };
@@ -197,17 +215,14 @@ impl<'a> Pipe<'a> {
                 Ok(next) => next,
                 Err(error) if error.kind() == Kind::Ended => break,
                 Err(error) if error.kind() == Kind::FormatChanged => match self.follow(until, progress)? {
-                    true => {
-                        self.last_came_us = now_us();
-                        continue;
-                    }
+                    true => continue,
                     false => break,
                 },
                 Err(error) => return Err(error),
             };
             let Some(frame) = next else {
                 // Something came, as a damaged buffer does, and no frame: that may not go on for ever.
-                if self.stalled_at_us().is_some_and(|stalled| now_us() >= stalled) {
+                if self.stalled_at_us(false).is_some_and(|stalled| now_us() >= stalled) {
                     return Err(self.source.stalled());
                 }
                 continue;
@@ -217,13 +232,12 @@ impl<'a> Pipe<'a> {
                 Err(error) if error.kind() == Kind::Ended => break,
                 other => other?,
             }
-            if self.limits.frames.is_some_and(|frames| self.captured >= frames) {
-                break;
-            }
+            goes_on = self.limits.frames.is_none_or(|frames| self.captured < frames);
             // After the sink, which may have waited for its reader: that is no fault of the source's.
             self.last_came_us = now_us();
         }
-        self.finish(until, progress).map(drop)
+        self.finish(until, progress, true)?;
+        self.has_shown(until)
     }
 
     /// One frame, by the rung that holds; if that turns out not to hold, by one below it.
@@ -233,23 +247,34 @@ impl<'a> Pipe<'a> {
         if self.above.is_some() && self.joined.copier.is_some() {
             self.step_up(until, progress)?;
         }
-        self.acquire(&frame, until)?;
-        let shown = match self.send(&frame, place) {
-            Err(error) if self.was_refused(&error) => {
-                if self.path != Path::Auto {
-                    return Err(self.nowhere_to_go(&error));
-                }
-                self.step_down(&error, until, progress)?;
-                self.acquire(&frame, until)?;
-                self.send(&frame, place)?
-            }
-            other => other?,
-        };
+        let shown = self.pass(&frame, place, until, progress);
+        let shown = self.hear(shown)?;
         if let Some(news) = self.sink.news() {
             self.moved(self.joined.rung, news);
         }
         self.account(shown, progress);
         Ok(())
+    }
+
+    fn pass(
+        &mut self,
+        frame: &Frame,
+        place: u64,
+        until: &Until<'_>,
+        progress: &mut dyn FnMut(&Progress<'_>),
+    ) -> Result<Option<Shown>> {
+        self.acquire(frame, place, until)?;
+        match self.send(frame, place) {
+            Err(error) if self.was_refused(&error) => {
+                if self.path != Path::Auto {
+                    return Err(self.nowhere_to_go(&error));
+                }
+                self.step_down(&error, until, progress)?;
+                self.acquire(frame, place, until)?;
+                self.send(frame, place)
+            }
+            other => other,
+        }
     }
 
     fn send(&mut self, frame: &Frame, place: u64) -> Result<Option<Shown>> {
@@ -268,18 +293,23 @@ impl<'a> Pipe<'a> {
     }
 
     /// Waits for the source, the sink or the order to stop; `None` when the time is up.
-    fn wait(&self, waiter: &mut Waiter, end: Option<u64>) -> Result<Option<Wake>> {
-        let stalled = self.stalled_at_us();
+    fn wait(&mut self, waiter: &mut Waiter, end: Option<u64>) -> Result<Option<Wake>> {
+        let fences = Fences { sink: self.sink.acquire_fences(), source: self.source.release_fences() };
+        let starves = !fences.source.is_empty() && self.source.starves();
+        let stalled = self.stalled_at_us(starves);
         // Rounded up: when the time is up it is up for the sink as well.
         let late = self.sink.acquire_time_left().map(|left| {
             let left = u64::try_from(left.as_micros()).unwrap_or(u64::MAX);
             now_us().saturating_add(left).saturating_add(1)
         });
         let until = [stalled, end, late].into_iter().flatten().min();
-        let fences = Fences { sink: self.sink.acquire_fences(), source: self.source.release_fences() };
         let wake = waiter
             .wait(until, self.sink.wants_event(), &fences)
             .context("wait for", || self.source.name())?;
+        drop(fences);
+        if starves {
+            self.starved_us = now_us();
+        }
         if wake.is_none() && late.is_some() && late == until {
             // No fence has signalled, and that is for the sink to tell.
             return Ok(Some(Wake { fence: true, ..Wake::default() }));
@@ -287,18 +317,13 @@ impl<'a> Pipe<'a> {
         if wake.is_some() || end.is_some_and(|end| stalled.is_none_or(|stalled| end <= stalled)) {
             return Ok(wake);
         }
-        Err(self.source.stalled())
-    }
-
-    /// When the source will have taken too long, in µs of `CLOCK_MONOTONIC`.
-    fn stalled_at_us(&self) -> Option<u64> {
-        let watchdog = u64::try_from(self.source.watchdog()?.as_micros()).unwrap_or(u64::MAX);
-        Some(self.last_came_us.saturating_add(watchdog))
+        Err(self.stalled(starves))
     }
 
     fn account(&mut self, shown: Option<Shown>, progress: &mut dyn FnMut(&Progress<'_>)) {
         let Some(shown) = shown else { return };
         self.presented += 1;
+        self.look_for_recovery();
         if self.presented == 1 {
             self.first_shown_us = shown.at_us;
         }

@@ -9,8 +9,8 @@ use crate::endpoint::{JoinError, Refusal, Rung};
 use crate::error::{Context, Error, Kind, Result};
 use crate::ladder::{self, Joined, NoWay};
 
-/// A step from one rung to another while frames flowed, a change at the source, or [news](crate::endpoint::Sink::news) of the sink, which
-/// leave the rung as it was.
+/// A step from one rung to another while frames flowed, a change at the source, or what leaves the rung as it was:
+/// [news](crate::endpoint::Sink::news) of the sink, and frames that were lost to their fences, told of now and then.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Move {
     /// How many frames had been captured before.
@@ -43,7 +43,7 @@ impl Pipe<'_> {
             matches!(error.kind(), Kind::Disconnected | Kind::Ended | Kind::Permission | Kind::Timeout | Kind::Invalid);
         // Of an import or a commit: what fails elsewhere (counting, verifying, a view) fails for copies as well.
         let broken = self.joined.copier.as_ref().is_some_and(|copier| copier.is_broken());
-        broken || (self.joined.rung.is_zero_copy() && error.call().is_some() && !lasting)
+        broken || (self.joined.rung.is_zero_copy() && error.call().is_some() && !lasting && !error.is_of_fence())
     }
 
     /// A refusal of the rung that holds no longer, where no other is allowed: an error with a [`Refusal`] as its cause.
@@ -139,7 +139,7 @@ impl Pipe<'_> {
     /// What the source or the sink says, or the refusals of all rungs.
     pub(super) fn follow(&mut self, until: &Until<'_>, progress: &mut dyn FnMut(&Progress<'_>)) -> Result<bool> {
         let from = self.joined.rung;
-        if !self.finish(until, progress)? {
+        if !self.finish(until, progress, false)? {
             return Ok(false);
         }
         let mut not_kept = None;
@@ -183,8 +183,7 @@ impl Pipe<'_> {
             why = format!("{why}; meanwhile a frame of before was held: {not_kept}");
         }
         self.moved(from, why);
-        self.source.start()?;
-        Ok(true)
+        self.start(until)
     }
 
     /// Sets the source up anew; while it has no signal, each further change is another try, until the watchdog's time is up.

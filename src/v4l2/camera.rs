@@ -37,7 +37,10 @@ pub struct CameraRequest {
     pub rate: RateRequest,
     /// The number of the input.
     pub input: Option<u32>,
-    /// Buffers in the queue; else the driver's minimum and three (on screen, pending, one lease).
+    /// Buffers in the queue; else the driver's minimum and three (on screen, pending, one lease). Where other devices write or read frames
+    /// after the camera has filled them, by [fences](crate::fence), each such frame keeps its buffer until its fence has signalled: as many
+    /// more as those devices have in hand at a time leave the camera as many to fill. With fewer it drops frames while it has none, and
+    /// goes on with the next signal.
     pub buffers: Option<u32>,
 }
 
@@ -407,6 +410,10 @@ impl Source for Camera {
     fn release_fences(&self) -> Vec<Arc<SyncFile>> {
         let fences = self.slots().map(Slots::release_fences).unwrap_or_default();
         fences.into_iter().map(|(_, fence)| fence).collect()
+    }
+
+    fn starves(&self) -> bool {
+        self.slots().is_some_and(Slots::starve)
     }
 
     fn stop(&mut self) -> Result<()> {

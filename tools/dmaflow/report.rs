@@ -113,6 +113,10 @@ struct LatencyReport {
 struct FencesReport {
     by_device: u64,
     by_cpu: u64,
+    /// Whose work has failed.
+    failed: u64,
+    /// That took too long, and cost a frame.
+    late: u64,
     /// Why not all by the device.
     #[serde(skip_serializing_if = "Option::is_none")]
     why: Option<String>,
@@ -274,6 +278,8 @@ impl Report {
             fences: (!account.fences.is_none()).then(|| FencesReport {
                 by_device: account.fences.by_device,
                 by_cpu: account.fences.by_cpu,
+                failed: account.fences.failed,
+                late: account.fences.late,
                 why: account.fences.why.map(|why| why.to_string()),
             }),
         });
@@ -339,9 +345,14 @@ impl Report {
             }
         }
         if let Some(fences) = self.flow.as_ref().and_then(|flow| flow.fences.as_ref()) {
-            let FencesReport { by_device, by_cpu, why } = fences;
-            let why = why.as_ref().map_or(String::new(), |why| format!(": {why}"));
-            rows.push(("fences", format!("{by_device} waited for by the display, {by_cpu} by the CPU{why}")));
+            let FencesReport { by_device, by_cpu, failed, late, why } = fences;
+            let why = why.as_ref().map_or(String::new(), |why| format!(" ({why})"));
+            rows.push((
+                "fences",
+                format!(
+                    "{by_device} waited for by the display, {by_cpu} by the CPU{why}, {failed} failed, {late} too late"
+                ),
+            ));
         }
         for step in self.flow.iter().flat_map(|flow| &flow.moves) {
             rows.push(("moved", format!("after {} frames, {} to {}: {}", step.frame, step.from, step.to, step.why)));

@@ -42,11 +42,7 @@ impl Camera {
     /// buffer yet counts as failed for whoever polls it (`waiting_for_buffers` in videobuf2-core.c). Without fences no system call.
     pub(super) fn wait_for_a_slot(&self) -> Result<()> {
         let begin = Instant::now();
-        while let Some(slots) = self.slots() {
-            // Looked at, it stays free.
-            if slots.take_free().next().is_some() {
-                break;
-            }
+        while self.starves() {
             let fences = self.release_fences();
             if fences.is_empty() {
                 // All that are not queued are held by somebody: no affair of fences.

@@ -1,0 +1,177 @@
+//! Frames that are lost to their fences: counted and told of, and for how long a flow goes on while each is.
+
+use std::time::Duration;
+
+use super::Pipe;
+use super::finish::{Until, Waited};
+use crate::clock::now_us;
+use crate::error::{Context, Error, Kind, Result};
+use crate::frame::Frame;
+
+/// So many times as long as one fence may take, after the first that was late or has failed, fences may go on so (10 s by default): most
+/// drivers give a job less than that before they reset its device, and what comes then may be good again.
+const RECOVERY: u32 = 2;
+
+/// So many are no chance: of a source that is slow, fewer than that may be all that came in that time.
+const FEW: u32 = 3;
+
+/// Fences were late or have failed, and none has been told to be all right since.
+#[derive(Debug)]
+pub(super) struct Failing {
+    since_us: u64,
+    times: u32,
+    error: Error,
+}
+
+impl Pipe<'_> {
+    /// What a sink says, where one frame's fence is no reason to end the flow.
+    ///
+    /// # Errors
+    /// What the sink says otherwise, and of a fence if none goes well any more.
+    pub(super) fn hear<T: Default>(&mut self, said: Result<T>) -> Result<T> {
+        match said {
+            Err(error) if error.is_of_fence() => self.go_on_after(error).map(|()| T::default()),
+            other => other,
+        }
+    }
+
+    fn go_on_after(&mut self, error: Error) -> Result<()> {
+        let now = now_us();
+        let (since_us, before) = self
+            .failing
+            .as_ref()
+            .map_or((now, 0), |failing| (failing.since_us, failing.times));
+        let times = before.saturating_add(1);
+        if times >= FEW && now >= since_us.saturating_add(micros(self.recovery())) {
+            return Err(error);
+        }
+        // Told less and less often, and the numbers are in the account: there may be one with each frame.
+        let lost = self.sink.fence_use().lost() + self.fences.lost();
+        if lost > 0 && lost >= self.told_lost.saturating_mul(2) {
+            self.told_lost = lost;
+            self.moved(
+                self.joined.rung,
+                format!("frames whose fences failed or took too long: {lost} so far; {}", error.line()),
+            );
+        }
+        self.failing = Some(Failing { since_us, times, error });
+        Ok(())
+    }
+
+    /// A frame was shown: whether its fence, or that of a later one, went well.
+    pub(super) fn look_for_recovery(&mut self) {
+        if self.failing.is_some() && self.sink.fence_use().in_a_row + self.fences.in_a_row == 0 {
+            self.failing = None;
+        }
+    }
+
+    fn recovery(&self) -> Duration {
+        self.sink.fence_timeout().saturating_mul(RECOVERY)
+    }
+
+    /// How long fences may keep every buffer of the source.
+    fn starvation(&self) -> Duration {
+        let watchdog = self.source.watchdog().unwrap_or_default();
+        watchdog.max(self.recovery().saturating_add(self.sink.fence_timeout()))
+    }
+
+    /// When the source will have taken too long, in µs of `CLOCK_MONOTONIC`. While fences keep every buffer of it, that is no fault of its
+    /// own, and may take as long as fences may.
+    pub(super) fn stalled_at_us(&self, starves: bool) -> Option<u64> {
+        if !starves {
+            let watchdog = micros(self.source.watchdog()?);
+            return Some(self.last_came_us.max(self.starved_us).saturating_add(watchdog));
+        }
+        Some(match &self.failing {
+            Some(failing) => self.last_came_us.max(failing.since_us).saturating_add(micros(self.recovery())),
+            None => self.last_came_us.saturating_add(micros(self.starvation())),
+        })
+    }
+
+    /// The error of a source that has taken too long.
+    pub(super) fn stalled(&mut self, starves: bool) -> Error {
+        match self.failing.take().filter(|_| starves) {
+            Some(failing) => failing.error,
+            None => self.source.stalled(),
+        }
+    }
+
+    /// A flow whose frames were all lost to their fences has failed, unless it was told to stop.
+    pub(super) fn has_shown(&mut self, until: &Until<'_>) -> Result<()> {
+        match self.failing.take() {
+            Some(failing) if self.presented == 0 && !until.is_told() => Err(failing.error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits for the fences that the CPU would wait for on this frame's way to the sink, where nothing else would be listened to.
+    ///
+    /// # Errors
+    /// As [`SyncFile::wait`](crate::fence::SyncFile::wait); [`Kind::Ended`] if the flow is to end. Either way the frame counts as dropped.
+    pub(super) fn acquire(&mut self, frame: &Frame, place: u64, until: &Until<'_>) -> Result<()> {
+        let acquired = self.wait_for_fences(frame, place, until);
+        match &acquired {
+            Ok(()) => self.fences.went_well(),
+            Err(error) => {
+                self.dropped += 1;
+                self.fences.lose(error);
+            }
+        }
+        acquired
+    }
+
+    fn wait_for_fences(&self, frame: &Frame, place: u64, until: &Until<'_>) -> Result<()> {
+        let next = match self.joined.copier {
+            // It reads the frame. Its copies have a fence where a GPU makes them from frames that are there: it signals soon.
+            Some(_) => None,
+            None => Some(frame),
+        };
+        let mut fences = self.sink.waits_for(next);
+        let own = frame.acquire_fence();
+        let is_own = |fence: &crate::fence::SyncFile| own.is_some_and(|own| std::ptr::eq(own, fence));
+        let mut reads = fences.iter().any(|fence| is_own(fence));
+        if !reads && (next.is_none() || self.corrupt == Some(place)) {
+            reads = own.is_some();
+            fences.extend(own);
+        }
+        let goes_on = until.wait_for_all(&*self.sink, &fences)? && self.wait_for_a_copy(until)?;
+        // Of work that has failed there is nothing to read. What became of that of the frame before is the sink's to tell.
+        if let Some(own) = own.filter(|_| reads && goes_on) {
+            own.check()?;
+        }
+        match goes_on {
+            true => Ok(()),
+            false => Err(Error::new(Kind::Ended, "wait for a fence for", self.sink.name())),
+        }
+    }
+
+    /// Starts the source. Where release fences keep every buffer it would wait for one, and be deaf to all else: they are waited for here.
+    /// Whether the flow goes on.
+    ///
+    /// # Errors
+    /// What the source says.
+    pub(super) fn start(&mut self, until: &Until<'_>) -> Result<bool> {
+        let begin = now_us();
+        while self.source.starves() {
+            let fences = self.source.release_fences();
+            if fences.is_empty() {
+                break;
+            }
+            let fds: Vec<_> = fences.iter().map(std::os::fd::AsFd::as_fd).collect();
+            let waited = Duration::from_micros(now_us().saturating_sub(begin));
+            let waited = until.wait(&fds, self.starvation().saturating_sub(waited));
+            match waited.context("wait for", || self.source.name())? {
+                Waited::Signalled => {}
+                Waited::Late => return Err(self.source.stalled()),
+                Waited::End => return Ok(false),
+            }
+        }
+        self.source.start()?;
+        self.last_came_us = now_us();
+        Ok(true)
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
