@@ -23,6 +23,7 @@ mod cycles;
 mod display;
 mod faults;
 mod fences;
+mod fences_failed;
 mod fences_faults;
 mod fences_flow;
 mod fences_late;
@@ -46,6 +47,7 @@ mod signals;
 mod sinks;
 mod snap;
 mod streams;
+mod sw_sync;
 mod syscalls;
 mod verify;
 mod vgem;
@@ -65,6 +67,7 @@ fn main() -> std::process::ExitCode {
         fences_late::TESTS,
         fences_flow::TESTS,
         fences_recovery::TESTS,
+        fences_failed::TESTS,
         fences_faults::TESTS,
         screen::TESTS,
         commands::TESTS,
