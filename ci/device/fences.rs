@@ -2,7 +2,7 @@
 //! signal when the test says so.
 
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::camera::{open, request};
 use crate::harness::{Outcome, PASSED, Test, note};
 use crate::modules::VirtioGpu;
+use crate::sw_sync::Timeline;
 use crate::vgem::{RenderNode, Vgem, now_us, render_node};
 
 const NEEDS: &[&str] = &["vivid", "vgem", "udmabuf"];
@@ -132,44 +133,27 @@ fn merged() -> anyhow::Result<Outcome> {
     PASSED
 }
 
-/// `struct sw_sync_create_fence_data` (drivers/dma-buf/sync_debug.h, sw_sync.c)
-#[repr(C)]
-struct CreateFence {
-    value: u32,
-    name: [u8; 32],
-    fence: i32,
-}
-nix::ioctl_readwrite!(sw_sync_create_fence, b'W', 0, CreateFence);
-nix::ioctl_write_ptr!(sw_sync_inc, b'W', 1, u32);
-
 /// A timeline that this process drives. Closing it has its open fences fail.
 fn sw_sync() -> anyhow::Result<Outcome> {
-    let timeline = fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/sys/kernel/debug/sync/sw_sync")?;
-    let fence = |value: u32| -> Result<SyncFile> {
-        let mut data = CreateFence { value, name: [0; 32], fence: -1 };
-        data.name[..4].copy_from_slice(b"test");
-        // SAFETY: the structure is the kernel's and lives across the call; it makes a new descriptor.
-        let fd = unsafe {
-            sw_sync_create_fence(timeline.as_raw_fd(), &mut data)?;
-            OwnedFd::from_raw_fd(data.fence)
-        };
-        Ok(SyncFile::from(fd))
-    };
-    let (first, second) = (fence(1)?, fence(2)?);
+    let timeline = Timeline::open()?;
+    let (first, second) = (timeline.fence(1)?, timeline.fence(2)?);
     ensure!(!first.is_signalled() && first.fences()?[0].driver == "sw_sync", "{:?}", first.fences()?);
-    // SAFETY: the kernel reads the number alone.
-    unsafe { sw_sync_inc(timeline.as_raw_fd(), &1) }?;
+    let late = first.wait(Duration::from_millis(50)).err().context("it has not signalled")?;
+    ensure!(late.is_of_fence() && late.kind() == Kind::Timeout && late.line().contains("sw_sync"), "{}", late.line());
+    timeline.advance(1)?;
     ensure!(first.check()? && !second.check()?, "{first}; {second}");
-    drop(timeline);
-    ensure!(second.is_signalled(), "its timeline is gone");
-    let state = second.state()?;
-    ensure!(matches!(state, FenceState::Failed(_)), "{state:?}");
-    let error = second.wait(Duration::ZERO).err().context("failed work is no success")?;
-    ensure!(error.kind() == Kind::System && error.line().contains("has failed"), "{error:?}");
-    note(&error.line());
+    let both = first.merge(&second)?;
+    timeline.fail();
+    ensure!(second.is_signalled() && second.state()? == FenceState::Failed(libc::ENOENT), "{:?}", second.state()?);
+    for failed in [&second, &both] {
+        let error = failed.wait(Duration::ZERO).err().context("failed work is no success")?;
+        ensure!(error.kind() == Kind::System && error.errno() == Some(libc::ENOENT), "{error:?}");
+        ensure!(error.is_of_fence() && error.line().contains("has failed"), "{}", error.line());
+        note(&error.line());
+    }
+    // What had failed before is forgotten, as the kernel has it.
+    let after = first.merge(&second)?;
+    ensure!(after.state()? == FenceState::Signalled, "{:?}", after.state()?);
     PASSED
 }
 

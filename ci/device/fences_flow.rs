@@ -21,6 +21,7 @@ use dmaflow::v4l2::Camera;
 use crate::fences_shown::{NOT_YET, REFRESH_US, camera, camera_with, signalled};
 use crate::harness::{Outcome, PASSED, Test, note};
 use crate::process::State;
+use crate::sw_sync::Timeline;
 use crate::vgem::{Signal, Vgem, now_us};
 
 const NEEDS: &[&str] = &["vivid", "vkms", "vgem", "udmabuf"];
@@ -50,6 +51,8 @@ pub enum Fate {
     Ready,
     /// Another device writes it for so long.
     After(Duration),
+    /// The same, and then its work fails.
+    Fails(Duration),
     /// Another device does not come to an end, unless it is told to.
     Never,
 }
@@ -63,6 +66,8 @@ pub struct Fenced {
     /// Of the frame that has this place.
     fate: Box<dyn FnMut(u64) -> Fate>,
     place: u64,
+    /// Before the frame with this place the source changes, and has new buffers then.
+    pub changes_at: Option<u64>,
     open: Vec<Signal>,
 }
 
@@ -73,7 +78,8 @@ impl Fenced {
 
     pub fn of(camera: Camera, fate: impl FnMut(u64) -> Fate + 'static) -> Result<Fenced> {
         let (signallers, open) = (Vec::new(), Vec::new());
-        Ok(Fenced { camera, vgem: Vgem::open()?, signallers, fate: Box::new(fate), place: 0, open })
+        let (vgem, fate) = (Vgem::open()?, Box::new(fate));
+        Ok(Fenced { camera, vgem, signallers, fate, place: 0, changes_at: None, open })
     }
 
     /// From this frame on, counted from 0, nothing that the other device writes comes to an end.
@@ -85,6 +91,10 @@ impl Fenced {
     pub fn signal_all(&mut self) -> Result<()> {
         self.open.drain(..).try_for_each(Signal::now)
     }
+}
+
+fn about_fence(cause: anyhow::Error) -> Error {
+    Error::new(Kind::System, "make a fence for", "a frame").because(format!("{cause:#}"))
 }
 
 impl AsFd for Fenced {
@@ -115,24 +125,38 @@ impl Source for Fenced {
     }
 
     fn try_next(&mut self, ready: Ready) -> dmaflow::Result<Option<Frame>> {
+        if self.changes_at.take_if(|at| *at <= self.place).is_some() {
+            return Err(Error::new(Kind::FormatChanged, "read frames from", self.name()));
+        }
         let Some(frame) = self.camera.try_next(ready)? else { return Ok(None) };
         let fate = (self.fate)(self.place);
         self.place += 1;
         if matches!(fate, Fate::Ready) {
             return Ok(Some(frame));
         }
+        let stamp = frame.meta().timestamp.us;
+        if let Fate::Fails(time) = fate {
+            let made = Timeline::open().and_then(|timeline| Ok((timeline.fence(1)?, timeline)));
+            let (fence, timeline) = made.map_err(about_fence)?;
+            self.signallers.push((stamp, timeline.fail_after(time)));
+            return Ok(Some(frame.with_acquire_fence(fence)));
+        }
         let made = self.vgem.fence();
-        let (fence, signal): (SyncFile, Signal) = made
-            .map_err(|cause| Error::new(Kind::System, "make a fence for", "a frame").because(format!("{cause:#}")))?;
+        let (fence, signal): (SyncFile, Signal) = made.map_err(about_fence)?;
         match fate {
-            Fate::After(time) => self.signallers.push((frame.meta().timestamp.us, signal.after(time))),
-            Fate::Ready | Fate::Never => self.open.push(signal),
+            Fate::After(time) => self.signallers.push((stamp, signal.after(time))),
+            Fate::Ready | Fate::Fails(_) | Fate::Never => self.open.push(signal),
         }
         Ok(Some(frame.with_acquire_fence(fence)))
     }
 
     fn recycle(&mut self) -> dmaflow::Result<()> {
         self.camera.recycle()
+    }
+
+    fn follow(&mut self) -> dmaflow::Result<()> {
+        self.camera.stop()?;
+        self.camera.use_own_buffers()
     }
 
     fn release_fences(&self) -> Vec<Arc<SyncFile>> {
@@ -341,8 +365,7 @@ impl Sink for Reader {
             let (fence, signal) = self.vgem.fence()?;
             Ok((fence, signal, now_us()?))
         };
-        let (fence, signal, at_us) = made()
-            .map_err(|cause| Error::new(Kind::System, "make a fence for", "a frame").because(format!("{cause:#}")))?;
+        let (fence, signal, at_us) = made().map_err(about_fence)?;
         let fence = Arc::new(fence);
         if self
             .fences

@@ -24,6 +24,7 @@ mod cycles;
 mod display;
 mod faults;
 mod fences;
+mod fences_failed;
 mod fences_faults;
 mod fences_flow;
 mod fences_late;
@@ -53,6 +54,7 @@ mod signals;
 mod sinks;
 mod snap;
 mod streams;
+mod sw_sync;
 mod syscalls;
 mod verify;
 mod vgem;
@@ -74,6 +76,7 @@ fn main() -> std::process::ExitCode {
         fences_late::TESTS,
         fences_flow::TESTS,
         fences_recovery::TESTS,
+        fences_failed::TESTS,
         fences_faults::TESTS,
         screen::TESTS,
         commands::TESTS,

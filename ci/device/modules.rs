@@ -13,6 +13,9 @@ use crate::process::sh;
 /// How the machine comes up.
 const DEFAULT: &[&str] = &["multiplanar=1", "allocators=0"];
 
+/// A new timeline each time that it is opened; see [`Timeline`](crate::sw_sync::Timeline).
+pub const SW_SYNC: &str = "/sys/kernel/debug/sync/sw_sync";
+
 /// Whether a module is loaded, a program is there, or this process is root.
 pub fn has(what: &str) -> bool {
     match what {
@@ -20,7 +23,7 @@ pub fn has(what: &str) -> bool {
         // A device for the driver virtio_gpu, which a test loads when it needs it.
         "virtio-gpu" => has_virtio_gpu() && is_root(),
         "root" => is_root(),
-        "sw_sync" => fs::metadata("/sys/kernel/debug/sync/sw_sync").is_ok() && is_root(),
+        "sw_sync" => fs::metadata(SW_SYNC).is_ok() && is_root(),
         "udmabuf" => fs::metadata("/dev/udmabuf").is_ok(),
         program => {
             let path = std::env::var("PATH").unwrap_or_default();

@@ -17,8 +17,8 @@ pub struct FenceUse {
     pub failed: u64,
     /// Frames that were dropped because a fence, theirs or in fifo that of the frame before, took too long.
     pub late: u64,
-    /// The last so many of those that failed and were late together came one after the other, with none that went well between.
-    pub in_a_row: u64,
+    /// Frames that went well, as far as is known: they had no fence, or it has signalled and its work has not failed.
+    pub good: u64,
 }
 
 /// Why a fence was not handed to the device.
@@ -64,12 +64,11 @@ impl FenceUse {
             Kind::Timeout => self.late += 1,
             _ => self.failed += 1,
         }
-        self.in_a_row += 1;
     }
 
     /// A frame was taken whose fence has signalled, or that needs none.
     pub(crate) fn went_well(&mut self) {
-        self.in_a_row = 0;
+        self.good += 1;
     }
 
     /// Both together.
@@ -80,7 +79,7 @@ impl FenceUse {
             why: self.why.or(other.why),
             failed: self.failed + other.failed,
             late: self.late + other.late,
-            in_a_row: self.in_a_row + other.in_a_row,
+            good: self.good + other.good,
         }
     }
 

@@ -20,6 +20,8 @@ const FEW: u32 = 3;
 pub(super) struct Failing {
     since_us: u64,
     times: u32,
+    /// How many had gone well by then.
+    good: u64,
     error: Error,
 }
 
@@ -37,6 +39,7 @@ impl Pipe<'_> {
 
     fn go_on_after(&mut self, error: Error) -> Result<()> {
         let now = now_us();
+        self.look_for_recovery();
         let (since_us, before) = self
             .failing
             .as_ref()
@@ -47,6 +50,7 @@ impl Pipe<'_> {
         }
         // Told less and less often, and the numbers are in the account: there may be one with each frame.
         let lost = self.sink.fence_use().lost() + self.fences.lost();
+        let good = self.good();
         if lost > 0 && lost >= self.told_lost.saturating_mul(2) {
             self.told_lost = lost;
             self.moved(
@@ -54,15 +58,20 @@ impl Pipe<'_> {
                 format!("frames whose fences failed or took too long: {lost} so far; {}", error.line()),
             );
         }
-        self.failing = Some(Failing { since_us, times, error });
+        self.failing = Some(Failing { since_us, times, good, error });
         Ok(())
     }
 
-    /// A frame was shown: whether its fence, or that of a later one, went well.
+    /// Whether a fence has gone well since the last that has not.
     pub(super) fn look_for_recovery(&mut self) {
-        if self.failing.is_some() && self.sink.fence_use().in_a_row + self.fences.in_a_row == 0 {
+        if self.failing.as_ref().is_some_and(|failing| self.good() > failing.good) {
             self.failing = None;
         }
+    }
+
+    /// Those that the sink knows of, and those that were waited for before it had to do with them: some are both.
+    fn good(&self) -> u64 {
+        self.sink.fence_use().good + self.fences.good
     }
 
     fn recovery(&self) -> Duration {
@@ -111,16 +120,18 @@ impl Pipe<'_> {
     pub(super) fn acquire(&mut self, frame: &Frame, place: u64, until: &Until<'_>) -> Result<()> {
         let acquired = self.wait_for_fences(frame, place, until);
         match &acquired {
-            Ok(()) => self.fences.went_well(),
+            Ok(true) => self.fences.went_well(),
+            Ok(false) => {}
             Err(error) => {
                 self.dropped += 1;
                 self.fences.lose(error);
             }
         }
-        acquired
+        acquired.map(drop)
     }
 
-    fn wait_for_fences(&self, frame: &Frame, place: u64, until: &Until<'_>) -> Result<()> {
+    /// Whether this frame's own fence is known to have gone well.
+    fn wait_for_fences(&self, frame: &Frame, place: u64, until: &Until<'_>) -> Result<bool> {
         let next = match self.joined.copier {
             // It reads the frame. Its copies have a fence where a GPU makes them from frames that are there: it signals soon.
             Some(_) => None,
@@ -140,7 +151,7 @@ impl Pipe<'_> {
             own.check()?;
         }
         match goes_on {
-            true => Ok(()),
+            true => Ok(reads),
             false => Err(Error::new(Kind::Ended, "wait for a fence for", self.sink.name())),
         }
     }

@@ -179,7 +179,7 @@ impl<'a> Pipe<'a> {
             duration,
             fps,
             latency: self.latency,
-            fences: self.sink.fence_use().and(self.fences),
+            fences: self.sink.fence_use().and(FenceUse { good: 0, ..self.fences }),
             cpu: cpu.and_then(|before| cpu_time()?.checked_sub(before)),
         })
     }

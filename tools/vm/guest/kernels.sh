@@ -1,6 +1,6 @@
 #!/bin/bash
-# Runs inside the new guest root, as its root: puts the kernels into it, and builds for each of them the two
-# modules that Debian leaves out, vkms and vimc.
+# Runs inside the new guest root, as its root: puts the kernels into it, and builds for each of them the three
+# modules that Debian leaves out, vkms, vimc and sw_sync.
 #
 # The kernel packages are unpacked, not installed: installing them would bring initramfs-tools and make an initramfs
 # for each, which takes minutes and which nobody boots here.
@@ -50,7 +50,7 @@ prune_modules() {
 	local release=$1 dir=/usr/lib/modules/$1
 	modprobe -S "$release" -a --show-depends \
 		virtio_pci virtio_blk virtio_console virtio_rng virtio-gpu bochs ext4 overlay fuse loop 9p 9pnet_virtio \
-		vivid vgem vkms vimc uvcvideo v4l2-mem2mem configfs \
+		vivid vgem vkms vimc sw_sync uvcvideo v4l2-mem2mem configfs \
 		2>/dev/null | awk '$1 == "insmod" { print $2 }' | sed "s#^/lib/#/usr/lib/#" | sort -u >/build/keep || true
 	find "$dir" -name '*.ko*' | sort | comm -23 - /build/keep | xargs -r rm
 	find "$dir" -name '*.ko.xz' -print0 | xargs -0 -r -n 64 xz -d
@@ -75,6 +75,18 @@ apply() {
 	fi
 }
 
+# sw_sync is a part of the kernel by its own recipe, or nowhere. Its two files make a module just as well.
+sw_sync_module() {
+	local dir=$1
+	# Its trace events are looked for from a folder two below the source's root (TRACE_INCLUDE_PATH in sync_trace.h).
+	# shellcheck disable=SC2016 # make's variable
+	printf '%s\n' 'obj-m := sw-sync.o' 'sw-sync-y := sw_sync.o sync_debug.o' \
+		'ccflags-y := -include linux/module.h -I$(src)/../../include/media' >"$dir/Makefile"
+	# What Linux 6.12 lists for people would need a name that modules may not ask for.
+	sed -i 's/sync_file_get_name(sync_file, buf, sizeof(buf))/sync_file->user_name/' "$dir/sync_debug.c"
+	echo 'MODULE_LICENSE("GPL");' >>"$dir/sync_debug.c"
+}
+
 # Unpacks from the kernel source only what is built, and builds it.
 build_modules() {
 	local series=$1 release=$2 tarball src=/build/source-$1 dir
@@ -82,7 +94,8 @@ build_modules() {
 	tarball=$(echo /build/pkg-"$series"/usr/src/linux-source-"$series".tar.*)
 	mkdir -p "$src"
 	tar -xf "$tarball" -C "$src" --strip-components=1 --wildcards \
-		'*/drivers/gpu/drm/vkms' '*/drivers/media/test-drivers/vimc' '*/include/media/tpg'
+		'*/drivers/gpu/drm/vkms' '*/drivers/media/test-drivers/vimc' '*/include/media/tpg' '*/drivers/dma-buf/s[wy]*'
+	sw_sync_module "$src/drivers/dma-buf"
 	rm -rf "/build/pkg-$series"
 	# As it is first, for the tests of what dmaflow does about its fault; then with the patches that fit.
 	build_module "$series" "$release" drivers/gpu/drm/vkms
@@ -90,7 +103,7 @@ build_modules() {
 	apply "$release" vkms-planes "$src"
 	# vkms takes this header from the packages. Only what is built here sees the change.
 	apply "$release" fixed-point "/usr/src/linux-headers-${release%-amd64}-common"
-	for dir in drivers/gpu/drm/vkms drivers/media/test-drivers/vimc; do
+	for dir in drivers/gpu/drm/vkms drivers/media/test-drivers/vimc drivers/dma-buf; do
 		build_module "$series" "$release" "$dir"
 		install -D -m 644 -t "/lib/modules/$release/extra" "$src/$dir"/*.ko
 	done
@@ -131,7 +144,7 @@ add_kernel() {
 	# shellcheck disable=SC2046 # one word a package
 	unpack / $(kernel_packages "$release")
 	unpack / "linux-headers-$release" "linux-headers-${release%-amd64}-common" "linux-kbuild-${release%-amd64}"
-	say "kernel $release: build vkms and vimc"
+	say "kernel $release: build vkms, vimc and sw_sync"
 	build_modules "$series" "$release"
 	depmod "$release"
 	prune_modules "$release"
