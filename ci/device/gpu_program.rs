@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::fs;
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use dmaflow::endpoint::{Importer, Sink, Source};
@@ -14,8 +15,12 @@ use crate::camera::{format, open};
 use crate::gpu::{LAVAPIPE, tested};
 use crate::harness::{Outcome, PASSED, Test};
 use crate::picture::{Picture, made, noise};
+use crate::vgem::Vgem;
 
-const NEEDS: &[&str] = &["vivid", "udmabuf", "vulkaninfo"];
+const NEEDS: &[&str] = &["vivid", "vgem", "udmabuf", "vulkaninfo"];
+
+/// As long as nothing must happen.
+const NOT_YET: Duration = Duration::from_millis(200);
 
 pub const TESTS: &[Test] =
     &[Test { name: "gpu_program::a_device_of_its_own", needs: NEEDS, seconds: 120, run: a_device_of_the_program }];
@@ -142,6 +147,15 @@ fn with_a_device(asked: Asked) -> Result<()> {
         converter.convert(&source, &target)?;
         let (steps, place) = Picture::of(&source)?.furthest(&target)?;
         ensure!(steps <= 1.001, "{steps:.2} steps at {place}");
+        // After a fence, which the CPU waits for where the device takes none; then nothing is left to wait for.
+        let (file, signal) = Vgem::open()?.fence()?;
+        let signaller = signal.after(NOT_YET);
+        let start = Instant::now();
+        let done = converter.start(&source, Some(file), &target)?;
+        ensure!(asked.sync_fd || done.is_none(), "{asked:?}: {done:?}");
+        done.map_or(Ok(()), |fence| fence.wait(Duration::from_secs(8)))?;
+        ensure!(start.elapsed() >= NOT_YET, "{asked:?}: it did not wait");
+        signaller.join().expect("no panic")?;
         // Nothing of the program's is destroyed with the last of ours.
         drop((sink, converter, gpu));
         device.destroy_image(raw.image, None);

@@ -208,16 +208,13 @@ impl Copier {
         // Taken and given back by the same hands: a failure below drops the lease, and with it the slot is free again.
         let lease = Slots::dequeued(&self.slots, index).ok_or_else(lost)?;
         let buffer = self.buffers.get(index as usize).ok_or_else(lost)?;
-        let fence: Option<SyncFile> = match &mut self.engine {
-            Engine::Cpu(converter) => {
-                self.ledger.enter(self.cause, by_cpu(converter, frame, buffer)?);
-                None
-            }
+        match &mut self.engine {
+            Engine::Cpu(converter) => self.ledger.enter(self.cause, by_cpu(converter, frame, buffer)?),
             #[cfg(feature = "vulkan")]
             Engine::Gpu(converter) => {
-                // Here, where it has been waited for already with an ear for the order to stop: a GPU of software would wait deaf.
                 frame.wait_acquired(crate::fence::PATIENCE)?;
-                converter.start(frame.buffer(), None, buffer).map_err(|error| {
+                // The end is waited for: work that is late or fails has the flow go one rung down, with this frame.
+                converter.convert(frame.buffer(), buffer).map_err(|error| {
                     self.broken = true;
                     match error {
                         JoinError::Failed(error) => error,
@@ -225,15 +222,11 @@ impl Copier {
                             Error::new(Kind::System, "convert", frame.buffer().layout().to_string()).because(refusal)
                         }
                     }
-                })?
+                })?;
             }
-        };
-        let meta = FrameMeta { bytes_used: used(buffer.layout()), ..*frame.meta() };
-        let mut copy = Frame::new(buffer.clone(), meta, lease);
-        if let Some(fence) = fence.map(Arc::new) {
-            frame.release_after(Arc::clone(&fence));
-            copy = copy.with_acquire_fence(fence);
         }
+        let meta = FrameMeta { bytes_used: used(buffer.layout()), ..*frame.meta() };
+        let copy = Frame::new(buffer.clone(), meta, lease);
         if let Some(check) = &mut self.check {
             check.compare(frame, &copy, place)?;
         }

@@ -133,7 +133,7 @@ impl Pipe<'_> {
     /// Whether this frame's own fence is known to have gone well.
     fn wait_for_fences(&self, frame: &Frame, place: u64, until: &Until<'_>) -> Result<bool> {
         let next = match self.joined.copier {
-            // It reads the frame. Its copies have a fence where a GPU makes them from frames that are there: it signals soon.
+            // It reads the frame, and its copies have no fence.
             Some(_) => None,
             None => Some(frame),
         };

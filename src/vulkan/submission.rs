@@ -70,6 +70,10 @@ impl Submission {
         // SAFETY: the device lives; the fence is ours and was submitted.
         let ended = unsafe { self.gpu.device().wait_for_fences(&[self.fence], true, TIMEOUT_NS) };
         *given = if ended.is_ok() { Given::Nothing } else { Given::Late };
+        if ended.is_err() {
+            // Once more, and then nothing else is given to this GPU.
+            self.end(&mut given);
+        }
         ended.map_err(|result| self.failed("vkWaitForFences", result))
     }
 

@@ -93,15 +93,18 @@ fn functions<'a>(gpu: &'a Gpu, step: &'static str, does: impl Fn(&SyncOffer) -> 
     error.map_err(|error| error.repair("wait for the fence with the CPU (`SyncFile::wait`)"))
 }
 
-/// What an import gives to the driver, which owns it when the import has succeeded.
-fn given(file: Option<SyncFile>) -> RawFd {
-    file.map_or(SIGNALLED, |file| OwnedFd::from(file).into_raw_fd())
+/// What an import gives to the driver, which owns it when the import has succeeded. Only a sync file may be
+/// (VUID-VkImportSemaphoreFdInfoKHR-fd-01544), and a [`SyncFile`] may be made of any descriptor: the kernel is asked.
+fn given(file: Option<SyncFile>) -> Result<RawFd> {
+    let Some(file) = file else { return Ok(SIGNALLED) };
+    file.state()?;
+    Ok(OwnedFd::from(file).into_raw_fd())
 }
 
 /// Takes back what an import that failed has left with us.
 fn take_back(fd: RawFd) {
-    // SAFETY: `given` has made it nobody's, and a failed import leaves it with the caller (`VkImportSemaphoreFdInfoKHR`,
-    // `VkImportFenceFdInfoKHR`: "successful import … transfers ownership").
+    // SAFETY: `given` has made it nobody's, and only an import that succeeds takes it from the caller (`vkImportSemaphoreFdKHR`,
+    // `vkImportFenceFdKHR`).
     drop(unsafe { SyncFile::from_raw(fd) });
 }
 
@@ -146,12 +149,15 @@ impl Semaphore {
     /// A temporary import, the only sort that there is of `SYNC_FD` (VUID-VkImportSemaphoreFdInfoKHR-handleType-07307): after that wait it is
     /// what it was before. Work that uses it must have ended.
     ///
+    /// That its work fails, a wait by a queue does not tell: who wants to know keeps a clone and [checks](SyncFile::check) it. Cost: one
+    /// system call, and those of the driver.
+    ///
     /// # Errors
-    /// As [`Semaphore::new`]; a descriptor that is no sync file is refused by the driver, or by the kernel when it is waited for.
+    /// As [`Semaphore::new`]; [`Kind::Unsupported`] for a descriptor that is no sync file, which drivers do not look at.
     pub fn import(&mut self, fence: Option<SyncFile>) -> Result<()> {
         let name = &self.gpu.info().name;
         let functions = functions(&self.gpu, "give a fence to", |offer| offer.import_semaphore)?;
-        let fd = given(fence);
+        let fd = given(fence)?;
         let info = vk::ImportSemaphoreFdInfoKHR::default()
             .semaphore(self.raw)
             .flags(vk::SemaphoreImportFlags::TEMPORARY)
@@ -168,11 +174,12 @@ impl Semaphore {
     /// What signals when the work does that was submitted to signal it; `None` if it has signalled already, and the driver says so instead
     /// of giving a descriptor. The semaphore is as after a wait: not signalled.
     ///
-    /// Cost: that of the driver, one descriptor. One of software waits for the work here.
+    /// Cost: that of the driver, one descriptor. One of software waits here, without limit, for all that was given to its device.
     ///
     /// # Safety
     /// Work that signals it, and everything that this depends on, was submitted, and nothing waits for it
-    /// (VUID-VkSemaphoreGetFdInfoKHR-handleType-03254, -01134).
+    /// (VUID-VkSemaphoreGetFdInfoKHR-handleType-03254, -01134). It stands for no import: a queue has waited for that
+    /// (VUID-VkSemaphoreGetFdInfoKHR-semaphore-01133).
     ///
     /// # Errors
     /// As [`Semaphore::new`].
@@ -243,7 +250,7 @@ impl GpuFence {
     pub fn import(&mut self, fence: Option<SyncFile>) -> Result<()> {
         let name = &self.gpu.info().name;
         let functions = functions(&self.gpu, "give a fence to", |offer| offer.import_fence)?;
-        let fd = given(fence);
+        let fd = given(fence)?;
         // VUID-VkImportFenceFdInfoKHR-handleType-07306: temporary.
         let info = vk::ImportFenceFdInfoKHR::default()
             .fence(self.raw)
@@ -260,7 +267,8 @@ impl GpuFence {
     /// What signals when this does; `None` if it has, and the driver gives no descriptor. The fence is reset by that.
     ///
     /// # Safety
-    /// It is signalled, or work was submitted with it (VUID-VkFenceGetFdInfoKHR-handleType-01454).
+    /// It is signalled, or work was submitted with it (VUID-VkFenceGetFdInfoKHR-handleType-01454). It stands for no import: it was reset
+    /// after that (VUID-VkFenceGetFdInfoKHR-fence-01455).
     ///
     /// # Errors
     /// As [`Semaphore::new`].

@@ -145,12 +145,16 @@ impl GpuConverter {
     /// neither shown nor read without waiting for it ([`with_acquire_fence`](crate::frame::Frame::with_acquire_fence)). `None` if it has
     /// already.
     ///
-    /// Where the driver takes or gives no fences ([`Gpu::sync`]), the CPU waits here, for `after` 5 s at most; one of software waits here as
-    /// well, before it gives a fence. A pair of buffers whose conversion has not ended is waited for. Cost: a submission, a descriptor for
-    /// the result and, with `after`, one more; no allocation here.
+    /// Neither buffer may be given to another conversion before that either, unless with the result as its `after`.
+    ///
+    /// Where the driver takes or gives no fences ([`Gpu::sync`]) and with a GPU of software, the CPU waits here, for `after` 5 s at most; one
+    /// of software ends its work, too, before it gives a fence. A conversion of the same pair of buffers that has not ended is waited for, and
+    /// so it is when the converter is dropped: 30 s at most, after which the GPU counts as stuck, as in [`GpuConverter::convert`]. So `after`
+    /// must signal in time. Cost: a submission, a descriptor for the result and, with `after`, a system call to look at it; no allocation here.
     ///
     /// # Errors
-    /// As [`GpuConverter::convert`]; that of a fence that is waited for here. That the GPU fails later, the fence tells.
+    /// As [`GpuConverter::convert`]; that of `after`, if its work has failed by now or it is waited for here. What fails later, the GPU does
+    /// not tell: who must know keeps a clone of `after` and [checks](SyncFile::check) it when the result has signalled.
     pub fn start(
         &mut self,
         source: &Buffer,
@@ -159,13 +163,13 @@ impl GpuConverter {
     ) -> Result<Option<SyncFile>, JoinError> {
         let index = self.pair(source, target)?;
         let sync = self.gpu.sync();
-        let after = match after {
-            Some(fence) if !(sync.import_semaphore && sync.export_semaphore) => {
-                fence.wait(PATIENCE)?;
-                None
-            }
-            other => other,
-        };
+        let by_gpu = sync.import_semaphore && sync.export_semaphore;
+        if let Some(fence) = &after {
+            // A driver of software would wait without limit.
+            let patience = if by_gpu && !self.gpu.info().is_software() { None } else { Some(PATIENCE) };
+            patience.map_or_else(|| fence.check().map(drop), |patience| fence.wait(patience))?;
+        }
+        let after = after.filter(|_| by_gpu);
         let recorded = &mut self.pairs[index].recorded;
         match sync.export_semaphore {
             true => Ok(recorded.start(after)?),

@@ -204,9 +204,7 @@ impl Recorded {
         // or keeps.
         unsafe { self.submission.run(self.commands) }
     }
-}
 
-impl Recorded {
     /// Has the GPU convert when `after` has signalled, and gives what signals when it has; `None` if it has already.
     ///
     /// # Errors
@@ -215,6 +213,7 @@ impl Recorded {
         // Neither semaphore is in use after this.
         self.submission.ended()?;
         let gpu = &self.pipeline.gpu;
+        let done = made(&mut self.done, gpu)?;
         let wait = match after {
             None => None,
             Some(fence) => {
@@ -223,7 +222,6 @@ impl Recorded {
                 Some(semaphore.raw())
             }
         };
-        let done = made(&mut self.done, gpu)?;
         // SAFETY: as in `run`; the semaphores are this value's, nothing uses them, and one that is waited for has an import.
         let started = unsafe { self.submission.start(self.commands, wait, Some(done.raw())) };
         // SAFETY: it was submitted to be signalled, all that this depends on was as well, and nobody waits for it.
