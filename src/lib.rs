@@ -49,6 +49,7 @@ mod node;
 pub mod pattern;
 pub mod pipe;
 pub mod probe;
+pub mod share;
 pub mod sink;
 mod uapi;
 pub mod v4l2;

@@ -1,0 +1,3 @@
+//! One camera for many processes.
+
+mod ring;
