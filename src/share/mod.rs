@@ -1,3 +1,4 @@
 //! One camera for many processes.
 
 mod ring;
+mod wire;
