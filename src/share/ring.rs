@@ -114,6 +114,15 @@ pub(super) struct Published {
     pub wake: bool,
 }
 
+/// How many frames were taken back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct TakenBack {
+    /// Those that the consumer had not taken.
+    pub skipped: u32,
+    /// Those that it had.
+    pub revoked: u32,
+}
+
 /// The server's end. `T` is what is kept while a frame is with the consumer: its lease.
 #[derive(Debug)]
 pub(super) struct Server<A, T> {
@@ -139,19 +148,22 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
     }
 
     /// Hands a frame over: some ten loads and stores, no system call. What the consumer has released is given up first; if it has all
-    /// that it may have, the oldest that it has not taken is skipped for this one.
+    /// that it may have, the oldest that it has not taken is skipped for this one. `words` is told how many were.
     ///
     /// # Errors
     /// [`Broken`]; nothing was published.
-    pub(super) fn publish(&mut self, words: [u64; WORDS], lease: T) -> Result<Published, Broken> {
+    pub(super) fn publish(&mut self, words: impl FnOnce(u32) -> [u64; WORDS], lease: T) -> Result<Published, Broken> {
         let mut published = Published::default();
         let mut held = self.collect()?;
         while held >= self.budget {
-            if !self.skip_oldest()? {
-                published.skipped += 1;
-                return Ok(published);
+            match self.skip_oldest()? {
+                Some(Stage::Skipped) => published.skipped += 1,
+                Some(_) => {}
+                None => {
+                    published.skipped += 1;
+                    return Ok(published);
+                }
             }
-            published.skipped += 1;
             held -= 1;
         }
         // An entry whose last frame is still held is passed over: the consumer sees a position that is not there.
@@ -160,7 +172,7 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
         }
         let position = self.next;
         let entry = self.area.entry(position);
-        for (to, word) in entry.words.iter().zip(words) {
+        for (to, word) in entry.words.iter().zip(words(published.skipped)) {
             to.store(word, Ordering::Relaxed);
         }
         entry.state.store(word(position, Stage::Published), Ordering::Release);
@@ -193,48 +205,58 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
         Ok(held)
     }
 
-    /// Takes the oldest frame back that the consumer has not taken. `false` if it has taken all.
-    fn skip_oldest(&mut self) -> Result<bool, Broken> {
-        self.take_back(Stage::Published, Stage::Skipped)
-    }
-
-    /// Takes the oldest frame back that the consumer has taken: the buffer may be filled again, and the consumer is told when it
-    /// looks. `false` if it has released all.
-    ///
-    /// # Errors
-    /// [`Broken`].
-    pub(super) fn revoke_oldest(&mut self) -> Result<bool, Broken> {
-        self.take_back(Stage::Taken, Stage::Revoked)
-    }
-
-    fn take_back(&mut self, from: Stage, to: Stage) -> Result<bool, Broken> {
-        loop {
-            let here = |out: &&mut Option<Out<T>>| {
+    /// Takes the oldest frame back that the consumer has not taken, and tells where it ended: a faster consumer may have released it
+    /// meanwhile. None if it has taken all.
+    fn skip_oldest(&mut self) -> Result<Option<Stage>, Broken> {
+        let area = &*self.area;
+        // Whatever the consumer does meanwhile, no more tries than there are entries.
+        for _ in 0..ENTRIES {
+            let untaken = |out: &&mut Option<Out<T>>| {
                 let position = out.as_ref().map(|out| out.position);
                 position.is_some_and(|position| {
-                    self.area.entry(position).state.load(Ordering::Relaxed) == word(position, from)
+                    area.entry(position).state.load(Ordering::Relaxed) == word(position, Stage::Published)
                 })
             };
             let oldest = self
                 .out
                 .iter_mut()
-                .filter(here)
+                .filter(untaken)
                 .min_by_key(|out| out.as_ref().map(|out| out.position));
-            let Some(out) = oldest else { return Ok(false) };
-            let Some(position) = out.as_ref().map(|out| out.position) else { return Ok(false) };
-            let state = &self.area.entry(position).state;
-            let (old, new) = (word(position, from), word(position, to));
-            match state.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => {
-                    *out = None;
-                    return Ok(true);
-                }
-                // The consumer was faster; what it did is looked at again.
-                Err(found) if found == word(position, Stage::Taken) => {}
-                Err(found) if found == word(position, Stage::Released) => *out = None,
-                Err(found) => return Err(Broken { position, found }),
+            let Some(out) = oldest else { break };
+            if let Some(stage) = end(area, out, false)? {
+                return Ok(Some(stage));
             }
         }
+        Ok(None)
+    }
+
+    /// Takes the frames back whose lease is `like` that, taken or not: their buffers may be filled again, and the consumer is told when
+    /// it looks.
+    ///
+    /// # Errors
+    /// [`Broken`].
+    pub(super) fn take_back(&mut self, like: impl Fn(&T) -> bool) -> Result<TakenBack, Broken> {
+        let mut taken_back = TakenBack::default();
+        for out in self
+            .out
+            .iter_mut()
+            .filter(|out| out.as_ref().is_some_and(|out| like(&out.lease)))
+        {
+            match end(&self.area, out, true)? {
+                Some(Stage::Skipped) => taken_back.skipped += 1,
+                Some(Stage::Revoked) => taken_back.revoked += 1,
+                _ => {}
+            }
+        }
+        Ok(taken_back)
+    }
+
+    /// Whether the consumer has taken a frame whose lease is `like` that, and not released it.
+    pub(super) fn has_taken(&self, like: impl Fn(&T) -> bool) -> bool {
+        self.out.iter().flatten().filter(|out| like(&out.lease)).any(|out| {
+            let found = self.area.entry(out.position).state.load(Ordering::Acquire);
+            found == word(out.position, Stage::Taken)
+        })
     }
 
     /// What is kept for the frames that the consumer has.
@@ -256,6 +278,39 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
         }
         Ok(after == before)
     }
+}
+
+/// Ends one entry, if it is with the consumer, and tells as what. A frame that was taken only if that is wanted: else it goes on.
+///
+/// # Errors
+/// [`Broken`].
+fn end<T>(area: &Area, out: &mut Option<Out<T>>, taken_too: bool) -> Result<Option<Stage>, Broken> {
+    let Some(position) = out.as_ref().map(|out| out.position) else { return Ok(None) };
+    let state = &area.entry(position).state;
+    let mut found = state.load(Ordering::Acquire);
+    // Published, taken, released: a consumer that keeps to the rules is faster twice at most.
+    for _ in 0..3 {
+        let to = if found == word(position, Stage::Published) {
+            Stage::Skipped
+        } else if found == word(position, Stage::Taken) && taken_too {
+            Stage::Revoked
+        } else if found == word(position, Stage::Taken) {
+            return Ok(None);
+        } else if found == word(position, Stage::Released) {
+            *out = None;
+            return Ok(Some(Stage::Released));
+        } else {
+            break;
+        };
+        match state.compare_exchange(found, word(position, to), Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => {
+                *out = None;
+                return Ok(Some(to));
+            }
+            Err(now) => found = now,
+        }
+    }
+    Err(Broken { position, found })
 }
 
 fn index(position: u64) -> usize {
@@ -380,7 +435,7 @@ mod tests {
         let (mut server, mut consumer, _area) = ends(2);
         assert_eq!(consumer.take(), None);
         for number in 1..=4 {
-            let published = server.publish(words(number), number).unwrap();
+            let published = server.publish(|_| words(number), number).unwrap();
             assert_eq!(published.skipped, u32::from(number > 2), "{number}");
         }
         assert_eq!(server.leases().copied().min(), Some(3), "1 and 2 were given up");
@@ -389,21 +444,21 @@ mod tests {
         let fourth = consumer.take().unwrap();
         assert_eq!((fourth.words, consumer.take()), (words(4), None));
         // It holds all that it may: nothing can be skipped for the next but that one itself.
-        let published = server.publish(words(5), 5).unwrap();
+        let published = server.publish(|_| words(5), 5).unwrap();
         assert_eq!((published.skipped, consumer.take()), (1, None));
         assert_eq!(consumer.release(third.position), Ok(false));
         assert_eq!(consumer.release(third.position), Err(Revoked), "once is enough");
-        assert_eq!(server.publish(words(6), 6).unwrap().skipped, 0);
+        assert_eq!(server.publish(|_| words(6), 6).unwrap().skipped, 0);
         assert_eq!(consumer.take().unwrap().words, words(6));
     }
 
     #[test]
     fn a_frame_that_is_kept_stops_no_other() {
         let (mut server, mut consumer, _area) = ends(2);
-        server.publish(words(0), 0).unwrap();
+        server.publish(|_| words(0), 0).unwrap();
         let kept = consumer.take().unwrap();
         for number in 1..100 {
-            assert_eq!(server.publish(words(number), number).unwrap().skipped, 0, "{number}");
+            assert_eq!(server.publish(|_| words(number), number).unwrap().skipped, 0, "{number}");
             let taken = consumer.take().unwrap();
             assert_eq!(taken.words, words(number));
             consumer.release(taken.position).unwrap();
@@ -417,26 +472,39 @@ mod tests {
     fn what_is_taken_back_is_told() {
         let (mut server, mut consumer, _area) = ends(2);
         for number in 1..=2 {
-            server.publish(words(number), number).unwrap();
+            server.publish(|_| words(number), number).unwrap();
         }
-        assert_eq!(server.revoke_oldest(), Ok(false), "nothing has been taken");
+        assert!(!server.has_taken(|_| true));
         let (first, second) = (consumer.take().unwrap(), consumer.take().unwrap());
-        assert_eq!(server.revoke_oldest(), Ok(true));
-        assert!(!consumer.holds(first.position) && consumer.holds(second.position), "the oldest goes first");
+        assert!(server.has_taken(|&number| number == 1) && !server.has_taken(|&number| number == 3));
+        assert_eq!(server.take_back(|&number| number == 1), Ok(TakenBack { revoked: 1, skipped: 0 }));
+        assert!(!consumer.holds(first.position) && consumer.holds(second.position));
         assert_eq!(server.leases().copied().collect::<Vec<_>>(), [2]);
         assert_eq!(consumer.release(first.position), Err(Revoked));
         assert_eq!(consumer.release(second.position), Ok(false));
+        server.publish(|_| words(3), 3).unwrap();
+        assert_eq!(server.take_back(|_| true), Ok(TakenBack { revoked: 0, skipped: 1 }));
+        assert_eq!((consumer.take(), server.leases().count()), (None, 0));
+    }
+
+    #[test]
+    fn the_words_are_told_what_was_skipped() {
+        let (mut server, mut consumer, _area) = ends(1);
+        for number in 1..=3 {
+            server.publish(|skipped| [u64::from(skipped); WORDS], number).unwrap();
+        }
+        assert_eq!(consumer.take().unwrap().words, [1; WORDS]);
     }
 
     #[test]
     fn a_bell_is_rung_for_a_sleeper_alone() {
         let (mut server, mut consumer, _area) = ends(2);
-        assert!(!server.publish(words(1), 1).unwrap().wake);
+        assert!(!server.publish(|_| words(1), 1).unwrap().wake);
         assert!(!consumer.sleep(), "a frame is there");
         let taken = consumer.take().unwrap();
         assert!(consumer.sleep());
-        assert!(server.publish(words(2), 2).unwrap().wake);
-        assert!(!server.publish(words(3), 3).unwrap().wake, "it was rung already");
+        assert!(server.publish(|_| words(2), 2).unwrap().wake);
+        assert!(!server.publish(|_| words(3), 3).unwrap().wake, "it was rung already");
         assert_eq!(server.sleep(), Ok(true));
         assert_eq!(consumer.release(taken.position), Ok(true));
         assert_eq!(server.collect(), Ok(1));
@@ -455,9 +523,9 @@ mod tests {
                 let result = match step {
                     0 | 1 => {
                         number += 1;
-                        server.publish(words(number), number).map(drop)
+                        server.publish(|_| words(number), number).map(drop)
                     }
-                    2 => server.revoke_oldest().map(drop),
+                    2 => server.take_back(|&number| number % 2 == value % 2).map(drop),
                     3 => { consumer.take(); Ok(()) }
                     4 => { let _ = consumer.release(value); Ok(()) }
                     _ => {
@@ -518,7 +586,7 @@ mod loom_tests {
                 }
                 // SAFETY: a write that loom checks.
                 buffers[place].0.with_mut(|byte| unsafe { *byte = number });
-                server.publish([number; WORDS], place).unwrap();
+                server.publish(|_| [number; WORDS], place).unwrap();
             }
             reader.join().unwrap();
         });
@@ -538,7 +606,7 @@ mod loom_tests {
                     None => (!consumer.sleep(), consumer),
                 }
             });
-            if server.publish([1; WORDS], ()).unwrap().wake {
+            if server.publish(|_| [1; WORDS], ()).unwrap().wake {
                 rung.store(true, Ordering::Relaxed);
             }
             let (awake, mut consumer) = sleeper.join().unwrap();
@@ -554,7 +622,7 @@ mod loom_tests {
         loom::model(|| {
             let area = Arc::new(Area::new());
             let mut server = Server::new(Arc::clone(&area), 1);
-            server.publish([7; WORDS], ()).unwrap();
+            server.publish(|_| [7; WORDS], ()).unwrap();
             let other = thread::spawn(move || {
                 let mut consumer = Consumer::new(area);
                 // The words of a frame that is taken back, and of the one that comes after it, are never mixed.
@@ -564,8 +632,8 @@ mod loom_tests {
                     consumer.release(taken.position).is_ok()
                 })
             });
-            let revoked = server.revoke_oldest().unwrap();
-            server.publish([8; WORDS], ()).unwrap();
+            let revoked = server.take_back(|()| true).unwrap().revoked > 0;
+            server.publish(|_| [8; WORDS], ()).unwrap();
             let released = other.join().unwrap();
             // A frame that was revoked was taken; what was released was not revoked.
             assert!(!revoked || released != None);
