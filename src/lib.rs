@@ -25,6 +25,7 @@
 //! - `gbm` (cargo feature `gbm`): a GPU driver's importer and allocator, and a sink that imports each frame.
 //! - [`v4l2`], [`pattern`]: sources. [`kms`], [`sink`]: sinks. [`pipe`]: the loop between them. [`ledger`]: what was copied.
 //! - [`probe`]: the [`ladder`]'s rungs, each tried for real in every format of a source.
+//! - [`share`]: one camera for many processes, and what another process shares as a source.
 //! - [`bufs`]: every dma-buf of the machine, who holds it, and what only grows.
 //! - Everything pollable is `AsFd`; the library has no threads and no event loop of its own.
 

@@ -185,9 +185,14 @@ impl Slots {
 
     /// Makes a slot free by detaching the views of one that views alone keep, the oldest first. Whether one is free now.
     pub(crate) fn detach_oldest_view(&self) -> bool {
+        self.detach_oldest_view_of(|_| true)
+    }
+
+    /// The same among those slots alone that are `wanted`.
+    pub(crate) fn detach_oldest_view_of(&self, wanted: impl Fn(u32) -> bool) -> bool {
         self.views.detach_oldest(|index, views| {
             let slot = self.slots.get(index as usize);
-            slot.is_some_and(|slot| slot.leases.load(Ordering::Acquire) == views)
+            wanted(index) && slot.is_some_and(|slot| slot.leases.load(Ordering::Acquire) == views)
         })
     }
 

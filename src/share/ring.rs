@@ -110,6 +110,8 @@ pub(super) struct Broken {
 pub(super) struct Published {
     /// Frames that this consumer does not get: older ones that it had not taken, or this one, because it holds all that it may.
     pub skipped: u32,
+    /// Whether it gets this one.
+    pub given: bool,
     /// Whether the consumer sleeps: its bell is to be rung.
     pub wake: bool,
 }
@@ -178,6 +180,7 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
         entry.state.store(word(position, Stage::Published), Ordering::Release);
         self.out[index(position)] = Some(Out { position, lease });
         self.next = position + 1;
+        published.given = true;
         self.area.head.0.store(self.next, Ordering::Release);
         fence(Ordering::SeqCst);
         let sleeps = &self.area.consumer_sleeps.0;

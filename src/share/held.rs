@@ -1,0 +1,145 @@
+//! The frames that a receiver's program holds: which entry of the ring each is.
+//!
+//! Slots of this process alone, one for each frame held, and not one for each buffer: a buffer whose frame was taken back may come again
+//! with another while the program still holds the first.
+
+use crate::frame::{Buffer, Frame, FrameMeta, Lease, Slots, SlotsArc, Stage};
+
+/// So many frames can be held at a time: more than a ring has, for those that were taken back are held as well until they are dropped.
+pub(super) const HELD: u32 = 32;
+
+/// Where a frame came from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Held {
+    pub position: u64,
+    /// When it may be taken back, in µs of `CLOCK_MONOTONIC`.
+    pub until_us: u64,
+}
+
+pub(super) struct HeldFrames {
+    slots: SlotsArc,
+    /// Slots without a frame.
+    idle: Vec<u32>,
+    held: [Option<Held>; HELD as usize],
+}
+
+impl HeldFrames {
+    pub(super) fn new() -> HeldFrames {
+        let slots = Slots::new(HELD);
+        let mut idle = Vec::with_capacity(HELD as usize);
+        for slot in slots.take_free() {
+            idle.push(slot.index());
+            slot.queued();
+        }
+        HeldFrames { slots, idle, held: [None; HELD as usize] }
+    }
+
+    /// Whether another frame can be held.
+    pub(super) fn has_room(&self) -> bool {
+        !self.idle.is_empty()
+    }
+
+    /// Whether no frame is held.
+    pub(super) fn is_empty(&self) -> bool {
+        self.held.iter().all(Option::is_none)
+    }
+
+    /// A frame of this process; none if too many are held.
+    pub(super) fn hold(&mut self, held: Held, buffer: Buffer, meta: FrameMeta) -> Option<Frame> {
+        let slot = self.idle.pop()?;
+        let lease: Lease = Slots::dequeued(&self.slots, slot)?;
+        if let Some(place) = self.held.get_mut(slot as usize) {
+            *place = Some(held);
+        }
+        Some(Frame::new(buffer, meta, lease))
+    }
+
+    /// Gives those to `release` whose last lease was dropped. One load if there are none.
+    pub(super) fn released(&mut self, mut release: impl FnMut(u64)) {
+        for slot in self.slots.take_free() {
+            let index = slot.index();
+            if let Some(held) = self.held.get_mut(index as usize).and_then(Option::take) {
+                release(held.position);
+            }
+            slot.queued();
+            self.idle.push(index);
+        }
+    }
+
+    /// What is known of a frame that came from here and is held.
+    pub(super) fn of(&self, frame: &Frame) -> Option<Held> {
+        if !SlotsArc::ptr_eq(&self.slots, &frame.lease().slots_arc()) || frame.lease().stage() == Stage::Free {
+            return None;
+        }
+        self.held.get(frame.slot() as usize).copied().flatten()
+    }
+
+    /// Detaches the views of a frame that may be taken back at this time or before, and that views alone keep. Whether there was one.
+    pub(super) fn detach_view_due(&self, at_us: u64) -> bool {
+        let due = |slot: u32| {
+            let held = self.held.get(slot as usize).copied().flatten();
+            held.is_some_and(|held| held.until_us <= at_us)
+        };
+        !self.slots.views().is_empty() && self.slots.detach_oldest_view_of(due)
+    }
+
+    pub(super) fn slots(&self) -> &Slots {
+        &self.slots
+    }
+}
+
+impl std::fmt::Debug for HeldFrames {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.slots.counts().fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::{Format, Layout};
+    use crate::memory::Allocator;
+
+    fn buffer() -> Buffer {
+        let layout = Layout::packed(Format::parse("GREY").unwrap().0, (64, 64), 1).unwrap();
+        Buffer::new(layout, vec![Allocator::Plain.allocate(4096).unwrap()], &[4096]).unwrap()
+    }
+
+    fn hold(frames: &mut HeldFrames, position: u64) -> Option<Frame> {
+        frames.hold(Held { position, until_us: position * 100 }, buffer(), FrameMeta::default())
+    }
+
+    #[test]
+    fn each_frame_is_released_once_with_its_last_lease() {
+        let mut frames = HeldFrames::new();
+        let (first, second) = (hold(&mut frames, 1).unwrap(), hold(&mut frames, 2).unwrap());
+        let clone = first.clone();
+        drop((first, second));
+        let mut released = Vec::new();
+        frames.released(|position| released.push(position));
+        assert_eq!((&released[..], frames.of(&clone).unwrap().position), (&[2][..], 1));
+        drop(clone);
+        frames.released(|position| released.push(position));
+        frames.released(|position| released.push(position));
+        assert_eq!((released, frames.is_empty()), (vec![2, 1], true));
+        let other = hold(&mut HeldFrames::new(), 7).unwrap();
+        assert_eq!(frames.of(&other), None, "a frame of another source");
+        let many: Vec<_> = (0..).map_while(|position| hold(&mut frames, position)).collect();
+        assert_eq!((many.len(), frames.has_room()), (HELD as usize, false));
+    }
+
+    #[test]
+    fn views_are_detached_when_they_are_due_and_no_frame_goes_with_them() {
+        let mut frames = HeldFrames::new();
+        let (kept, viewed) = (hold(&mut frames, 1).unwrap(), hold(&mut frames, 2).unwrap());
+        let views = [kept.view("test").unwrap(), viewed.view("test").unwrap()];
+        drop(viewed);
+        assert!(!frames.detach_view_due(199));
+        assert!(frames.detach_view_due(200), "the other is held as a frame");
+        assert!(!frames.detach_view_due(200));
+        let mut released = Vec::new();
+        frames.released(|position| released.push(position));
+        assert_eq!(released, [2]);
+        drop((views, kept));
+    }
+}

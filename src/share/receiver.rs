@@ -1,0 +1,431 @@
+//! `Receiver`: a source of frames that another process shares.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+use super::area::SharedArea;
+use super::bell::Bell;
+use super::entry::Entry;
+use super::held::{HELD, Held, HeldFrames};
+use super::incoming::{ANSWER, Generation, connect, learn, next_message, nonsense};
+use super::ring::{Consumer, Taken};
+use super::socket::{Place, Received, Socket};
+use super::wire::{Message, Reason, Welcome};
+use crate::clock::now_us;
+use crate::endpoint::{Ready, Source, SourceCounts};
+use crate::error::{Context, Error, Kind, Result};
+use crate::format::{Layout, MAX_PLANES};
+use crate::frame::{Buffer, Frame, Room, ViewPolicy};
+use crate::ledger::Copies;
+
+/// Names in the list of descriptors.
+const SOCKET: u64 = 0;
+const BELL: u64 = 1;
+
+/// A [`Source`] whose frames another process shares ([`Server`](super::Server)): the source's own buffers, no copy.
+///
+/// A frame costs some ten loads and stores; system calls are only for sleeping. Its [lease](Frame::lease) is the server's: a frame that is
+/// kept for longer than [`lease`](Receiver::lease) may be taken back when the server's source runs short of buffers, and its memory be
+/// filled with another picture then. [`holds`](Receiver::holds) tells whether that has happened: what was read before it said `true` was the
+/// frame. Views of frames are detached in time (at three quarters of the lease, when the receiver is called; one copy, in
+/// [`copies`](Source::copies)), unless the [policy](ViewPolicy) is to wait.
+///
+/// Frames come in order; a receiver that is late gets the newest, and [counts](Source::counts) the others as dropped. When the source
+/// changes its format, [`FormatChanged`](Kind::FormatChanged) comes and [`follow`](Source::follow) goes on; frames of before stay valid.
+/// There is one format for all who share the source, so other strides or buffers are refused.
+///
+/// The server is not trusted to be in order: memory that could be cut off is refused, and what it says is checked.
+#[derive(Debug)]
+pub struct Receiver {
+    name: String,
+    socket: Socket,
+    epoll: Epoll,
+    ring: Consumer<SharedArea>,
+    /// The bell that the server rings; in the list of descriptors while it is open here.
+    _watch: OwnedFd,
+    /// Rung for the server.
+    bell: Bell,
+    /// Rung by this side itself where frames are there and nobody rang for them: while it does not sleep, an event is pending, so that who
+    /// waits for the descriptor calls again.
+    again: Bell,
+    welcome: Welcome,
+    generation: Generation,
+    /// Announced, the oldest first.
+    coming: VecDeque<Generation>,
+    frames: HeldFrames,
+    /// Of generations before.
+    old: Vec<HeldFrames>,
+    /// The first frame of a generation that is not followed yet.
+    next: Option<(Taken, Entry)>,
+    view_policy: ViewPolicy,
+    last: Option<u32>,
+    dropped: u64,
+    skipped: u64,
+    revoked: u64,
+    end: Option<End>,
+}
+
+/// How the server has ended.
+#[derive(Clone, Debug)]
+enum End {
+    Said(Reason, String),
+    HungUp,
+    Nonsense(String),
+}
+
+impl Receiver {
+    /// Connects to the server at `place` (a path, or `@name`), and gets its buffers. `name` is what this process calls itself there. Waits
+    /// for five seconds at most.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] if nobody shares anything there; [`Kind::Permission`] if the server refuses; [`Kind::Timeout`];
+    /// [`Kind::Invalid`] if it does not speak the protocol.
+    pub fn connect(place: &str, name: &str) -> Result<Receiver> {
+        let place = Place::parse(place);
+        let until = now_us() + ANSWER.as_micros() as u64;
+        let socket = connect(&place, until)?;
+        let about = || place.to_string();
+        let hello = Message::Hello { writable: true, name: name.to_owned() };
+        // One that refuses has hung up by now perhaps, and said why.
+        let _ = socket.send(&hello, &[]);
+        let (welcome, fds) = match next_message(&place, &socket, until)? {
+            (Message::Welcome(welcome), fds) => (welcome, fds),
+            _ => return Err(nonsense(&place, "its first message is no welcome")),
+        };
+        let fds: [OwnedFd; 3] = fds.try_into().map_err(|_| nonsense(&place, "its welcome lacks descriptors"))?;
+        let [ring, watch, bell] = fds;
+        let area = SharedArea::open(ring.as_fd()).map_err(|cause| {
+            nonsense(&place, "its ring could not be mapped, or is not sealed as it must be").because(cause)
+        })?;
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("wait for", about)?;
+        let on_socket = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, SOCKET);
+        epoll.add(&socket, on_socket).context("wait for", about)?;
+        let on_bell = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, BELL);
+        epoll.add(&watch, on_bell).context("wait for", about)?;
+        let again = Bell::new().context("wait for", about)?;
+        epoll.add(&again, on_bell).context("wait for", about)?;
+        again.ring().context("wait for", about)?;
+        let mut coming = VecDeque::new();
+        while !coming.front().is_some_and(Generation::is_whole) {
+            let (message, fds) = next_message(&place, &socket, until)?;
+            learn(&mut coming, message, fds).map_err(|why| nonsense(&place, &why))?;
+        }
+        let generation = coming.pop_front().ok_or_else(|| nonsense(&place, "it has no buffers"))?;
+        Ok(Receiver {
+            name: place.to_string(),
+            socket,
+            epoll,
+            ring: Consumer::new(area),
+            _watch: watch,
+            bell: Bell::from_fd(bell),
+            again,
+            welcome,
+            generation,
+            coming,
+            frames: HeldFrames::new(),
+            old: Vec::new(),
+            next: None,
+            view_policy: ViewPolicy::default(),
+            last: None,
+            dropped: 0,
+            skipped: 0,
+            revoked: 0,
+            end: None,
+        })
+    }
+
+    /// What the server calls its source.
+    pub fn source(&self) -> &str {
+        &self.welcome.source
+    }
+
+    /// How long a frame may be kept at least, counted from when the server published it.
+    pub fn lease(&self) -> Duration {
+        Duration::from_micros(self.welcome.lease_us)
+    }
+
+    /// How many frames may be held at a time; more come when one is dropped.
+    pub fn budget(&self) -> u32 {
+        self.welcome.budget
+    }
+
+    /// Whether a frame that came from here was not taken back: what was read of it before is the frame. One load.
+    pub fn holds(&self, frame: &Frame) -> bool {
+        let mut all = std::iter::once(&self.frames).chain(&self.old);
+        let held = all.find_map(|frames| frames.of(frame));
+        held.is_some_and(|held| self.ring.holds(held.position))
+    }
+
+    /// Frames that were taken back while they were held here, counted when they are dropped.
+    pub fn revoked(&self) -> u64 {
+        self.revoked
+    }
+
+    /// Frames that the server had for this receiver and did not give it, because it was late; of [`counts`](Source::counts) those that
+    /// were not lost before.
+    pub fn skipped(&self) -> u64 {
+        self.skipped
+    }
+
+    /// Gives up what was dropped, and detaches views whose lease is about to run out.
+    fn give_back(&mut self) -> Result<()> {
+        self.release()?;
+        if self.view_policy == ViewPolicy::Wait {
+            return Ok(());
+        }
+        let early = self.welcome.lease_us / 4;
+        let due = |now: u64| now.saturating_add(early);
+        let viewed = |frames: &HeldFrames| !frames.slots().views().is_empty();
+        if !viewed(&self.frames) && !self.old.iter().any(viewed) {
+            return Ok(());
+        }
+        let mut detached = false;
+        for frames in std::iter::once(&self.frames).chain(&self.old) {
+            while frames.detach_view_due(due(now_us())) {
+                detached = true;
+            }
+        }
+        if detached { self.release() } else { Ok(()) }
+    }
+
+    fn release(&mut self) -> Result<()> {
+        let (ring, revoked) = (&self.ring, &mut self.revoked);
+        let mut wake = false;
+        let mut release = |position| match ring.release(position) {
+            Ok(waits) => wake |= waits,
+            Err(_) => *revoked += 1,
+        };
+        self.frames.released(&mut release);
+        for frames in &mut self.old {
+            frames.released(&mut release);
+        }
+        if !self.old.is_empty() {
+            self.old.retain(|frames| !frames.is_empty());
+        }
+        if wake { self.bell.ring().context("wake", || self.name.as_str()) } else { Ok(()) }
+    }
+
+    /// Reads what the socket has. Once the server has ended there is nothing more.
+    fn hear(&mut self) {
+        while self.end.is_none() {
+            match self.socket.receive() {
+                Ok(Received::Nothing) => return,
+                Ok(Received::Closed) => self.end = Some(End::HungUp),
+                Ok(Received::Message(Message::End { reason, text }, _)) => self.end = Some(End::Said(reason, text)),
+                Ok(Received::Message(message, fds)) => {
+                    if let Err(why) = learn(&mut self.coming, message, fds) {
+                        self.end = Some(End::Nonsense(why));
+                    }
+                }
+                Err(rejected) => self.end = Some(End::Nonsense(rejected.to_string())),
+            }
+        }
+    }
+
+    fn over(&self, end: &End) -> Error {
+        let gone = |why: String| Error::new(Kind::Disconnected, "read frames from", self.name.clone()).because(why);
+        match end {
+            End::Said(Reason::Ended, _) => Error::new(Kind::Ended, "read frames from", self.name.clone()),
+            End::Said(Reason::Failed, text) => gone(format!("its source failed: {text}")),
+            End::Said(Reason::Refused, text) => gone(format!("its server refuses: {text}")),
+            End::Said(Reason::Broken, text) => {
+                gone(format!("its server says that this process broke the protocol: {text}"))
+            }
+            End::HungUp => gone("its server is gone".to_owned()).repair("start the server, then this again"),
+            End::Nonsense(why) => gone(format!("its server breaks the protocol: {why}")),
+        }
+    }
+
+    /// The frame of an entry, if it is of the generation that is followed.
+    fn frame(&mut self, taken: Taken, entry: Entry) -> Result<Frame> {
+        let lost = |why: &str| Error::new(Kind::Disconnected, "read frames from", &self.name).because(why.to_owned());
+        let buffer = self.generation.buffers.get(entry.buffer as usize);
+        let buffer = buffer
+            .ok_or_else(|| lost("its server names a buffer that it has not sent"))?
+            .clone();
+        let mut meta = entry.meta;
+        for (used, len) in meta.bytes_used.iter_mut().zip(lens(&buffer)) {
+            *used = (*used).min(len);
+        }
+        let (now, lease) = (now_us(), self.welcome.lease_us);
+        // The clocks are the same, unless the server is in another time namespace.
+        let until_us = entry.published_us.min(now).saturating_add(lease);
+        if let Some(last) = self.last {
+            // A number that is not above the last, as of a camera that started again, is no gap.
+            let ahead = meta.sequence.wrapping_sub(last).cast_signed();
+            self.dropped += u64::try_from(ahead.saturating_sub(1)).unwrap_or(0);
+        }
+        self.last = Some(meta.sequence);
+        self.skipped = entry.skipped;
+        let frame = self.frames.hold(Held { position: taken.position, until_us }, buffer, meta);
+        frame.ok_or_else(|| lost("too many of its frames are held"))
+    }
+
+    /// The next entry of the ring.
+    fn take(&mut self) -> Result<Option<(Taken, Entry)>> {
+        if let Some(next) = self.next.take() {
+            return Ok(Some(next));
+        }
+        if !self.frames.has_room() {
+            let busy = Error::new(Kind::Busy, "read frames from", self.name.clone());
+            return Err(busy
+                .because(format!("{} of its frames are held here, taken back or not", HELD))
+                .repair("drop frames sooner"));
+        }
+        let Some(taken) = self.ring.take() else { return Ok(None) };
+        match Entry::decode(taken.words) {
+            Ok(entry) => Ok(Some((taken, entry))),
+            // It was not ours any more when it was read.
+            Err(_) if !self.ring.holds(taken.position) => Ok(None),
+            Err(why) => {
+                let gone = Error::new(Kind::Disconnected, "read frames from", self.name.clone());
+                Err(gone.because(format!("its server breaks the protocol: {why}")))
+            }
+        }
+    }
+}
+
+/// The bytes of each memory plane, as far as they are counted.
+fn lens(buffer: &Buffer) -> impl Iterator<Item = u32> {
+    let known = buffer.memory_lens().iter().map(|&len| u32::try_from(len).unwrap_or(u32::MAX));
+    known.chain(std::iter::repeat(0)).take(MAX_PLANES)
+}
+
+impl Source for Receiver {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn layout(&self) -> &Layout {
+        &self.generation.shape.layout
+    }
+
+    fn rate(&self) -> Option<f64> {
+        Some(self.welcome.rate_micro as f64 / 1e6).filter(|rate| *rate > 0.0)
+    }
+
+    fn buffers(&self) -> &[Buffer] {
+        &self.generation.buffers
+    }
+
+    /// Frames flow from the moment of connecting; those that nobody takes are skipped.
+    fn start(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn try_next(&mut self, _: Ready) -> Result<Option<Frame>> {
+        self.give_back()?;
+        loop {
+            let Some((taken, entry)) = self.take()? else {
+                // This also says that the bell was heard: it is an event again only when it is rung again.
+                let mut events = [EpollEvent::empty(); 3];
+                let count = match self.epoll.wait(&mut events, EpollTimeout::ZERO) {
+                    Err(Errno::EINTR) => 0,
+                    other => other.context("wait for", || self.name.as_str())?,
+                };
+                if events.iter().take(count).any(|event| event.data() == SOCKET) {
+                    self.hear();
+                }
+                // A frame that was published before the end, or before this said that it sleeps, is there now.
+                if !self.ring.sleep() {
+                    self.again.ring().context("wait for", || self.name.as_str())?;
+                    continue;
+                }
+                return match &self.end {
+                    Some(end) => Err(self.over(end)),
+                    None => Ok(None),
+                };
+            };
+            if entry.generation == self.generation.shape.generation {
+                return self.frame(taken, entry).map(Some);
+            }
+            self.hear();
+            let known = |coming: &Generation| coming.shape.generation == entry.generation && coming.is_whole();
+            if !self.coming.iter().any(known) {
+                let error = Error::new(Kind::Disconnected, "read frames from", self.name.clone());
+                return Err(error.because("its server breaks the protocol: a frame is in buffers that it has not sent"));
+            }
+            self.next = Some((taken, entry));
+            let error = Error::new(Kind::FormatChanged, "read frames from", self.name.clone());
+            return Err(error
+                .because("the source that is shared has changed")
+                .repair("start again to use what comes now"));
+        }
+    }
+
+    fn recycle(&mut self) -> Result<()> {
+        self.give_back()
+    }
+
+    /// Frames go on to be published and skipped.
+    fn stop(&mut self) -> Result<()> {
+        self.give_back()
+    }
+
+    fn agree(&mut self, wished: &Layout) -> Result<(Layout, Room)> {
+        if wished == self.layout() {
+            return Ok((*wished, Room::default()));
+        }
+        let error = Error::new(Kind::Unsupported, "lay out otherwise", self.name.clone());
+        Err(error
+            .because(format!("it is shared by others and is {} for all", self.layout()))
+            .repair("choose the format where it is shared (dmaflow share --format, --size, --stride)"))
+    }
+
+    fn use_buffers(&mut self, buffers: Vec<Buffer>) -> Result<()> {
+        drop(buffers);
+        let error = Error::new(Kind::Unsupported, "use other buffers in", self.name.clone());
+        Err(error
+            .because("it is shared by others, and its buffers are its server's")
+            .repair("let frames be copied here, or share from a source with other buffers"))
+    }
+
+    fn follow(&mut self) -> Result<()> {
+        let Some((_, entry)) = &self.next else { return Ok(()) };
+        // Those before it had no frame that came here.
+        while let Some(generation) = self.coming.pop_front() {
+            if generation.shape.generation == entry.generation {
+                self.generation = generation;
+                let before = std::mem::replace(&mut self.frames, HeldFrames::new());
+                self.old.push(before);
+                self.last = None;
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    fn set_view_policy(&mut self, policy: ViewPolicy) {
+        self.view_policy = policy;
+    }
+
+    fn watchdog(&self) -> Option<Duration> {
+        Some(Duration::from_micros(self.welcome.watchdog_us)).filter(|time| !time.is_zero())
+    }
+
+    fn stalled(&self) -> Error {
+        let error = Error::new(Kind::Timeout, "get a frame from", self.name.clone());
+        error
+            .because(format!("none came; of its frames, {} are held here", self.frames.slots().counts().dequeued))
+            .repair("drop frames sooner; if none are held, look at the server and its source")
+    }
+
+    fn counts(&self) -> SourceCounts {
+        SourceCounts { dropped: self.dropped, errored: 0, uncounted: false }
+    }
+
+    fn copies(&self) -> Vec<Copies> {
+        self.frames.slots().views().copies()
+    }
+}
+
+impl AsFd for Receiver {
+    /// Readable when a frame or a message may be there.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.0.as_fd()
+    }
+}
