@@ -35,6 +35,7 @@ mod outputs;
 mod probe;
 mod process;
 mod screen;
+mod share;
 mod signals;
 mod sinks;
 mod snap;
@@ -55,6 +56,7 @@ fn main() -> std::process::ExitCode {
         screen::TESTS,
         commands::TESTS,
         sinks::TESTS,
+        share::TESTS,
         outputs::TESTS,
         snap::TESTS,
         bufs::TESTS,

@@ -9,12 +9,14 @@ use dmaflow::format::{Format, Fourcc};
 use dmaflow::gbm;
 use dmaflow::kms::{Card, Display, DisplayRequest, Present};
 use dmaflow::pattern::{Pattern, PatternRequest};
+use dmaflow::share::{Receiver, Server, ServerRequest};
 use dmaflow::sink::{Null, Png, Raw, Y4m};
 use dmaflow::v4l2::{Camera, CameraRequest, Control, ControlKind, Device, RateRequest};
 
 use crate::args::{NO_STDOUT, PathChoice, PipeArgs, PresentChoice, Shape};
 use crate::failure::Usage;
 use crate::output::note;
+use crate::share;
 
 /// The rate above which nobody asks without saying so: most displays show no more.
 const USUAL_RATE: f64 = 60.0;
@@ -27,6 +29,7 @@ pub enum AnySink {
     Png(Png),
     Y4m(Y4m),
     Raw(Raw),
+    Share(Box<Server>),
     Null(Null),
 }
 
@@ -39,6 +42,7 @@ impl AnySink {
             AnySink::Png(png) => png,
             AnySink::Y4m(y4m) => y4m,
             AnySink::Raw(raw) => raw,
+            AnySink::Share(server) => server.as_mut(),
             AnySink::Null(null) => null,
         }
     }
@@ -49,7 +53,7 @@ impl AnySink {
             AnySink::Display(display) => display.restore(),
             #[cfg(feature = "gbm")]
             AnySink::Gbm(_) => Ok(()),
-            AnySink::Png(_) | AnySink::Y4m(_) | AnySink::Raw(_) | AnySink::Null(_) => Ok(()),
+            AnySink::Png(_) | AnySink::Y4m(_) | AnySink::Raw(_) | AnySink::Share(_) | AnySink::Null(_) => Ok(()),
         }
     }
 }
@@ -93,7 +97,7 @@ pub fn open_sink(args: &PipeArgs, stop: BorrowedFd<'_>) -> anyhow::Result<AnySin
         }
         Some(("gbm", "")) => bail!(Usage("gbm: needs a device, as in gbm:/dev/dri/renderD128".into())),
         Some(("gbm", device)) => open_gbm(Some(device))?,
-        Some(("unix", _)) => bail!(Usage("this version has no sink unix:".into())),
+        Some(("unix", place)) => AnySink::Share(Box::new(share::open(place, ServerRequest::default())?)),
         Some(_) => bail!(Usage(format!("there is no sink called \"{name}\""))),
         None if name == "null" => AnySink::Null(Null::new()),
         None if name == "gbm" => open_gbm(None)?,
@@ -140,8 +144,8 @@ pub fn open_source(
     }
     let wanted = shape.format.as_deref().map(parse_format).transpose()?;
     match name {
+        Some(name) if name.starts_with("unix:") => Ok(Box::new(open_share(name, shape, wanted, buffers)?)),
         Some("pattern") => Ok(Box::new(open_pattern(shape, wanted.map(|(format, _)| format), buffers, formats)?)),
-        Some(name) if name.starts_with("unix:") => bail!(Usage("this version has no source unix:".into())),
         Some(name) => open_camera(Device::find(name)?, shape, wanted, buffers, formats),
         None => {
             let device = Device::first()?;
@@ -149,6 +153,39 @@ pub fn open_source(
             open_camera(device, shape, wanted, buffers, formats)
         }
     }
+}
+
+/// What another process shares, which has one format for all.
+fn open_share(
+    name: &str,
+    shape: &Shape,
+    wanted: Option<(Format, Option<Fourcc>)>,
+    buffers: Option<u32>,
+) -> anyhow::Result<Receiver> {
+    let place = name.strip_prefix("unix:").unwrap_or(name);
+    if place.is_empty() || place == "@" {
+        bail!(Usage("unix: needs the path of a socket, or @NAME".into()));
+    }
+    for (given, option) in [
+        (shape.fps.is_some(), "--fps"),
+        (shape.stride.is_some(), "--stride"),
+        (shape.input.is_some(), "--input"),
+        (!shape.controls.is_empty(), "--control"),
+        (buffers.is_some(), "--buffers"),
+    ] {
+        if given {
+            bail!(Usage(format!("{option} is for who shares the source; {name} is as it is shared")));
+        }
+    }
+    let receiver = Receiver::connect(place, "dmaflow")?;
+    let layout = *receiver.layout();
+    let other = wanted.is_some_and(|(format, _)| format != layout.format());
+    if other || shape.size.is_some_and(|size| size != layout.size()) {
+        bail!(
+            "cannot get another format or size from {name}: it is shared as {layout}, one for all; choose it where it is shared"
+        );
+    }
+    Ok(receiver)
 }
 
 fn parse_format(text: &str) -> anyhow::Result<(Format, Option<Fourcc>)> {

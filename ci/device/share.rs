@@ -1,0 +1,110 @@
+//! One camera for many processes: the camera's own buffers at several ends at once.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use dmaflow::endpoint::{Ready, Source};
+use dmaflow::share::Receiver;
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::signal::Signal;
+use std::os::fd::AsFd;
+
+use crate::harness::{Outcome, PASSED, Test};
+use crate::modules::as_nobody;
+use crate::process::{dma_bufs, dmaflow, finish, number, start};
+use crate::sinks::{has_bars, read_png};
+
+pub const TESTS: &[Test] = &[
+    Test { name: "share::vivid_to_many", needs: &["vivid", "vkms"], seconds: 240, run: vivid_to_many },
+    Test { name: "share::other_users", needs: &["vivid"], seconds: 120, run: other_users },
+];
+
+fn connect(at: &str) -> Result<Receiver> {
+    let end = Instant::now() + Duration::from_secs(60);
+    loop {
+        match Receiver::connect(at, "test") {
+            Err(_) if Instant::now() < end => std::thread::sleep(Duration::from_millis(50)),
+            other => return Ok(other?),
+        }
+    }
+}
+
+/// A display, a file, a counter and this process, of one camera, which has its buffers only once.
+fn vivid_to_many() -> Result<Outcome> {
+    let (at, file) = ("/tmp/dmaflow-share-test.sock", "/tmp/dmaflow-share-test.png");
+    let server = start(&mut dmaflow(&format!("share --from vivid --format XR24 --at {at} --json")))?;
+    let mut receiver = connect(at)?;
+    ensure!(receiver.source().starts_with("/dev/video"), "{}", receiver.source());
+    let inodes: Vec<_> = receiver
+        .buffers()
+        .iter()
+        .filter_map(|buffer| Some(buffer.dma_buf(0)?.identity().inode()))
+        .collect();
+    let all = dma_bufs();
+    ensure!(inodes.len() == 8 && inodes.iter().all(|inode| all.contains(inode)), "{inodes:?} of {all:?}");
+    let consumers = [
+        format!("pipe --from unix:{at} --to vkms --path zero-copy --frames 60 --verify --json"),
+        format!("pipe --from unix:{at} --to null --frames 60 --json"),
+    ];
+    let running = consumers
+        .iter()
+        .map(|line| start(&mut dmaflow(line)))
+        .collect::<Result<Vec<_>>>()?;
+    let png = finish(&mut dmaflow(&format!("snap unix:{at} {file}")))?;
+    png.has_status(0)?;
+    ensure!(has_bars(&read_png(file.as_ref())?), "the picture is another");
+    fs::remove_file(file)?;
+    let (mut frames, end) = (0, Instant::now() + Duration::from_secs(60));
+    while frames < 30 && Instant::now() < end {
+        match receiver.try_next(Ready::FRAME)? {
+            Some(frame) => {
+                ensure!(inodes.contains(&frame.buffer().dma_buf(0).context("a dma-buf")?.identity().inode()));
+                frames += 1;
+            }
+            None => {
+                poll(&mut [PollFd::new(receiver.as_fd(), PollFlags::POLLIN)], 10_000u16)?;
+            }
+        }
+    }
+    ensure!(frames == 30, "{frames} frames came");
+    for (running, line) in running.into_iter().zip(&consumers) {
+        let result = running.end().and_then(|run| run.json(0)).with_context(|| line.clone())?;
+        ensure!(result["path"] == "exported" && number(&result, "bytes_copied")? == 0, "{result}");
+        ensure!(number(&result, "frames/captured")? == 60, "{result}");
+        ensure!(line.contains("null") || number(&result, "verify/wrong")? == 0, "{result}");
+    }
+    // Every frame in turn, of which a display keeps several.
+    let shown = finish(&mut dmaflow(&format!("pipe --from unix:{at} --to vkms --path zero-copy --frames 60 --json")))?;
+    let shown = shown.json(0)?;
+    ensure!(number(&shown, "frames/presented")? == 60 && number(&shown, "bytes_copied")? == 0, "{shown}");
+    server.signal(Signal::SIGINT)?;
+    let result = server.end()?.json(0)?;
+    ensure!(result["path"] == "exported" && number(&result, "bytes_copied")? == 0, "{result}");
+    ensure!(number(&result, "frames/captured")? >= 60, "{result}");
+    PASSED
+}
+
+/// Nobody else may use the camera, unless the server says so.
+fn other_users() -> Result<Outcome> {
+    let at = "/tmp/dmaflow-share-users.sock";
+    let program = dmaflow("").get_program().to_string_lossy().into_owned();
+    let other = || as_nobody(&format!("exec {program} pipe --from unix:{at} --to null --frames 3 --json")).output();
+    for (options, allowed) in
+        [("", false), (" --mode 666", false), (" --allow-uid 65534", true), (" --allow-gid 65534", true)]
+    {
+        let server = start(&mut dmaflow(&format!("share --from vivid --at {at} --json{options}")))?;
+        drop(connect(at)?);
+        let run = other()?;
+        let (stdout, stderr) = (String::from_utf8_lossy(&run.stdout), String::from_utf8_lossy(&run.stderr));
+        let status = if allowed { 0 } else { 1 };
+        ensure!(run.status.code() == Some(status), "{options}: {:?}: {stderr}", run.status);
+        ensure!(allowed || stderr.contains("allow-uid"), "{options}: {stderr}");
+        ensure!(!allowed || stdout.contains("\"captured\":3"), "{options}: {stdout}");
+        server.signal(Signal::SIGINT)?;
+        let result = server.end()?.json(0)?;
+        let gone = result["gone"].as_array().context("who has gone")?;
+        ensure!(gone.iter().any(|gone| gone["uid"] == 65534) == allowed, "{options}: {result}");
+    }
+    PASSED
+}

@@ -1,0 +1,235 @@
+//! One source for many processes, with the test card: `dmaflow share` and its consumers, stopped, killed and in order.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use dmaflow::endpoint::{Ready, Source};
+use dmaflow::error::{Error, Kind};
+use dmaflow::frame::Frame;
+use dmaflow::pattern::{Pattern, PatternRequest};
+use dmaflow::share::Receiver;
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// A server, ended with its test.
+struct Process(Option<Child>);
+
+impl Process {
+    fn start(line: &str) -> Process {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dmaflow"));
+        command.args(line.split(' ')).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Process(Some(command.spawn().unwrap()))
+    }
+
+    fn signal(&self, signal: Signal) {
+        let child = self.0.as_ref().unwrap();
+        kill(Pid::from_raw(child.id() as i32), signal).unwrap();
+    }
+
+    fn finish(mut self) -> Output {
+        self.0.take().unwrap().wait_with_output().unwrap()
+    }
+
+    /// Its result, if it did what it was told.
+    fn json(self) -> serde_json::Value {
+        let output = self.finish();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.0.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+fn socket(test: &str) -> String {
+    let path = std::env::temp_dir().join(format!("dmaflow-host-{test}-{}.sock", std::process::id()));
+    let _ = std::fs::remove_file(&path);
+    path.to_str().unwrap().to_owned()
+}
+
+/// Connects as soon as the server listens.
+fn connect(at: &str) -> Receiver {
+    let end = Instant::now() + Duration::from_secs(30);
+    loop {
+        match Receiver::connect(at, "test") {
+            Ok(receiver) => return receiver,
+            Err(error) if error.kind() == Kind::NotFound && Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+}
+
+fn next(receiver: &mut Receiver) -> Result<Frame, Error> {
+    loop {
+        if let Some(frame) = receiver.try_next(Ready::FRAME)? {
+            return Ok(frame);
+        }
+        let mut fds = [PollFd::new(receiver.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut fds, 20_000u16).unwrap(), 1, "it waits for ever");
+    }
+}
+
+fn pixels(frame: &Frame) -> Vec<u8> {
+    let layout = frame.buffer().layout();
+    let mut bytes = vec![0; layout.memory_len(0)];
+    frame.buffer().read().unwrap().memory(0).unwrap().read(0, &mut bytes);
+    bytes
+}
+
+/// The first frames of the test card, by their sequence numbers.
+fn expected(count: u32) -> HashMap<u32, Vec<u8>> {
+    let mut source =
+        Pattern::new(&PatternRequest { rate: 1000.0, size: (64, 48), ..PatternRequest::default() }).unwrap();
+    source.start().unwrap();
+    let mut frames = HashMap::new();
+    while !frames.contains_key(&(count - 1)) {
+        let Some(frame) = source.try_next(Ready::FRAME).unwrap() else { continue };
+        frames.insert(frame.meta().sequence, pixels(&frame));
+    }
+    frames
+}
+
+#[test]
+fn consumers_see_each_frame_as_it_was_drawn() {
+    let at = socket("frames");
+    let server = Process::start(&format!("share --from pattern --size 64x48 --fps 25 --at {at} --json"));
+    let mut receiver = connect(&at);
+    let other = Process::start(&format!("pipe --from unix:{at} --to null --frames 20 --json"));
+    let expected = expected(400);
+    let mut compared = 0;
+    for _ in 0..20 {
+        let frame = next(&mut receiver).unwrap();
+        if let Some(bytes) = expected.get(&frame.meta().sequence) {
+            assert!(*bytes == pixels(&frame) && receiver.holds(&frame), "{:?}", frame.meta());
+            compared += 1;
+        }
+    }
+    assert!(compared > 0);
+    let other = other.json();
+    assert_eq!(
+        (&other["path"], &other["bytes_copied"], &other["frames"]["captured"]),
+        (&"exported".into(), &0.into(), &20.into())
+    );
+    server.signal(Signal::SIGINT);
+    let end = loop {
+        if let Err(error) = next(&mut receiver) {
+            break error;
+        }
+    };
+    assert_eq!(end.kind(), Kind::Ended);
+    let report = server.json();
+    assert_eq!((&report["bytes_copied"], &report["consumers"][0]["name"]), (&0.into(), &"test".into()));
+    assert_eq!(report["gone"][0]["disconnected"], serde_json::Value::Null);
+    assert!(!PathBuf::from(at).exists());
+}
+
+#[test]
+fn who_is_stopped_or_killed_hurts_nobody_else() {
+    let at = socket("stopped");
+    let server = Process::start(&format!("share --from pattern --size 64x48 --fps 10 --at {at} --json"));
+    let mut receiver = connect(&at);
+    let other = Process::start(&format!("pipe --from unix:{at} --to null"));
+    let start = Instant::now();
+    let (mut stopped, mut killed) = (false, false);
+    while start.elapsed() < Duration::from_secs(3) {
+        drop(next(&mut receiver).unwrap());
+        if !stopped && start.elapsed() > Duration::from_millis(800) {
+            other.signal(Signal::SIGSTOP);
+            stopped = true;
+        }
+        if !killed && start.elapsed() > Duration::from_millis(2200) {
+            other.signal(Signal::SIGKILL);
+            killed = true;
+        }
+    }
+    assert_eq!((receiver.counts().dropped, receiver.skipped(), receiver.revoked()), (0, 0, 0));
+    server.signal(Signal::SIGINT);
+    let report = server.json();
+    assert_eq!(
+        (&report["frames"]["dropped_by_camera"], &report["consumers"].as_array().unwrap().len()),
+        (&0.into(), &1)
+    );
+    assert_eq!(report["gone"][0]["name"], "dmaflow");
+    assert!(report["gone"][0]["skipped"].as_u64().unwrap() > 0, "{report}");
+}
+
+#[test]
+fn a_server_that_is_killed_ends_the_stream_and_what_is_held_stays() {
+    let at = socket("killed");
+    let server = Process::start(&format!("share --from pattern --size 64x48 --fps 50 --at {at}"));
+    let mut receiver = connect(&at);
+    let frame = next(&mut receiver).unwrap();
+    let shown = pixels(&frame);
+    server.signal(Signal::SIGKILL);
+    server.finish();
+    let error = loop {
+        if let Err(error) = next(&mut receiver) {
+            break error;
+        }
+    };
+    assert!(error.kind() == Kind::Disconnected && error.line().contains("its server is gone"), "{error:?}");
+    assert!(pixels(&frame) == shown && receiver.holds(&frame));
+    // Its file stayed, and is replaced.
+    assert!(PathBuf::from(&at).exists());
+    let server = Process::start(&format!("share --from pattern --fps 50 --at {at} --json"));
+    drop(next(&mut connect(&at)).unwrap());
+    // A live one is not.
+    let second = Process::start(&format!("share --from pattern --at {at}")).finish();
+    assert!(second.status.code() == Some(1) && String::from_utf8_lossy(&second.stderr).contains("another server"));
+    server.signal(Signal::SIGINT);
+    server.json();
+}
+
+#[test]
+fn frames_are_pushed_and_shared_on() {
+    let (at, on) = (socket("pushed"), socket("on"));
+    let first =
+        Process::start(&format!("pipe --from pattern --size 64x48 --fps 25 --frames 100 --to unix:{at} --json"));
+    drop(connect(&at));
+    let second = Process::start(&format!("share --from unix:{at} --at {on} --json"));
+    let mut receiver = connect(&on);
+    assert_eq!(receiver.source(), format!("unix:{at}"));
+    let mut frames = 0;
+    let end = loop {
+        match next(&mut receiver) {
+            Ok(_) => frames += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(frames > 10 && end.kind() == Kind::Ended, "{frames} frames, then {end:?}");
+    assert_eq!(first.json()["frames"]["captured"], 100);
+    assert_eq!(second.json()["bytes_copied"], 0);
+}
+
+#[test]
+fn what_is_shared_has_one_shape() {
+    let at = socket("shape");
+    let _server = Process::start(&format!("share --from pattern --size 64x48 --fps 25 --at {at}"));
+    drop(connect(&at));
+    for (options, status) in [
+        ("--size 64x48 --format XR24", 0),
+        ("--size 128x96", 1),
+        ("--format NV12", 1),
+        ("--fps 10", 2),
+        ("--buffers 8", 2),
+    ] {
+        let run = Process::start(&format!("pipe --from unix:{at} --to null --frames 2 {options}")).finish();
+        assert_eq!(run.status.code(), Some(status), "{options}: {}", String::from_utf8_lossy(&run.stderr));
+    }
+    for line in ["share --from pattern", "share --from pattern --at x --mode 8", "pipe --from unix: --to null"] {
+        assert_eq!(Process::start(line).finish().status.code(), Some(2), "{line}");
+    }
+}
