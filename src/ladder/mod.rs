@@ -1,8 +1,8 @@
 //! The fallback ladder: a source and a sink are joined by the first rung that holds, and each that does not leaves its reason.
 //!
 //! 1. **exported**: the source's own buffers, imported by the sink. No copy.
-//! 2. **reverse**: buffers of the sink, of its card's GBM, or of an allocator, that the source captures into. No copy: the cure for
-//!    strides, alignment and contiguity.
+//! 2. **reverse**: buffers of the sink, of its card's GBM where that renders, or of an allocator, that the source captures into. No copy:
+//!    the cure for strides, alignment and contiguity.
 //! 3. **converted**: the GPU makes of each frame one that the sink takes. This build has none.
 //! 4. **copied**: the CPU writes each frame into a buffer that the sink takes. One copy, in the ledger.
 //!
@@ -195,6 +195,8 @@ impl Maker {
         // One that makes the same dumb buffers again, and prints lines of its own while it does, is there for who asks for it alone.
         #[cfg(feature = "gbm")]
         let has_gbm = sink.card_node().is_some_and(crate::gbm::Device::renders);
+        #[cfg(not(feature = "gbm"))]
+        let _ = sink;
         let there = move |maker: &Maker| match maker {
             #[cfg(feature = "gbm")]
             Maker::Gbm => has_gbm,

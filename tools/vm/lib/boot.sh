@@ -68,6 +68,10 @@ make_qemu_command() {
 	# drm_vblank.c). Under emulation a second processor is no faster, both being one thread of the host.
 	[ "$kernel" != 6.12 ] || cpus=1
 	local accel=(-accel tcg,thread=single,tb-size=512 -smp "$cpus")
+	# After CMPXCHG16B QEMU 7.2 leaves other numbers in the flags, with traps and the direction among them: an interrupt at the next
+	# instruction, and a kernel that returns from it, panics. Linux, which allocates memory with it, has another way for processors that
+	# lack it.
+	local cpu=max,cx16=off
 	shift
 	if [ -n "$icount" ]; then
 		# Fewer lines on the serial console: what the kernel prints is time of the guest, too.
@@ -75,6 +79,7 @@ make_qemu_command() {
 		accel=(-accel tcg,thread=single -icount shift=0,sleep=off -smp 1 -rtc clock=vm)
 	elif [ "${kvm:-}" = yes ]; then
 		accel=(-accel kvm -smp "$cpus")
+		cpu=max
 	fi
 	# tsc: so that reading the clock stays in the vDSO and is no system call. The rest: no watchdog that takes a slow
 	# host for a hung guest, no mitigations and no security modules that cost time under emulation, no cursor that blinks
@@ -83,7 +88,7 @@ make_qemu_command() {
 	append+=" mitigations=off audit=0 apparmor=0 selinux=0 cryptomgr.notests random.trust_cpu=on 8250.nr_uarts=2"
 	append+=" vt.global_cursor_default=0 ${gdb:+nokaslr} ${DMAFLOW_VM_APPEND:-}"
 	qemu=(qemu-system-x86_64 -nodefaults -no-user-config -display none -no-reboot
-		-machine q35 "${accel[@]}" -cpu max -m 2048
+		-machine q35 "${accel[@]}" -cpu "$cpu" -m 2048
 		-kernel "$guest_dir/kernels/$kernel/vmlinuz" -initrd "$run_dir/initrd" -append "$append"
 		-drive "file=$guest_dir/root.img,if=none,id=root,format=raw,snapshot=on,cache=unsafe"
 		-device virtio-blk-pci,drive=root
