@@ -43,7 +43,8 @@ mod ring;
 mod server;
 #[cfg(not(loom))]
 mod socket;
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
+#[cfg(not(loom))]
 mod tests;
 #[cfg(not(loom))]
 mod wire;

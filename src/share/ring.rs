@@ -409,13 +409,16 @@ impl<A: Deref<Target = Area>> Consumer<A> {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
+#[cfg(not(loom))]
 mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::rc::Rc;
 
-    fn ends(budget: usize) -> (Server<Rc<Area>, u64>, Consumer<Rc<Area>>, Rc<Area>) {
+    type Ends = (Server<Rc<Area>, u64>, Consumer<Rc<Area>>, Rc<Area>);
+
+    fn ends(budget: usize) -> Ends {
         let area = Rc::new(Area::new());
         (Server::new(Rc::clone(&area), budget), Consumer::new(Rc::clone(&area)), area)
     }

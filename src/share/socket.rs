@@ -311,6 +311,8 @@ fn receive(fd: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<(usize, libc::c_i
         if level == libc::SOL_SOCKET && kind == libc::SCM_RIGHTS {
             // SAFETY: plain arithmetic on a header inside of the control data.
             let (data, before) = unsafe { (libc::CMSG_DATA(header.as_ptr()), libc::CMSG_LEN(0)) };
+            // A length is a `size_t` with glibc, and 32 bits with musl.
+            #[allow(clippy::unnecessary_cast)]
             let count = (size as usize).saturating_sub(before as usize) / size_of::<libc::c_int>();
             for index in 0..count {
                 // SAFETY: the kernel has written so many descriptors behind the header (scm_detach_fds), which are new and nobody else's.

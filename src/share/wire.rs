@@ -143,7 +143,8 @@ impl<'a> Reader<'a> {
 
 /// A text as far as it fits, cut between characters.
 fn put_text(to: &mut Vec<u8>, text: &str) {
-    let text = &text[..text.floor_char_boundary(MAX_TEXT)];
+    let end = (0..=MAX_TEXT.min(text.len())).rev().find(|&end| text.is_char_boundary(end));
+    let text = text.get(..end.unwrap_or(0)).unwrap_or_default();
     // At most 256.
     to.extend((text.len() as u16).to_le_bytes());
     to.extend(text.bytes().map(|byte| if byte == 0 { b'?' } else { byte }));
