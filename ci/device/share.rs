@@ -3,12 +3,16 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use dmaflow::endpoint::{Ready, Source};
+use dmaflow::error::Kind;
+use dmaflow::frame::Frame;
+use dmaflow::memory::{Access, Mapping};
 use dmaflow::share::Receiver;
+use nix::libc;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::Signal;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 use crate::harness::{Outcome, PASSED, Test};
 use crate::modules::as_nobody;
@@ -17,6 +21,7 @@ use crate::sinks::{has_bars, read_png};
 
 pub const TESTS: &[Test] = &[
     Test { name: "share::vivid_to_many", needs: &["vivid", "vkms"], seconds: 240, run: vivid_to_many },
+    Test { name: "share::for_reading", needs: &["vivid"], seconds: 120, run: for_reading },
     Test { name: "share::other_users", needs: &["vivid"], seconds: 120, run: other_users },
 ];
 
@@ -33,7 +38,7 @@ fn connect(at: &str) -> Result<Receiver> {
 /// A display, a file, a counter and this process, of one camera, which has its buffers only once.
 fn vivid_to_many() -> Result<Outcome> {
     let (at, file) = ("/tmp/dmaflow-share-test.sock", "/tmp/dmaflow-share-test.png");
-    let server = start(&mut dmaflow(&format!("share --from vivid --format XR24 --at {at} --json")))?;
+    let server = start(&mut dmaflow(&format!("share --from vivid --format XR24 --at {at} --budget 4 --json")))?;
     let mut receiver = connect(at)?;
     ensure!(receiver.source().starts_with("/dev/video"), "{}", receiver.source());
     let inodes: Vec<_> = receiver
@@ -83,6 +88,62 @@ fn vivid_to_many() -> Result<Outcome> {
     ensure!(result["path"] == "exported" && number(&result, "bytes_copied")? == 0, "{result}");
     ensure!(number(&result, "frames/captured")? >= 60, "{result}");
     PASSED
+}
+
+/// Who has a camera's frames by a share can read them, and write to private pages; not to what others see, by whatever way.
+fn for_reading() -> Result<Outcome> {
+    let at = "/tmp/dmaflow-share-reading.sock";
+    let with =
+        |options: &str| start(&mut dmaflow(&format!("share --from vivid --format XR24 --at {at} --json{options}")));
+    let server = with("")?;
+    let mut receiver = connect(at)?;
+    let frame = next(&mut receiver)?;
+    let dma_buf = frame.buffer().dma_buf(0).context("a dma-buf")?;
+    let refused = Mapping::new(dma_buf.as_fd(), dma_buf.len(), Access::ReadWrite).err();
+    let errno = refused.and_then(|error| error.errno());
+    ensure!(errno == Some(libc::EACCES), "a mapping for writing: {errno:?}");
+    let path = format!("/proc/self/fd/{}", dma_buf.as_fd().as_raw_fd());
+    let opened = fs::File::options().read(true).write(true).open(path);
+    ensure!(opened.as_ref().err().and_then(|error| error.raw_os_error()) == Some(libc::ENXIO), "{opened:?}");
+    let error = frame.buffer().write().err().context("it can be written")?;
+    ensure!(error.line().contains("--writable"), "{error:?}");
+    let error = Receiver::connect_writable(at, "writer")
+        .err()
+        .context("it got them for writing")?;
+    ensure!(error.kind() == Kind::Permission && error.line().contains("--writable"), "{error:?}");
+    let shown = row(&frame)?;
+    let mut view = frame.view("test")?;
+    ensure!(view.write(0, 0, 0, &[!shown[0]; 4]) == 4 && view.copied_pages()? == 1, "the view cannot be written");
+    ensure!(row(&frame)? == shown, "others see what was written into a view");
+    drop((view, frame, receiver));
+    server.signal(Signal::SIGINT)?;
+    server.end()?.json(0)?;
+    let server = with(" --writable")?;
+    drop(connect(at)?);
+    let mut receiver = Receiver::connect_writable(at, "writer")?;
+    let frame = next(&mut receiver)?;
+    let dma_buf = frame.buffer().dma_buf(0).context("a dma-buf")?;
+    drop(Mapping::new(dma_buf.as_fd(), dma_buf.len(), Access::ReadWrite)?);
+    server.signal(Signal::SIGINT)?;
+    server.end()?.json(0)?;
+    PASSED
+}
+
+fn row(frame: &Frame) -> Result<Vec<u8>> {
+    let mut row = vec![0; frame.buffer().layout().width() as usize * 4];
+    frame.buffer().read()?.row(0, 0, &mut row);
+    Ok(row)
+}
+
+fn next(receiver: &mut Receiver) -> Result<Frame> {
+    let end = Instant::now() + Duration::from_secs(60);
+    while Instant::now() < end {
+        if let Some(frame) = receiver.try_next(Ready::FRAME)? {
+            return Ok(frame);
+        }
+        poll(&mut [PollFd::new(receiver.as_fd(), PollFlags::POLLIN)], 10_000u16)?;
+    }
+    bail!("no frame came")
 }
 
 /// Nobody else may use the camera, unless the server says so.

@@ -6,12 +6,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use super::area::SharedArea;
 use super::bell::{Bell, BellWatch};
 use super::entry::Entry;
+use super::give::Gift;
 use super::ring::{self, Broken};
 use super::socket::{Peer, Socket};
 use super::wire::{Message, Shape, Welcome};
-use crate::error::{Context, Result};
-use crate::frame::{Buffer, Frame};
-use crate::memory::Memory;
+use crate::frame::Frame;
 
 /// A consumer of a shared source, as its [`Server`](super::Server) sees it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -49,8 +48,7 @@ pub struct Departure {
 #[derive(Debug)]
 pub(super) struct Generation {
     pub shape: Shape,
-    pub buffers: Vec<Buffer>,
-    pub identities: Vec<u64>,
+    pub gifts: Vec<Gift>,
 }
 
 /// What is kept while a frame is with a consumer.
@@ -121,10 +119,10 @@ impl Consumer {
             self.unsent = None;
         }
         self.socket.send(&Message::Format(generation.shape.clone()), &[])?;
-        for (index, (buffer, &identity)) in (0u32..).zip(generation.buffers.iter().zip(&generation.identities)) {
-            let fds: Vec<_> = buffer.memory().iter().map(AsFd::as_fd).collect();
-            self.socket
-                .send(&Message::Buffer { generation: generation.shape.generation, index, identity }, &fds)?;
+        for (index, gift) in (0u32..).zip(&generation.gifts) {
+            let fds: Vec<_> = gift.fds().collect();
+            let message = Message::Buffer { generation: generation.shape.generation, index, identity: gift.identity };
+            self.socket.send(&message, &fds)?;
         }
         Ok(())
     }
@@ -179,17 +177,5 @@ impl Consumer {
             leases: self.ring.leases().count() as u32,
             stolen: self.stolen,
         }
-    }
-}
-
-/// The inode of a buffer's first memory, by which both sides know it.
-pub(super) fn identity(buffer: &Buffer) -> Result<u64> {
-    match buffer.memory().first() {
-        Some(Memory::DmaBuf(dma_buf)) => Ok(dma_buf.identity().inode()),
-        Some(Memory::Plain(memfd)) => {
-            let stat = nix::sys::stat::fstat(memfd).context("identify", || "a memfd")?;
-            Ok(stat.st_ino)
-        }
-        None => Ok(0),
     }
 }

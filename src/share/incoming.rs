@@ -10,7 +10,7 @@ use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::statfs::{FsType, fstatfs};
 
-use super::consumer::identity;
+use super::give::identity;
 use super::socket::{Place, Received, Socket};
 use super::wire::{Message, Shape};
 use crate::clock::now_us;

@@ -85,11 +85,23 @@ impl Receiver {
     /// [`Kind::NotFound`] if nobody shares anything there; [`Kind::Permission`] if the server refuses; [`Kind::Timeout`];
     /// [`Kind::Invalid`] if it does not speak the protocol.
     pub fn connect(place: &str, name: &str) -> Result<Receiver> {
+        Receiver::wishing(place, name, false)
+    }
+
+    /// The same for one that must write into the buffers, which most servers do not allow.
+    ///
+    /// # Errors
+    /// As [`Receiver::connect`]; [`Kind::Permission`] also where the buffers are shared for reading alone.
+    pub fn connect_writable(place: &str, name: &str) -> Result<Receiver> {
+        Receiver::wishing(place, name, true)
+    }
+
+    fn wishing(place: &str, name: &str, writable: bool) -> Result<Receiver> {
         let place = Place::parse(place);
         let until = now_us() + ANSWER.as_micros() as u64;
         let socket = connect(&place, until)?;
         let about = || place.to_string();
-        let hello = Message::Hello { writable: true, name: name.to_owned() };
+        let hello = Message::Hello { writable, name: name.to_owned() };
         // One that refuses has hung up by now perhaps, and said why.
         let _ = socket.send(&hello, &[]);
         let (welcome, fds) = match next_message(&place, &socket, until)? {

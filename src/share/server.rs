@@ -12,8 +12,9 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
-use super::consumer::{Consumer, ConsumerInfo, Departure, Generation, identity};
+use super::consumer::{Consumer, ConsumerInfo, Departure, Generation};
 use super::entry::Entry;
+use super::give::Gift;
 use super::ring::ENTRIES;
 use super::socket::{Listener, Place};
 use super::wire::{Message, Reason, Shape, Welcome};
@@ -54,18 +55,22 @@ pub struct ServerRequest {
     pub group: Option<u32>,
     /// Users that may connect, besides the server's own.
     pub allow_uids: Vec<u32>,
+    /// Consumers can write into the buffers, as some importers must be able to (Mesa's lavapipe maps what it imports for writing). Otherwise
+    /// they can read, and what they write into a [view](crate::frame::CowView) nobody else sees.
+    pub writable: bool,
     /// Groups whose processes may connect: the process's own group, not those that it is in besides (`SO_PEERCRED`).
     pub allow_gids: Vec<u32>,
 }
 
 impl Default for ServerRequest {
-    /// Four frames, three frame times, this user alone.
+    /// Two frames, three frame times, for reading, this user alone.
     fn default() -> ServerRequest {
         ServerRequest {
-            budget: 4,
+            budget: 2,
             lease: None,
             mode: None,
             group: None,
+            writable: false,
             allow_uids: Vec::new(),
             allow_gids: Vec::new(),
         }
@@ -83,8 +88,10 @@ impl Default for ServerRequest {
 /// [asks](super::Receiver::holds). Before that, frames are taken back that nobody has taken. A consumer that writes nonsense into its ring
 /// or its socket is disconnected. Nothing here waits for a consumer.
 ///
-/// **Consumers can write into the buffers** that they get, as far as the source's memory can be written: share with those alone whom you
-/// trust not to. Only processes of the server's own user may connect, unless the [request](ServerRequest) says otherwise.
+/// Consumers can read the buffers that they get and not write to them, unless the [request](ServerRequest) says otherwise: so what is
+/// shared must be such that this can be had. A camera's own buffers are, once it was told to
+/// [export them so](crate::endpoint::Source::export_read_only); those of plain memory and udmabufs are. Only processes of the server's own
+/// user may connect, unless the request says otherwise.
 ///
 /// Dropping it takes all frames back and tells the consumers that the source has ended. To let them have the frames that are on their way,
 /// [`end`](Server::end) it after the source was stopped.
@@ -203,7 +210,8 @@ impl Server {
     }
 
     /// Tells the consumers that the source has ended; they get the frames on their way first. To be called when the source was stopped:
-    /// their buffers are not kept from it any longer when this is dropped.
+    /// their buffers are not kept from it any longer when this is dropped. (Not [`Sink::finish`]: that comes also when the source changes
+    /// its format, and its frames go on.)
     pub fn end(&mut self) {
         self.part(Reason::Ended, "");
     }
@@ -346,11 +354,19 @@ impl Sink for Server {
                 .min()
         };
         let lens: Vec<_> = (0..planes).map(|plane| least(plane).unwrap_or(0) as u64).collect();
-        let identities = buffers.iter().map(identity).collect::<Result<Vec<_>>>()?;
+        let writable = self.request.writable;
+        let gifts = buffers
+            .iter()
+            .map(|buffer| Gift::new(buffer, writable))
+            .collect::<Result<Vec<_>>>();
+        let gifts = gifts.map_err(|error| match error.kind() {
+            Kind::Unsupported | Kind::Permission => JoinError::Refused(Refusal::from_error(Rung::Exported, &error)),
+            _ => JoinError::Failed(error),
+        })?;
         self.generations = self.generations.wrapping_add(1);
         let shape = Shape { generation: self.generations, buffers: count, layout: *layout, lens };
         self.rate = rate;
-        let generation = Generation { shape, buffers: buffers.to_vec(), identities };
+        let generation = Generation { shape, gifts };
         let welcome = self.welcome();
         let mut lost = Vec::new();
         for consumer in &mut self.consumers {
@@ -370,7 +386,10 @@ impl Sink for Server {
         let now = now_us();
         let unknown = || Error::new(Kind::Invalid, "share", "a frame").because("it is in a buffer that was not joined");
         let generation = self.generation.as_ref().ok_or_else(unknown)?;
-        let buffer = generation.buffers.iter().position(|buffer| buffer.same_handle(frame.buffer()));
+        let buffer = generation
+            .gifts
+            .iter()
+            .position(|gift| gift.buffer().same_handle(frame.buffer()));
         // No more than 64.
         let buffer = buffer.ok_or_else(unknown)? as u32;
         let meta = *frame.meta();

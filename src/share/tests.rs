@@ -83,7 +83,7 @@ fn every_consumer_gets_the_sources_own_frames() {
         for receiver in &mut receivers {
             let got = receiver.try_next(Ready::FRAME).unwrap().unwrap();
             assert_eq!((got.meta(), place), (frame.meta(), place));
-            assert_eq!(consumer::identity(got.buffer()).unwrap(), consumer::identity(frame.buffer()).unwrap());
+            assert_eq!(give::identity(got.buffer()).unwrap(), give::identity(frame.buffer()).unwrap());
             assert!(pixels(&got) == pixels(&frame) && receiver.holds(&got));
             assert!(receiver.try_next(Ready::FRAME).unwrap().is_none());
         }

@@ -13,7 +13,7 @@
 //!
 //! | kind | from, fds | fields after the head |
 //! |---|---|---|
-//! | 1 hello | consumer | 4 wishes (bit 0: buffers that can be written), text: its name |
+//! | 1 hello | consumer | 4 wishes (bit 0: buffers that it can write to, or none), text: its name |
 //! | 2 welcome | server; the ring, the consumer's bell (an epoll descriptor, to be polled edge-triggered), the server's bell (an eventfd) | 4 frames it may have at a time, 8 µs it may keep one, 8 frames in 1,000,000 s (0: not known), 8 µs without a frame that are too long (0: any time is right), text: the source |
 //! | 3 format | server | 4 generation, 4 buffers, 4 DRM code (0: none), 4 V4L2 code (0: none), 4 width, 4 height, 8 modifier (`DRM_FORMAT_MOD_INVALID`: not stated), 1 encoding, 1 range, 1 colour planes, 1 memory planes, for each colour plane 4 memory plane, 4 offset, 4 stride, for each memory plane 8 bytes |
 //! | 4 buffer | server; one fd for each memory plane | 4 generation, 4 index, 8 identity |
@@ -26,7 +26,8 @@
 //! Encodings: 0 BT.601, 1 BT.709, 2 BT.2020. Ranges: 0 limited, 1 full. Reasons: 0 the source has ended, 1 the source has failed, 2
 //! refused, 3 the other side has broken the protocol.
 //!
-//! A server of this version gives all consumers buffers that can be written, as far as the source's can.
+//! A buffer's descriptors are those of dma-bufs or of memfds that are sealed against shrinking, and are for reading alone unless the server
+//! says otherwise: map them privately, or shared for reading. A consumer that cannot do with that says so by its wish, and is refused.
 //!
 //! The ring's area: see `ring.rs` and `area.rs`; what the words of its entries are: `entry.rs`; the bells: `bell.rs`.
 

@@ -67,6 +67,8 @@ pub struct Camera {
     not_kept: Vec<String>,
     /// How many buffers of its own it was asked for.
     own_buffers: u32,
+    /// Its own buffers are exported for reading alone besides.
+    read_only: bool,
     watchdog: Duration,
     last: Option<FrameMeta>,
     ended: bool,
@@ -120,6 +122,7 @@ impl Camera {
             request: request.clone(),
             not_kept: Vec::new(),
             own_buffers,
+            read_only: false,
             watchdog: WATCHDOG,
             last: None,
             ended: false,
@@ -269,7 +272,10 @@ impl Camera {
     fn allocate(&mut self) -> Result<()> {
         let (state, result) = match std::mem::replace(&mut self.queue, State::Turning) {
             State::Idle(queue) => match queue.allocate(self.own_buffers) {
-                Ok(queue) => (State::Allocated(queue), Ok(())),
+                Ok(queue) => {
+                    let exported = if self.read_only { queue.export_read_only() } else { Ok(()) };
+                    (State::Allocated(queue), exported)
+                }
                 Err(failed) => (State::Idle(failed.queue), Err(failed.error)),
             },
             other => (other, Ok(())),
@@ -367,6 +373,18 @@ impl Source for Camera {
             queue.set_layout(layout);
         }
         Ok((layout, Room::for_lens(&self.memory_lens()?)))
+    }
+
+    fn export_read_only(&mut self) -> Result<()> {
+        self.read_only = true;
+        match &self.queue {
+            State::Allocated(queue) => queue.export_read_only(),
+            State::Streaming(_) => {
+                let error = Error::new(Kind::Busy, "export the buffers of", self.name.clone());
+                Err(error.because("it streams").repair("stop it first"))
+            }
+            State::Idle(_) | State::Turning => Ok(()),
+        }
     }
 
     fn follow(&mut self) -> Result<()> {

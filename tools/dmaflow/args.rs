@@ -152,8 +152,8 @@ const SHARE: &str = "\
 SOURCE  /dev/videoN | a driver or card name (vivid) | pattern (a test card, no device needed) | unix:SOCKET (what is shared there)
 SOCKET  a path, or @NAME for a socket without a file
 
-Consumers get the source's own buffers: nothing is copied, and who may connect can also write into them. One that is late gets the newest
-frame; one that keeps a frame for longer than its lease loses it when the source has no other buffer to fill.";
+Consumers get the source's own buffers, for reading: nothing is copied, and what one writes into its own view no other sees. One that is
+late gets the newest frame; one that keeps a frame for longer than its lease loses it when the source has no other buffer to fill.";
 
 #[derive(ClapArgs)]
 #[command(after_help = SHARE)]
@@ -176,11 +176,14 @@ pub struct ShareArgs {
     /// A group whose processes may connect, by number; may be given several times
     #[arg(long, value_name = "GID")]
     pub allow_gid: Vec<u32>,
+    /// Consumers can write into the buffers as well, as Mesa's lavapipe must to import them
+    #[arg(long)]
+    pub writable: bool,
     /// How long a consumer may keep a frame at least, in ms [default: three frame times]
     #[arg(long, value_name = "MS", value_parser = millis)]
     pub lease: Option<Duration>,
     /// Frames that a consumer may have at a time; a display that shows every frame needs three or four
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=15))]
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=15))]
     pub budget: u32,
     #[command(flatten)]
     pub shape: Shape,

@@ -38,6 +38,7 @@ pub fn run(args: &PipeArgs) -> anyhow::Result<ExitCode> {
     let mut report = Report::new(source.name(), sink.as_dyn().name(), source.layout());
     report.rated(source.rate());
     if let AnySink::Share(server) = &mut sink {
+        source.export_read_only()?;
         server.describe(source.name(), source.watchdog());
     }
     let flowed = flow(args, limits, source.as_mut(), &mut sink, &stop, &mut report);

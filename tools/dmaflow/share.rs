@@ -40,6 +40,9 @@ pub fn run(args: &ShareArgs) -> anyhow::Result<ExitCode> {
     let own = !args.from.as_deref().is_some_and(|name| name.starts_with("unix:"));
     let buffers = args.buffers.or(own.then_some(BUFFERS));
     let mut source = open_source(args.from.as_deref(), &args.shape, buffers, None)?;
+    if !args.writable {
+        source.export_read_only()?;
+    }
     let mut shared = Shared::new(server);
     shared.server.describe(source.name(), source.watchdog());
     let account = match Pipe::join(source.as_mut(), &mut shared, Path::ZeroCopy, limits) {
@@ -87,6 +90,7 @@ fn request(args: &ShareArgs) -> anyhow::Result<ServerRequest> {
         group: group.transpose()?,
         allow_uids: args.allow_uid.clone(),
         allow_gids: args.allow_gid.clone(),
+        writable: args.writable,
     })
 }
 

@@ -14,6 +14,9 @@ const HELLO: Duration = Duration::from_secs(2);
 /// How long no connection is accepted after that failed, as for want of descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// What a consumer is told that wants more than there is.
+const READ_ONLY: &str = "it is shared for reading alone; its server says whether consumers can write (--writable)";
+
 /// A connection that has not said hello.
 #[derive(Debug)]
 pub(super) struct Waiting {
@@ -87,9 +90,12 @@ impl Server {
         if let Some(index) = self.waiting.iter().position(|waiting| waiting.token == token) {
             match self.waiting[index].socket.receive() {
                 Ok(Received::Nothing) => {}
-                Ok(Received::Message(Message::Hello { name, .. }, _)) => {
+                Ok(Received::Message(Message::Hello { name, writable }, _)) => {
                     let Waiting { socket, peer, .. } = self.waiting.swap_remove(index);
-                    self.serve(token, socket, peer, name);
+                    match writable && !self.request.writable {
+                        true => refuse(&socket, READ_ONLY.to_owned()),
+                        false => self.serve(token, socket, peer, name),
+                    }
                 }
                 Ok(_) | Err(_) => drop(self.waiting.swap_remove(index)),
             }
