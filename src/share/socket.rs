@@ -249,9 +249,16 @@ impl Socket {
     /// [`Rejected`]; what came with it is closed.
     pub(super) fn receive(&self) -> std::result::Result<Received, Rejected> {
         let mut bytes = [0; MAX_MESSAGE];
-        let (len, flags, fds) = match receive(self.0.as_fd(), &mut bytes) {
+        let reset = |error: &io::Error| error.raw_os_error() == Some(libc::ECONNRESET);
+        let received = match receive(self.0.as_fd(), &mut bytes) {
+            // The other side has hung up without reading all. That is told once and before what it has sent (sock_error in
+            // __skb_try_recv_datagram), which comes now: the reason perhaps.
+            Err(error) if reset(&error) => receive(self.0.as_fd(), &mut bytes),
+            other => other,
+        };
+        let (len, flags, fds) = match received {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Received::Nothing),
-            Err(error) if error.raw_os_error() == Some(libc::ECONNRESET) => return Ok(Received::Closed),
+            Err(error) if reset(&error) => return Ok(Received::Closed),
             other => other?,
         };
         if flags & libc::MSG_CTRUNC != 0 {
@@ -372,6 +379,22 @@ mod tests {
         drop(one);
         assert!(matches!(other.receive().unwrap(), Received::Closed));
         assert_eq!(other.send(&end, &[]).unwrap_err().raw_os_error(), Some(libc::EPIPE));
+    }
+
+    #[test]
+    fn last_words_come_also_from_who_did_not_listen() {
+        let (one, other) = pair();
+        let end = Message::End { reason: Reason::Refused, text: "no".into() };
+        other.send(&buffer(), &[]).unwrap();
+        one.send(&end, &[]).unwrap();
+        drop(one);
+        let Received::Message(message, _) = other.receive().unwrap() else { unreachable!() };
+        assert_eq!(message, end);
+        assert!(matches!(other.receive().unwrap(), Received::Closed));
+        let (one, other) = pair();
+        other.send(&buffer(), &[]).unwrap();
+        drop(one);
+        assert!(matches!(other.receive().unwrap(), Received::Closed));
     }
 
     #[test]
