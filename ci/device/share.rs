@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use dmaflow::endpoint::{Ready, Source};
 use dmaflow::error::Kind;
-use dmaflow::frame::Frame;
+use dmaflow::frame::{Frame, Revoked, ViewPages};
 use dmaflow::memory::{Access, Mapping};
 use dmaflow::share::Receiver;
 use nix::libc;
@@ -22,6 +22,7 @@ use crate::sinks::{has_bars, read_png};
 pub const TESTS: &[Test] = &[
     Test { name: "share::vivid_to_many", needs: &["vivid", "vkms"], seconds: 240, run: vivid_to_many },
     Test { name: "share::for_reading", needs: &["vivid"], seconds: 120, run: for_reading },
+    Test { name: "share::hoarder", needs: &["vivid"], seconds: 180, run: hoarder },
     Test { name: "share::other_users", needs: &["vivid"], seconds: 120, run: other_users },
 ];
 
@@ -113,7 +114,7 @@ fn for_reading() -> Result<Outcome> {
     ensure!(error.kind() == Kind::Permission && error.line().contains("--writable"), "{error:?}");
     let shown = row(&frame)?;
     let mut view = frame.view("test")?;
-    ensure!(view.write(0, 0, 0, &[!shown[0]; 4]) == 4 && view.copied_pages()? == 1, "the view cannot be written");
+    ensure!(view.write(0, 0, 0, &[!shown[0]; 4])? == 4 && view.copied_pages()? == 1, "the view cannot be written");
     ensure!(row(&frame)? == shown, "others see what was written into a view");
     drop((view, frame, receiver));
     server.signal(Signal::SIGINT)?;
@@ -144,6 +145,59 @@ fn next(receiver: &mut Receiver) -> Result<Frame> {
         poll(&mut [PollFd::new(receiver.as_fd(), PollFlags::POLLIN)], 10_000u16)?;
     }
     bail!("no frame came")
+}
+
+/// One that keeps all that it gets for ever: the camera and the others go on, and it is told. With views that are detached in time it keeps
+/// its pictures.
+fn hoarder() -> Result<Outcome> {
+    let at = "/tmp/dmaflow-share-hoarder.sock";
+    // Few buffers: what is kept is what the camera lacks. Each of the three frames that a consumer has at most is kept by somebody.
+    let options = "--from vivid --format XR24 --buffers 4 --budget 2";
+    let server = start(&mut dmaflow(&format!("share {options} --at {at} --json")))?;
+    let (mut keeper, mut detacher, mut other) = (connect(at)?, connect(at)?, connect(at)?);
+    let (mut kept, mut views, mut came) = (Vec::new(), Vec::new(), 0);
+    let end = Instant::now() + Duration::from_secs(10);
+    while Instant::now() < end {
+        if kept.len() < 2 {
+            kept.extend(keeper.try_next(Ready::FRAME)?.map(|frame| frame.view("keeper")).transpose()?);
+        }
+        // It reads when it has a frame, and keeps the picture by a view that the receiver detaches, or by what it does itself.
+        if let Some(frame) = detacher.try_next(Ready::FRAME)?
+            && views.len() < 8
+        {
+            let (shown, view) = (row(&frame)?, frame.view("detacher")?);
+            frame.check()?;
+            view.detach()?;
+            views.push((shown, view));
+        }
+        detacher.recycle()?;
+        came += u64::from(other.try_next(Ready::FRAME)?.is_some());
+        other.recycle()?;
+        poll(&mut [PollFd::new(other.as_fd(), PollFlags::POLLIN)], 100u16)?;
+    }
+    let mut seen = vec![0; 64];
+    for view in &kept {
+        ensure!(view.row(0, 0, &mut seen) == Err(Revoked), "it was not told that its frame is gone: {view:?}");
+        ensure!(view.detach().err().map(|error| error.kind()) == Some(Kind::Revoked), "it was detached too late");
+    }
+    ensure!(kept.len() == 2 && views.len() == 8, "{} kept, {} detached", kept.len(), views.len());
+    for (shown, view) in &views {
+        let mut now = vec![0; shown.len()];
+        view.row(0, 0, &mut now)?;
+        ensure!(now == *shown && view.pages() == ViewPages::Detached, "a detached view has changed: {view:?}");
+    }
+    let (lost, revoked) = (other.counts().dropped, other.revoked());
+    drop((kept, views));
+    server.signal(Signal::SIGINT)?;
+    let result = server.end()?.json(0)?;
+    let consumers = result["consumers"].as_array().context("consumers")?;
+    let stolen: Vec<_> = consumers.iter().filter_map(|consumer| consumer["stolen"].as_u64()).collect();
+    ensure!(stolen == [2, 0, 0] && revoked == 0, "{result}");
+    // The machine is emulated: how fast the camera is, it says itself.
+    let captured = number(&result, "frames/captured")?;
+    ensure!(number(&result, "frames/dropped_by_camera")? <= captured / 20 && came > 0, "{result}");
+    println!("  | of {captured} frames {came} came to the other, which lost {lost}; stolen {stolen:?}");
+    PASSED
 }
 
 /// Nobody else may use the camera, unless the server says so.

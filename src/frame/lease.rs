@@ -26,7 +26,7 @@ use loom::sync::{Arc, atomic};
 #[cfg(not(loom))]
 use std::sync::{Arc, atomic};
 
-use super::Views;
+use super::{Holding, Revoked, Views};
 use atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 
 /// The most slots a queue can have: a bit each in the free list. (V4L2 stopped at 32 until Linux 6.8.)
@@ -75,6 +75,8 @@ pub(crate) struct Slots {
     slots: Box<[Slot]>,
     free: AtomicU64,
     views: Views,
+    /// Of those that can be taken back.
+    holding: Option<Box<dyn Holding>>,
 }
 
 /// Shared slots; loom brings an `Arc` of its own.
@@ -124,10 +126,19 @@ impl Slot {
 impl Slots {
     /// `count` free slots, [`MAX_SLOTS`] at most.
     pub(crate) fn new(count: u32) -> Arc<Slots> {
+        Slots::with(count, None)
+    }
+
+    /// The same for frames that can be taken back, as `holding` knows.
+    pub(crate) fn revocable(count: u32, holding: Box<dyn Holding>) -> Arc<Slots> {
+        Slots::with(count, Some(holding))
+    }
+
+    fn with(count: u32, holding: Option<Box<dyn Holding>>) -> Arc<Slots> {
         let count = count.min(MAX_SLOTS);
         let free = if count == MAX_SLOTS { u64::MAX } else { (1 << count) - 1 };
         let slots = (0..count).map(|_| Slot::new()).collect();
-        Arc::new(Slots { slots, free: AtomicU64::new(free), views: Views::new() })
+        Arc::new(Slots { slots, free: AtomicU64::new(free), views: Views::new(), holding })
     }
 
     /// Takes every free slot. Those not taken out of the iterator stay free.
@@ -176,6 +187,14 @@ impl Slots {
     pub(crate) fn queued(&self) -> u32 {
         let queued = |slot: &&Slot| slot.stage.load(Ordering::Relaxed) == Stage::Queued as u8;
         self.slots.iter().filter(queued).count() as u32
+    }
+
+    /// Whether the frame in a slot that is leased was not taken back.
+    pub(crate) fn check(&self, index: u32) -> Result<(), Revoked> {
+        match &self.holding {
+            Some(holding) if !holding.holds(index) => Err(Revoked),
+            _ => Ok(()),
+        }
     }
 
     /// Who has views of these slots' frames, and what was copied for them.
@@ -309,6 +328,11 @@ impl Lease {
         if let Some(count) = slot.marked(self.mark.swap(stage as u8, Ordering::Relaxed)) {
             count.fetch_sub(1, Ordering::Relaxed);
         }
+    }
+
+    /// Whether the frame was not taken back by who shares it.
+    pub(crate) fn check(&self) -> Result<(), Revoked> {
+        self.slots.check(self.index)
     }
 
     pub(crate) fn slots_arc(&self) -> SlotsArc {

@@ -4,6 +4,7 @@ mod buffer;
 mod cow;
 mod lease;
 mod meta;
+mod revoked;
 mod room;
 
 pub use buffer::{Buffer, BufferReader, BufferWriter, WeakBuffer};
@@ -12,6 +13,8 @@ pub use cow::{CowView, MAX_VIEWS, RawView, ViewInfo, ViewPages, ViewPolicy};
 pub(crate) use lease::{FreeSlot, Slots, SlotsArc};
 pub use lease::{Lease, MAX_SLOTS, SlotCounts, Stage};
 pub use meta::{Clock, FrameFlags, FrameMeta, Timestamp};
+pub(crate) use revoked::Holding;
+pub use revoked::Revoked;
 pub use room::Room;
 
 /// A buffer filled once: the buffer, what is known of this filling, and the lease that keeps it so.
@@ -49,5 +52,14 @@ impl Frame {
     /// The slot's index in its queue.
     pub fn slot(&self) -> u32 {
         self.lease.index()
+    }
+
+    /// Whether it was not taken back: what was read of it before an `Ok` was the frame. Only frames that another process shares
+    /// ([`Receiver`](crate::share::Receiver)) are ever taken back. Cost: two loads.
+    ///
+    /// # Errors
+    /// [`Revoked`].
+    pub fn check(&self) -> Result<(), Revoked> {
+        self.lease.check()
     }
 }

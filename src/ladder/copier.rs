@@ -136,15 +136,24 @@ impl Copier {
         let mut writer = buffer.write()?;
         let bytes = if frame.buffer().maps_privately() {
             let view = frame.view(HOLDER)?;
-            self.converter
-                .copy(&SPANS.map(|memory| view.memory(memory).unwrap_or(Span::EMPTY)), &mut writer)
+            let bytes = self
+                .converter
+                .copy(&SPANS.map(|memory| view.memory(memory).unwrap_or(Span::EMPTY)), &mut writer);
+            view.check().map(|()| bytes)
         } else {
             // A view would be a snapshot, and so a second copy. The lease that the caller holds does for as long as this takes.
             let reader = frame.buffer().read()?;
-            self.converter
-                .copy(&SPANS.map(|memory| reader.memory(memory).unwrap_or(Span::EMPTY)), &mut writer)
+            let bytes = self
+                .converter
+                .copy(&SPANS.map(|memory| reader.memory(memory).unwrap_or(Span::EMPTY)), &mut writer);
+            frame.check().map(|()| bytes)
         };
         writer.end()?;
+        let Ok(bytes) = bytes else {
+            // Who shares it has taken it back meanwhile: what was copied may be of two pictures.
+            self.dropped += 1;
+            return Ok(None);
+        };
         self.ledger.enter(self.cause, bytes);
         let meta = FrameMeta { bytes_used: used(buffer.layout()), ..*frame.meta() };
         let copy = Frame::new(buffer.clone(), meta, lease);

@@ -9,6 +9,7 @@ use std::num::NonZeroUsize;
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -25,17 +26,21 @@ const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK
     .union(SealFlag::F_SEAL_GROW)
     .union(SealFlag::F_SEAL_SEAL);
 
-/// An [`Area`] in memory that another process has as well. Unmapped on drop.
+/// An [`Area`] in memory that another process has as well. Clones share the mapping, which goes with the last of them.
+#[derive(Clone, Debug)]
+pub(super) struct SharedArea(Arc<Mapped>);
+
+/// Unmapped on drop.
 #[derive(Debug)]
-pub(super) struct SharedArea {
+struct Mapped {
     start: NonNull<Area>,
     len: NonZeroUsize,
 }
 
 // SAFETY: the mapping belongs to no thread; it may be used and unmapped from any.
-unsafe impl Send for SharedArea {}
+unsafe impl Send for Mapped {}
 // SAFETY: all that can be reached through a shared reference is an `Area`, whose fields are atomic words.
-unsafe impl Sync for SharedArea {}
+unsafe impl Sync for Mapped {}
 
 impl SharedArea {
     /// A new ring, empty, and the descriptor to give to the other side.
@@ -74,7 +79,7 @@ impl SharedArea {
         let flags = MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE;
         // SAFETY: a new mapping at an address that the kernel chooses takes nothing away from anybody.
         let start = unsafe { mmap(None, len, protection, flags, fd, 0) }?;
-        Ok(SharedArea { start: start.cast(), len })
+        Ok(SharedArea(Arc::new(Mapped { start: start.cast(), len })))
     }
 }
 
@@ -91,11 +96,11 @@ impl Deref for SharedArea {
         // SAFETY: mapped readable and writable for the life of `self`, at least as long as an `Area` (`len`), at the start of a page and so
         // aligned. Its size is sealed, so no page of it can be cut off. An `Area` is atomic words alone, of which every value is one, and
         // which others may change at any time, processes too: they use the same atomic instructions.
-        unsafe { self.start.as_ref() }
+        unsafe { self.0.start.as_ref() }
     }
 }
 
-impl Drop for SharedArea {
+impl Drop for Mapped {
     fn drop(&mut self) {
         // SAFETY: start and length are those of the mapping made in `map`; references into it have ended with the borrow of `self`.
         let _ = unsafe { munmap(self.start.cast(), self.len.get()) };

@@ -3,7 +3,11 @@
 //! Slots of this process alone, one for each frame held, and not one for each buffer: a buffer whose frame was taken back may come again
 //! with another while the program still holds the first.
 
-use crate::frame::{Buffer, Frame, FrameMeta, Lease, Slots, SlotsArc, Stage};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::area::SharedArea;
+use crate::frame::{Buffer, Frame, FrameMeta, Holding, Lease, Slots, SlotsArc, Stage};
 
 /// So many frames can be held at a time: more than a ring has, for those that were taken back are held as well until they are dropped.
 pub(super) const HELD: u32 = 32;
@@ -16,22 +20,42 @@ pub(super) struct Held {
     pub until_us: u64,
 }
 
+/// Where the frames of each slot are in the ring, for whoever reads one: views, on any thread.
+struct Positions {
+    area: SharedArea,
+    of_slots: [AtomicU64; HELD as usize],
+}
+
+impl Holding for Arc<Positions> {
+    fn holds(&self, slot: u32) -> bool {
+        // Written before the lease was made, which whoever asks has.
+        let position = self
+            .of_slots
+            .get(slot as usize)
+            .map_or(0, |position| position.load(Ordering::Relaxed));
+        self.area.holds(position)
+    }
+}
+
 pub(super) struct HeldFrames {
     slots: SlotsArc,
+    positions: Arc<Positions>,
     /// Slots without a frame.
     idle: Vec<u32>,
     held: [Option<Held>; HELD as usize],
 }
 
 impl HeldFrames {
-    pub(super) fn new() -> HeldFrames {
-        let slots = Slots::new(HELD);
+    /// No frames yet, of the ring in `area`.
+    pub(super) fn new(area: SharedArea) -> HeldFrames {
+        let positions = Arc::new(Positions { area, of_slots: [const { AtomicU64::new(0) }; HELD as usize] });
+        let slots = Slots::revocable(HELD, Box::new(Arc::clone(&positions)));
         let mut idle = Vec::with_capacity(HELD as usize);
         for slot in slots.take_free() {
             idle.push(slot.index());
             slot.queued();
         }
-        HeldFrames { slots, idle, held: [None; HELD as usize] }
+        HeldFrames { slots, positions, idle, held: [None; HELD as usize] }
     }
 
     /// Whether another frame can be held.
@@ -47,6 +71,9 @@ impl HeldFrames {
     /// A frame of this process; none if too many are held.
     pub(super) fn hold(&mut self, held: Held, buffer: Buffer, meta: FrameMeta) -> Option<Frame> {
         let slot = self.idle.pop()?;
+        if let Some(place) = self.positions.of_slots.get(slot as usize) {
+            place.store(held.position, Ordering::Relaxed);
+        }
         let lease: Lease = Slots::dequeued(&self.slots, slot)?;
         if let Some(place) = self.held.get_mut(slot as usize) {
             *place = Some(held);
@@ -98,11 +125,30 @@ impl std::fmt::Debug for HeldFrames {
 mod tests {
     use super::*;
     use crate::format::{Format, Layout};
+    use crate::frame::{Revoked, ViewPages};
     use crate::memory::Allocator;
+    use crate::share::ring::{Consumer, Server, WORDS};
+    use std::os::fd::AsFd;
 
     fn buffer() -> Buffer {
         let layout = Layout::packed(Format::parse("GREY").unwrap().0, (64, 64), 1).unwrap();
         Buffer::new(layout, vec![Allocator::Plain.allocate(4096).unwrap()], &[4096]).unwrap()
+    }
+
+    /// A ring of which so many frames are taken.
+    fn ring(count: u64) -> (Server<SharedArea, u64>, SharedArea) {
+        let (area, fd) = SharedArea::create().unwrap();
+        let theirs = SharedArea::open(fd.as_fd()).unwrap();
+        let (mut server, mut consumer) = (Server::new(area, 15), Consumer::new(theirs.clone()));
+        for number in 1..=count {
+            server.publish(|_| [0; WORDS], number).unwrap();
+            consumer.take().unwrap();
+        }
+        (server, theirs)
+    }
+
+    fn area() -> SharedArea {
+        ring(0).1
     }
 
     fn hold(frames: &mut HeldFrames, position: u64) -> Option<Frame> {
@@ -111,7 +157,7 @@ mod tests {
 
     #[test]
     fn each_frame_is_released_once_with_its_last_lease() {
-        let mut frames = HeldFrames::new();
+        let mut frames = HeldFrames::new(area());
         let (first, second) = (hold(&mut frames, 1).unwrap(), hold(&mut frames, 2).unwrap());
         let clone = first.clone();
         drop((first, second));
@@ -122,7 +168,7 @@ mod tests {
         frames.released(|position| released.push(position));
         frames.released(|position| released.push(position));
         assert_eq!((released, frames.is_empty()), (vec![2, 1], true));
-        let other = hold(&mut HeldFrames::new(), 7).unwrap();
+        let other = hold(&mut HeldFrames::new(area()), 7).unwrap();
         assert_eq!(frames.of(&other), None, "a frame of another source");
         let many: Vec<_> = (0..).map_while(|position| hold(&mut frames, position)).collect();
         assert_eq!((many.len(), frames.has_room()), (HELD as usize, false));
@@ -130,7 +176,8 @@ mod tests {
 
     #[test]
     fn views_are_detached_when_they_are_due_and_no_frame_goes_with_them() {
-        let mut frames = HeldFrames::new();
+        let (_server, area) = ring(2);
+        let mut frames = HeldFrames::new(area);
         let (kept, viewed) = (hold(&mut frames, 1).unwrap(), hold(&mut frames, 2).unwrap());
         let views = [kept.view("test").unwrap(), viewed.view("test").unwrap()];
         drop(viewed);
@@ -141,5 +188,30 @@ mod tests {
         frames.released(|position| released.push(position));
         assert_eq!(released, [2]);
         drop((views, kept));
+    }
+
+    /// A view that is still on the memory of a frame that was taken back says so at each access; one that was detached in time does not.
+    #[test]
+    fn views_of_what_was_taken_back_say_so() {
+        let (mut server, area) = ring(3);
+        let mut frames = HeldFrames::new(area);
+        let [early, late, other] = [1, 2, 3].map(|position| hold(&mut frames, position).unwrap());
+        let (detached, mut revoked) = (early.view("test").unwrap(), late.view("test").unwrap());
+        detached.detach().unwrap();
+        revoked.write(0, 0, 0, &[7]).unwrap();
+        server.take_back(|&number| number <= 2).unwrap();
+        let mut row = [0; 64];
+        assert_eq!((detached.row(0, 0, &mut row), detached.check()), (Ok(()), Ok(())));
+        assert_eq!((revoked.row(0, 0, &mut row), revoked.read(0, 0, &mut row)), (Err(Revoked), Err(Revoked)));
+        assert_eq!((revoked.write(0, 1, 0, &[7]), revoked.check()), (Err(Revoked), Err(Revoked)));
+        // Too late: the bytes are not the frame's.
+        assert_eq!(revoked.detach().unwrap_err().kind(), crate::error::Kind::Revoked);
+        assert_eq!(revoked.pages(), ViewPages::Device);
+        assert_eq!((early.check(), late.check(), other.check()), (Err(Revoked), Err(Revoked), Ok(())));
+        drop((late, revoked));
+        assert!(!frames.detach_view_due(u64::MAX), "its lease went with the view");
+        let mut released = Vec::new();
+        frames.released(|position| released.push(position));
+        assert_eq!(released, [2]);
     }
 }

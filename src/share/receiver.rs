@@ -32,7 +32,8 @@ const BELL: u64 = 1;
 /// kept for longer than [`lease`](Receiver::lease) may be taken back when the server's source runs short of buffers, and its memory be
 /// filled with another picture then. [`holds`](Receiver::holds) tells whether that has happened: what was read before it said `true` was the
 /// frame. Views of frames are detached in time (at three quarters of the lease, when the receiver is called; one copy, in
-/// [`copies`](Source::copies)), unless the [policy](ViewPolicy) is to wait.
+/// [`copies`](Source::copies)), unless the [policy](ViewPolicy) is to wait; one that was not, and whose frame was taken back, reports
+/// [`Revoked`](crate::frame::Revoked) at its next access.
 ///
 /// Frames come in order; a receiver that is late gets the newest, and [counts](Source::counts) the others as dropped. When the source
 /// changes its format, [`FormatChanged`](Kind::FormatChanged) comes and [`follow`](Source::follow) goes on; frames of before stay valid.
@@ -45,6 +46,7 @@ pub struct Receiver {
     socket: Socket,
     epoll: Epoll,
     ring: Consumer<SharedArea>,
+    area: SharedArea,
     /// The bell that the server rings; in the list of descriptors while it is open here.
     _watch: OwnedFd,
     /// Rung for the server.
@@ -131,14 +133,15 @@ impl Receiver {
             name: place.to_string(),
             socket,
             epoll,
-            ring: Consumer::new(area),
+            ring: Consumer::new(area.clone()),
             _watch: watch,
             bell: Bell::from_fd(bell),
             again,
+            area: area.clone(),
             welcome,
             generation,
             coming,
-            frames: HeldFrames::new(),
+            frames: HeldFrames::new(area),
             old: Vec::new(),
             next: None,
             view_policy: ViewPolicy::default(),
@@ -402,7 +405,7 @@ impl Source for Receiver {
         while let Some(generation) = self.coming.pop_front() {
             if generation.shape.generation == entry.generation {
                 self.generation = generation;
-                let before = std::mem::replace(&mut self.frames, HeldFrames::new());
+                let before = std::mem::replace(&mut self.frames, HeldFrames::new(self.area.clone()));
                 self.old.push(before);
                 self.last = None;
                 return Ok(());

@@ -277,7 +277,7 @@ fn views_are_detached_before_their_lease_runs_out() {
         drop(present(&mut source, &mut server));
     }
     let mut now = vec![0; shown.len()];
-    view.read(0, 0, &mut now);
+    view.read(0, 0, &mut now).unwrap();
     assert!(now == shown);
     assert_eq!(server.consumers()[0].stolen, 0);
 }

@@ -101,9 +101,11 @@ impl Sink for Png {
 /// A frame's picture as rows of red, green and blue bytes, without padding. Reads each byte of its pixels once.
 ///
 /// # Errors
-/// As [`buffer_to_rgb`].
+/// As [`buffer_to_rgb`]; [`Kind::Revoked`] if who shares the frame has taken it back meanwhile.
 pub fn frame_to_rgb(frame: &Frame) -> Result<Vec<u8>> {
-    buffer_to_rgb(frame.buffer())
+    let rgb = buffer_to_rgb(frame.buffer())?;
+    frame.check()?;
+    Ok(rgb)
 }
 
 /// A buffer's picture as rows of red, green and blue bytes, without padding. Reads each byte of its pixels once. The
