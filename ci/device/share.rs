@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use dmaflow::endpoint::{Ready, Source};
 use dmaflow::error::Kind;
-use dmaflow::frame::{Frame, Revoked, ViewPages};
+use dmaflow::frame::{Frame, Revoked, ViewPages, ViewPolicy};
 use dmaflow::memory::{Access, Mapping};
 use dmaflow::share::Receiver;
 use nix::libc;
@@ -155,6 +155,8 @@ fn hoarder() -> Result<Outcome> {
     let options = "--from vivid --format XR24 --buffers 4 --budget 2";
     let server = start(&mut dmaflow(&format!("share {options} --at {at} --json")))?;
     let (mut keeper, mut detacher, mut other) = (connect(at)?, connect(at)?, connect(at)?);
+    // Nobody saves its pictures.
+    keeper.set_view_policy(ViewPolicy::Wait);
     let (mut kept, mut views, mut came) = (Vec::new(), Vec::new(), 0);
     let end = Instant::now() + Duration::from_secs(10);
     while Instant::now() < end {

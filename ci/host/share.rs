@@ -193,6 +193,66 @@ fn a_server_that_is_killed_ends_the_stream_and_what_is_held_stays() {
     server.json();
 }
 
+/// A consumer that is to come back does so, whether its server was killed or ended in order, and whatever the next one shares.
+#[test]
+fn consumers_come_back_to_the_next_server() {
+    let at = socket("again");
+    let serve = |size: &str| Process::start(&format!("share --from pattern --size {size} --fps 50 --at {at} --json"));
+    let server = serve("64x48");
+    let mut receiver = connect(&at);
+    receiver.come_back_to_it().unwrap();
+    let consumer = Process::start(&format!("pipe --from unix:{at} --to null --reconnect --frames 100 --json"));
+    let kept = next(&mut receiver).unwrap();
+    let shown = pixels(&kept);
+    // Both are served.
+    for _ in 0..20 {
+        next(&mut receiver).unwrap();
+    }
+    server.signal(Signal::SIGKILL);
+    server.finish();
+    for (round, size) in [(1, "128x96"), (2, "64x48")] {
+        // It waits for longer than the server's watchdog says, where nobody is.
+        let away = Instant::now() + Duration::from_millis(300);
+        while Instant::now() < away {
+            assert!(
+                receiver
+                    .try_next(Ready::FRAME)
+                    .unwrap_or_else(|error| panic!("{error:?}"))
+                    .is_none()
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let server = serve(size);
+        let error = loop {
+            match next(&mut receiver) {
+                Ok(_) => panic!("a frame before the change"),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error.kind(), Kind::FormatChanged);
+        assert_eq!(receiver.try_next(Ready::FRAME).unwrap_err().kind(), Kind::FormatChanged);
+        receiver.follow().unwrap();
+        assert_eq!(receiver.layout().size(), if size == "64x48" { (64, 48) } else { (128, 96) });
+        for _ in 0..30 {
+            let frame = next(&mut receiver).unwrap();
+            assert!(receiver.holds(&frame));
+        }
+        assert!(pixels(&kept) == shown, "what is held of the first server stays");
+        if round == 1 {
+            server.signal(Signal::SIGINT);
+            server.finish();
+            while let Ok(Some(_)) = receiver.try_next(Ready::FRAME) {}
+        } else {
+            let report = consumer.json();
+            assert_eq!((&report["frames"]["captured"], &report["bytes_copied"]), (&100.into(), &0.into()));
+            server.signal(Signal::SIGINT);
+            server.json();
+            break;
+        }
+    }
+    assert_eq!((receiver.revoked(), receiver.skipped()), (0, 0));
+}
+
 #[test]
 fn frames_are_pushed_and_shared_on() {
     let (at, on) = (socket("pushed"), socket("on"));
@@ -225,11 +285,17 @@ fn what_is_shared_has_one_shape() {
         ("--format NV12", 1),
         ("--fps 10", 2),
         ("--buffers 8", 2),
+        ("--reconnect", 0),
     ] {
         let run = Process::start(&format!("pipe --from unix:{at} --to null --frames 2 {options}")).finish();
         assert_eq!(run.status.code(), Some(status), "{options}: {}", String::from_utf8_lossy(&run.stderr));
     }
-    for line in ["share --from pattern", "share --from pattern --at x --mode 8", "pipe --from unix: --to null"] {
+    for line in [
+        "pipe --from pattern --to null --reconnect",
+        "share --from pattern",
+        "share --from pattern --at x --mode 8",
+        "pipe --from unix: --to null",
+    ] {
         assert_eq!(Process::start(line).finish().status.code(), Some(2), "{line}");
     }
 }

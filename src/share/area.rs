@@ -73,6 +73,11 @@ impl SharedArea {
         SharedArea::map(fd, len)
     }
 
+    /// Whether both are the same mapping.
+    pub(super) fn is(&self, other: &SharedArea) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     fn map(fd: BorrowedFd<'_>, len: NonZeroUsize) -> io::Result<SharedArea> {
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // With all pages in place, so that no frame waits for one.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::area::SharedArea;
-use crate::frame::{Buffer, Frame, FrameMeta, Holding, Lease, Slots, SlotsArc, Stage};
+use crate::frame::{Buffer, Frame, FrameMeta, Holding, Lease, Revoked, Slots, SlotsArc, Stage};
 
 /// So many frames can be held at a time: more than a ring has, for those that were taken back are held as well until they are dropped.
 pub(super) const HELD: u32 = 32;
@@ -35,6 +35,15 @@ impl Holding for Arc<Positions> {
             .map_or(0, |position| position.load(Ordering::Relaxed));
         self.area.holds(position)
     }
+}
+
+/// What became of frames that were given back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct Released {
+    /// The server waits for one: its bell is to be rung.
+    pub wake: bool,
+    /// Those that had been taken back before.
+    pub revoked: u64,
 }
 
 pub(super) struct HeldFrames {
@@ -81,16 +90,26 @@ impl HeldFrames {
         Some(Frame::new(buffer, meta, lease))
     }
 
-    /// Gives those to `release` whose last lease was dropped. One load if there are none.
-    pub(super) fn released(&mut self, mut release: impl FnMut(u64)) {
+    /// Gives those back whose last lease was dropped. One load if there are none.
+    pub(super) fn release(&mut self) -> Released {
+        let mut released = Released::default();
         for slot in self.slots.take_free() {
             let index = slot.index();
             if let Some(held) = self.held.get_mut(index as usize).and_then(Option::take) {
-                release(held.position);
+                match self.positions.area.release(held.position) {
+                    Ok(wake) => released.wake |= wake,
+                    Err(Revoked) => released.revoked += 1,
+                }
             }
             slot.queued();
             self.idle.push(index);
         }
+        released
+    }
+
+    /// Whether the frames are of the ring in `area`.
+    pub(super) fn is_of(&self, area: &SharedArea) -> bool {
+        self.positions.area.is(area)
     }
 
     /// What is known of a frame that came from here and is held.
@@ -125,7 +144,7 @@ impl std::fmt::Debug for HeldFrames {
 mod tests {
     use super::*;
     use crate::format::{Format, Layout};
-    use crate::frame::{Revoked, ViewPages};
+    use crate::frame::ViewPages;
     use crate::memory::Allocator;
     use crate::share::ring::{Consumer, Server, WORDS};
     use std::os::fd::AsFd;
@@ -155,20 +174,30 @@ mod tests {
         frames.hold(Held { position, until_us: position * 100 }, buffer(), FrameMeta::default())
     }
 
+    /// The numbers of the frames that the server has with the consumer.
+    fn out(server: &mut Server<SharedArea, u64>) -> Vec<u64> {
+        server.collect().unwrap();
+        let mut out: Vec<_> = server.leases().copied().collect();
+        out.sort_unstable();
+        out
+    }
+
     #[test]
     fn each_frame_is_released_once_with_its_last_lease() {
-        let mut frames = HeldFrames::new(area());
+        let (mut server, area) = ring(2);
+        let mut frames = HeldFrames::new(area.clone());
         let (first, second) = (hold(&mut frames, 1).unwrap(), hold(&mut frames, 2).unwrap());
         let clone = first.clone();
         drop((first, second));
-        let mut released = Vec::new();
-        frames.released(|position| released.push(position));
-        assert_eq!((&released[..], frames.of(&clone).unwrap().position), (&[2][..], 1));
+        assert_eq!(frames.release(), Released::default());
+        assert_eq!((out(&mut server), frames.of(&clone).unwrap().position), (vec![1], 1));
+        assert_eq!(server.sleep(), Ok(true));
         drop(clone);
-        frames.released(|position| released.push(position));
-        frames.released(|position| released.push(position));
-        assert_eq!((released, frames.is_empty()), (vec![2, 1], true));
-        let other = hold(&mut HeldFrames::new(area()), 7).unwrap();
+        assert_eq!(frames.release(), Released { wake: true, revoked: 0 });
+        assert_eq!(frames.release(), Released::default());
+        assert_eq!((out(&mut server), frames.is_empty()), (vec![], true));
+        assert!(frames.is_of(&area) && !frames.is_of(&self::area()));
+        let other = hold(&mut HeldFrames::new(self::area()), 7).unwrap();
         assert_eq!(frames.of(&other), None, "a frame of another source");
         let many: Vec<_> = (0..).map_while(|position| hold(&mut frames, position)).collect();
         assert_eq!((many.len(), frames.has_room()), (HELD as usize, false));
@@ -176,7 +205,7 @@ mod tests {
 
     #[test]
     fn views_are_detached_when_they_are_due_and_no_frame_goes_with_them() {
-        let (_server, area) = ring(2);
+        let (mut server, area) = ring(2);
         let mut frames = HeldFrames::new(area);
         let (kept, viewed) = (hold(&mut frames, 1).unwrap(), hold(&mut frames, 2).unwrap());
         let views = [kept.view("test").unwrap(), viewed.view("test").unwrap()];
@@ -184,9 +213,8 @@ mod tests {
         assert!(!frames.detach_view_due(199));
         assert!(frames.detach_view_due(200), "the other is held as a frame");
         assert!(!frames.detach_view_due(200));
-        let mut released = Vec::new();
-        frames.released(|position| released.push(position));
-        assert_eq!(released, [2]);
+        frames.release();
+        assert_eq!(out(&mut server), [1]);
         drop((views, kept));
     }
 
@@ -210,8 +238,7 @@ mod tests {
         assert_eq!((early.check(), late.check(), other.check()), (Err(Revoked), Err(Revoked), Ok(())));
         drop((late, revoked));
         assert!(!frames.detach_view_due(u64::MAX), "its lease went with the view");
-        let mut released = Vec::new();
-        frames.released(|position| released.push(position));
-        assert_eq!(released, [2]);
+        assert_eq!(frames.release(), Released { wake: false, revoked: 1 });
+        assert_eq!(out(&mut server), [3]);
     }
 }

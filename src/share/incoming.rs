@@ -1,19 +1,14 @@
 //! What a receiver gets from its server: an answer when it connects, and buffers. Nothing of it is believed before it is checked.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, OwnedFd};
-use std::time::Duration;
+use std::os::fd::OwnedFd;
 
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::libc;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::statfs::{FsType, fstatfs};
 
 use super::give::identity;
-use super::socket::{Place, Received, Socket};
+use super::socket::Place;
 use super::wire::{Message, Shape};
-use crate::clock::now_us;
 use crate::dmabuf::DmaBuf;
 use crate::error::{Context, Error, Kind, Result};
 use crate::frame::Buffer;
@@ -21,9 +16,6 @@ use crate::memory::Memory;
 
 /// Generations that may be announced and not followed yet.
 const COMING: usize = 64;
-
-/// How long a server may take to answer.
-pub(super) const ANSWER: Duration = Duration::from_secs(5);
 
 /// `DMA_BUF_MAGIC` of linux/magic.h.
 const DMA_BUF: FsType = FsType(0x444d_4142);
@@ -43,60 +35,6 @@ impl Generation {
 
 pub(super) fn nonsense(place: &Place, why: &str) -> Error {
     Error::new(Kind::Invalid, "join", place.to_string()).because(why.to_owned())
-}
-
-pub(super) fn connect(place: &Place, until: u64) -> Result<Socket> {
-    loop {
-        let error = match Socket::connect(place) {
-            // More want to connect at the moment than the server has let in.
-            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && now_us() < until => {
-                std::thread::sleep(Duration::from_millis(10));
-                continue;
-            }
-            Err(error) => error,
-            Ok(socket) => return Ok(socket),
-        };
-        let code = error.raw_os_error();
-        let error = Error::from_io("connect to", place.to_string(), error);
-        return Err(match code {
-            Some(libc::ECONNREFUSED | libc::ENOENT) => error
-                .kind_is(Kind::NotFound)
-                .repair("start a server there (dmaflow share --at SOCKET)"),
-            Some(libc::EACCES | libc::EPERM) => {
-                error.repair("the server says who may connect (--mode, --group, --allow-uid)")
-            }
-            _ => error,
-        });
-    }
-}
-
-/// The server's next message, waited for.
-pub(super) fn next_message(place: &Place, socket: &Socket, until: u64) -> Result<(Message, Vec<OwnedFd>)> {
-    loop {
-        match socket.receive() {
-            Ok(Received::Message(Message::End { text, .. }, _)) => {
-                let error = Error::new(Kind::Permission, "join", place.to_string());
-                return Err(error.because(format!("its server refuses: {text}")));
-            }
-            Ok(Received::Message(message, fds)) => return Ok((message, fds)),
-            Ok(Received::Closed) => {
-                let error = Error::new(Kind::Disconnected, "join", place.to_string());
-                return Err(error.because("its server hung up").repair("try again"));
-            }
-            Ok(Received::Nothing) => {}
-            Err(rejected) => return Err(nonsense(place, &rejected.to_string())),
-        }
-        let left = until.saturating_sub(now_us());
-        if left == 0 {
-            let error = Error::new(Kind::Timeout, "join", place.to_string());
-            return Err(error.because(format!("its server did not answer in {} s", ANSWER.as_secs())));
-        }
-        let timeout = PollTimeout::try_from(left.div_ceil(1000)).unwrap_or(PollTimeout::MAX);
-        match poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], timeout) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno).context("wait for", || place.to_string()),
-        }
-    }
 }
 
 /// Takes a message that tells of buffers. The error says what is wrong with it.

@@ -38,6 +38,8 @@ mod held;
 #[cfg(not(loom))]
 mod incoming;
 #[cfg(not(loom))]
+mod join;
+#[cfg(not(loom))]
 mod receiver;
 #[cfg_attr(loom, allow(dead_code))]
 mod ring;

@@ -1,30 +1,69 @@
 //! `Receiver`: a source of frames that another process shares.
 
-use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+mod again;
+
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use super::area::SharedArea;
 use super::bell::Bell;
 use super::entry::Entry;
 use super::held::{HELD, Held, HeldFrames};
-use super::incoming::{ANSWER, Generation, connect, learn, next_message, nonsense};
+use super::incoming::{Generation, learn};
+use super::join::{ANSWER, Hello, Joined, Joining};
 use super::ring::{Consumer, Taken};
-use super::socket::{Place, Received, Socket};
-use super::wire::{Message, Reason, Welcome};
+use super::socket::{Place, Received};
+use super::wire::{Message, Reason};
 use crate::clock::now_us;
 use crate::endpoint::{Ready, Source, SourceCounts};
 use crate::error::{Context, Error, Kind, Result};
 use crate::format::{Layout, MAX_PLANES};
 use crate::frame::{Buffer, Frame, Room, ViewPolicy};
 use crate::ledger::Copies;
+use again::Back;
 
 /// Names in the list of descriptors.
 const SOCKET: u64 = 0;
 const BELL: u64 = 1;
+const AGAIN: u64 = 2;
+const BACK: u64 = 3;
+
+fn edge(name: u64) -> EpollEvent {
+    EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, name)
+}
+
+/// Hears from now on what the server says and when it rings.
+fn listen(epoll: &Epoll, server: &Joined) -> nix::Result<()> {
+    epoll.add(&server.socket, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, SOCKET))?;
+    epoll.add(&server.watch, edge(BELL))
+}
+
+/// Joins a server, and waits for it.
+fn join(hello: &Hello) -> Result<Joined> {
+    let until = now_us() + ANSWER.as_micros() as u64;
+    let mut joining = loop {
+        match Joining::begin(hello) {
+            // More want to connect at the moment than the server has let in.
+            Err(error) if error.kind() == Kind::Busy && now_us() < until => {
+                std::thread::sleep(Duration::from_millis(10))
+            }
+            other => break other?,
+        }
+    };
+    while !joining.step()? {
+        let left = joining.until_us().saturating_sub(now_us()).div_ceil(1000);
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(joining.as_fd(), PollFlags::POLLIN)], timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno).context("wait for", || hello.place.to_string()),
+        }
+    }
+    joining.joined()
+}
 
 /// A [`Source`] whose frames another process shares ([`Server`](super::Server)): the source's own buffers, no copy.
 ///
@@ -39,36 +78,34 @@ const BELL: u64 = 1;
 /// changes its format, [`FormatChanged`](Kind::FormatChanged) comes and [`follow`](Source::follow) goes on; frames of before stay valid.
 /// There is one format for all who share the source, so other strides or buffers are refused.
 ///
+/// When the server is gone its frames stay valid, and [`try_next`](Source::try_next) reports the end; or, once it was
+/// [told to](Receiver::come_back_to_it), the receiver waits for the next server there.
+///
 /// The server is not trusted to be in order: memory that could be cut off is refused, and what it says is checked.
 #[derive(Debug)]
 pub struct Receiver {
     name: String,
-    socket: Socket,
+    hello: Hello,
     epoll: Epoll,
+    server: Joined,
     ring: Consumer<SharedArea>,
-    area: SharedArea,
-    /// The bell that the server rings; in the list of descriptors while it is open here.
-    _watch: OwnedFd,
-    /// Rung for the server.
-    bell: Bell,
     /// Rung by this side itself where frames are there and nobody rang for them: while it does not sleep, an event is pending, so that who
     /// waits for the descriptor calls again.
     again: Bell,
-    welcome: Welcome,
-    generation: Generation,
-    /// Announced, the oldest first.
-    coming: VecDeque<Generation>,
     frames: HeldFrames,
-    /// Of generations before.
+    /// Of generations before, and of servers before.
     old: Vec<HeldFrames>,
     /// The first frame of a generation that is not followed yet.
     next: Option<(Taken, Entry)>,
     view_policy: ViewPolicy,
     last: Option<u32>,
     dropped: u64,
-    skipped: u64,
+    /// By servers before, and by this one.
+    skipped: (u64, u64),
     revoked: u64,
     end: Option<End>,
+    /// How to come back when the server has ended.
+    back: Option<Back>,
 }
 
 /// How the server has ended.
@@ -99,80 +136,54 @@ impl Receiver {
     }
 
     fn wishing(place: &str, name: &str, writable: bool) -> Result<Receiver> {
-        let place = Place::parse(place);
-        let until = now_us() + ANSWER.as_micros() as u64;
-        let socket = connect(&place, until)?;
-        let about = || place.to_string();
-        let hello = Message::Hello { writable, name: name.to_owned() };
-        // One that refuses has hung up by now perhaps, and said why.
-        let _ = socket.send(&hello, &[]);
-        let (welcome, fds) = match next_message(&place, &socket, until)? {
-            (Message::Welcome(welcome), fds) => (welcome, fds),
-            _ => return Err(nonsense(&place, "its first message is no welcome")),
-        };
-        let fds: [OwnedFd; 3] = fds.try_into().map_err(|_| nonsense(&place, "its welcome lacks descriptors"))?;
-        let [ring, watch, bell] = fds;
-        let area = SharedArea::open(ring.as_fd()).map_err(|cause| {
-            nonsense(&place, "its ring could not be mapped, or is not sealed as it must be").because(cause)
-        })?;
+        let hello = Hello { place: Place::parse(place), name: name.to_owned(), writable };
+        let server = join(&hello)?;
+        let name = hello.place.to_string();
+        let about = || name.clone();
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("wait for", about)?;
-        let on_socket = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, SOCKET);
-        epoll.add(&socket, on_socket).context("wait for", about)?;
-        let on_bell = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, BELL);
-        epoll.add(&watch, on_bell).context("wait for", about)?;
+        listen(&epoll, &server).context("wait for", about)?;
         let again = Bell::new().context("wait for", about)?;
-        epoll.add(&again, on_bell).context("wait for", about)?;
+        epoll.add(&again, edge(AGAIN)).context("wait for", about)?;
         again.ring().context("wait for", about)?;
-        let mut coming = VecDeque::new();
-        while !coming.front().is_some_and(Generation::is_whole) {
-            let (message, fds) = next_message(&place, &socket, until)?;
-            learn(&mut coming, message, fds).map_err(|why| nonsense(&place, &why))?;
-        }
-        let generation = coming.pop_front().ok_or_else(|| nonsense(&place, "it has no buffers"))?;
         Ok(Receiver {
-            name: place.to_string(),
-            socket,
+            name,
+            hello,
             epoll,
-            ring: Consumer::new(area.clone()),
-            _watch: watch,
-            bell: Bell::from_fd(bell),
+            ring: Consumer::new(server.area.clone()),
+            frames: HeldFrames::new(server.area.clone()),
+            server,
             again,
-            area: area.clone(),
-            welcome,
-            generation,
-            coming,
-            frames: HeldFrames::new(area),
             old: Vec::new(),
             next: None,
             view_policy: ViewPolicy::default(),
             last: None,
             dropped: 0,
-            skipped: 0,
+            skipped: (0, 0),
             revoked: 0,
             end: None,
+            back: None,
         })
     }
 
     /// What the server calls its source.
     pub fn source(&self) -> &str {
-        &self.welcome.source
+        &self.server.welcome.source
     }
 
     /// How long a frame may be kept at least, counted from when the server published it.
     pub fn lease(&self) -> Duration {
-        Duration::from_micros(self.welcome.lease_us)
+        Duration::from_micros(self.server.welcome.lease_us)
     }
 
     /// How many frames may be held at a time; more come when one is dropped.
     pub fn budget(&self) -> u32 {
-        self.welcome.budget
+        self.server.welcome.budget
     }
 
     /// Whether a frame that came from here was not taken back: what was read of it before is the frame. One load.
     pub fn holds(&self, frame: &Frame) -> bool {
         let mut all = std::iter::once(&self.frames).chain(&self.old);
-        let held = all.find_map(|frames| frames.of(frame));
-        held.is_some_and(|held| self.ring.holds(held.position))
+        all.any(|frames| frames.of(frame).is_some()) && frame.check().is_ok()
     }
 
     /// Frames that were taken back while they were held here, counted when they are dropped.
@@ -183,7 +194,7 @@ impl Receiver {
     /// Frames that the server had for this receiver and did not give it, because it was late; of [`counts`](Source::counts) those that
     /// were not lost before.
     pub fn skipped(&self) -> u64 {
-        self.skipped
+        self.skipped.0 + self.skipped.1
     }
 
     /// Gives up what was dropped, and detaches views whose lease is about to run out.
@@ -192,7 +203,7 @@ impl Receiver {
         if self.view_policy == ViewPolicy::Wait {
             return Ok(());
         }
-        let early = self.welcome.lease_us / 4;
+        let early = self.server.welcome.lease_us / 4;
         let due = |now: u64| now.saturating_add(early);
         let viewed = |frames: &HeldFrames| !frames.slots().views().is_empty();
         if !viewed(&self.frames) && !self.old.iter().any(viewed) {
@@ -208,31 +219,30 @@ impl Receiver {
     }
 
     fn release(&mut self) -> Result<()> {
-        let (ring, revoked) = (&self.ring, &mut self.revoked);
         let mut wake = false;
-        let mut release = |position| match ring.release(position) {
-            Ok(waits) => wake |= waits,
-            Err(_) => *revoked += 1,
-        };
-        self.frames.released(&mut release);
-        for frames in &mut self.old {
-            frames.released(&mut release);
+        for frames in std::iter::once(&mut self.frames).chain(&mut self.old) {
+            let released = frames.release();
+            // What is left of a server that is gone is nobody's loss.
+            if frames.is_of(&self.server.area) {
+                wake |= released.wake;
+                self.revoked += released.revoked;
+            }
         }
         if !self.old.is_empty() {
             self.old.retain(|frames| !frames.is_empty());
         }
-        if wake { self.bell.ring().context("wake", || self.name.as_str()) } else { Ok(()) }
+        if wake { self.server.bell.ring().context("wake", || self.name.as_str()) } else { Ok(()) }
     }
 
     /// Reads what the socket has. Once the server has ended there is nothing more.
     fn hear(&mut self) {
         while self.end.is_none() {
-            match self.socket.receive() {
+            match self.server.socket.receive() {
                 Ok(Received::Nothing) => return,
                 Ok(Received::Closed) => self.end = Some(End::HungUp),
                 Ok(Received::Message(Message::End { reason, text }, _)) => self.end = Some(End::Said(reason, text)),
                 Ok(Received::Message(message, fds)) => {
-                    if let Err(why) = learn(&mut self.coming, message, fds) {
+                    if let Err(why) = learn(&mut self.server.coming, message, fds) {
                         self.end = Some(End::Nonsense(why));
                     }
                 }
@@ -258,7 +268,7 @@ impl Receiver {
     /// The frame of an entry, if it is of the generation that is followed.
     fn frame(&mut self, taken: Taken, entry: Entry) -> Result<Frame> {
         let lost = |why: &str| Error::new(Kind::Disconnected, "read frames from", &self.name).because(why.to_owned());
-        let buffer = self.generation.buffers.get(entry.buffer as usize);
+        let buffer = self.server.generation.buffers.get(entry.buffer as usize);
         let buffer = buffer
             .ok_or_else(|| lost("its server names a buffer that it has not sent"))?
             .clone();
@@ -266,7 +276,7 @@ impl Receiver {
         for (used, len) in meta.bytes_used.iter_mut().zip(lens(&buffer)) {
             *used = (*used).min(len);
         }
-        let (now, lease) = (now_us(), self.welcome.lease_us);
+        let (now, lease) = (now_us(), self.server.welcome.lease_us);
         // The clocks are the same, unless the server is in another time namespace.
         let until_us = entry.published_us.min(now).saturating_add(lease);
         if let Some(last) = self.last {
@@ -275,9 +285,16 @@ impl Receiver {
             self.dropped += u64::try_from(ahead.saturating_sub(1)).unwrap_or(0);
         }
         self.last = Some(meta.sequence);
-        self.skipped = entry.skipped;
+        self.skipped.1 = entry.skipped;
         let frame = self.frames.hold(Held { position: taken.position, until_us }, buffer, meta);
         frame.ok_or_else(|| lost("too many of its frames are held"))
+    }
+
+    /// What is held is of before.
+    fn begin_anew(&mut self) {
+        let before = std::mem::replace(&mut self.frames, HeldFrames::new(self.server.area.clone()));
+        self.old.push(before);
+        self.last = None;
     }
 
     /// The next entry of the ring.
@@ -316,15 +333,15 @@ impl Source for Receiver {
     }
 
     fn layout(&self) -> &Layout {
-        &self.generation.shape.layout
+        &self.server.generation.shape.layout
     }
 
     fn rate(&self) -> Option<f64> {
-        Some(self.welcome.rate_micro as f64 / 1e6).filter(|rate| *rate > 0.0)
+        Some(self.server.welcome.rate_micro as f64 / 1e6).filter(|rate| *rate > 0.0)
     }
 
     fn buffers(&self) -> &[Buffer] {
-        &self.generation.buffers
+        &self.server.generation.buffers
     }
 
     /// Frames flow from the moment of connecting; those that nobody takes are skipped.
@@ -337,7 +354,7 @@ impl Source for Receiver {
         loop {
             let Some((taken, entry)) = self.take()? else {
                 // This also says that the bell was heard: it is an event again only when it is rung again.
-                let mut events = [EpollEvent::empty(); 3];
+                let mut events = [EpollEvent::empty(); 4];
                 let count = match self.epoll.wait(&mut events, EpollTimeout::ZERO) {
                     Err(Errno::EINTR) => 0,
                     other => other.context("wait for", || self.name.as_str())?,
@@ -350,17 +367,16 @@ impl Source for Receiver {
                     self.again.ring().context("wait for", || self.name.as_str())?;
                     continue;
                 }
-                return match &self.end {
-                    Some(end) => Err(self.over(end)),
-                    None => Ok(None),
-                };
+                let Some(end) = &self.end else { return Ok(None) };
+                let over = self.over(end);
+                return self.come_back(over).map(|()| None);
             };
-            if entry.generation == self.generation.shape.generation {
+            if entry.generation == self.server.generation.shape.generation {
                 return self.frame(taken, entry).map(Some);
             }
             self.hear();
             let known = |coming: &Generation| coming.shape.generation == entry.generation && coming.is_whole();
-            if !self.coming.iter().any(known) {
+            if !self.server.coming.iter().any(known) {
                 let error = Error::new(Kind::Disconnected, "read frames from", self.name.clone());
                 return Err(error.because("its server breaks the protocol: a frame is in buffers that it has not sent"));
             }
@@ -400,14 +416,13 @@ impl Source for Receiver {
     }
 
     fn follow(&mut self) -> Result<()> {
+        self.follow_back()?;
         let Some((_, entry)) = &self.next else { return Ok(()) };
         // Those before it had no frame that came here.
-        while let Some(generation) = self.coming.pop_front() {
+        while let Some(generation) = self.server.coming.pop_front() {
             if generation.shape.generation == entry.generation {
-                self.generation = generation;
-                let before = std::mem::replace(&mut self.frames, HeldFrames::new(self.area.clone()));
-                self.old.push(before);
-                self.last = None;
+                self.server.generation = generation;
+                self.begin_anew();
                 return Ok(());
             }
         }
@@ -419,7 +434,9 @@ impl Source for Receiver {
     }
 
     fn watchdog(&self) -> Option<Duration> {
-        Some(Duration::from_micros(self.welcome.watchdog_us)).filter(|time| !time.is_zero())
+        let time = Duration::from_micros(self.server.welcome.watchdog_us);
+        // While the server is away, nobody knows when it comes back.
+        (!time.is_zero() && !self.is_away()).then_some(time)
     }
 
     fn stalled(&self) -> Error {

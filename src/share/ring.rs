@@ -99,6 +99,21 @@ impl Area {
         self.entry(position).state.load(Ordering::Acquire) == word(position, Stage::Taken)
     }
 
+    /// Gives a frame that was taken back, and tells whether the server waits for that: then its bell is to be rung.
+    ///
+    /// # Errors
+    /// [`Revoked`] if the server has taken it back before: what was read of it since may be another picture's.
+    pub(super) fn release(&self, position: u64) -> Result<bool, Revoked> {
+        let (old, new) = (word(position, Stage::Taken), word(position, Stage::Released));
+        let state = &self.entry(position).state;
+        state
+            .compare_exchange(old, new, Ordering::Release, Ordering::Relaxed)
+            .map_err(|_| Revoked)?;
+        fence(Ordering::SeqCst);
+        let sleeps = &self.server_sleeps.0;
+        Ok(sleeps.load(Ordering::Relaxed) != 0 && sleeps.swap(0, Ordering::Relaxed) != 0)
+    }
+
     fn entry(&self, position: u64) -> &Entry {
         // The remainder is less than the number of entries.
         &self.entries[(position % ENTRIES as u64) as usize]
@@ -378,19 +393,10 @@ impl<A: Deref<Target = Area>> Consumer<A> {
         None
     }
 
-    /// Gives a frame back, and tells whether the server waits for that: then its bell is to be rung.
-    ///
-    /// # Errors
-    /// [`Revoked`] if the server has taken it back before: what was read of it since may be another picture's.
+    /// See [`Area::release`].
+    #[cfg(test)]
     pub(super) fn release(&self, position: u64) -> Result<bool, Revoked> {
-        let (old, new) = (word(position, Stage::Taken), word(position, Stage::Released));
-        let state = &self.area.entry(position).state;
-        state
-            .compare_exchange(old, new, Ordering::Release, Ordering::Relaxed)
-            .map_err(|_| Revoked)?;
-        fence(Ordering::SeqCst);
-        let sleeps = &self.area.server_sleeps.0;
-        Ok(sleeps.load(Ordering::Relaxed) != 0 && sleeps.swap(0, Ordering::Relaxed) != 0)
+        self.area.release(position)
     }
 
     /// See [`Area::holds`].

@@ -222,6 +222,9 @@ pub struct Shape {
     /// Set a control of the camera first; may be given several times
     #[arg(long = "control", value_name = "NAME=VALUE", value_parser = control)]
     pub controls: Vec<(String, i64)>,
+    /// When what is shared at unix:SOCKET ends, wait until it is there again
+    #[arg(long)]
+    pub reconnect: bool,
 }
 
 #[derive(ClapArgs)]

@@ -142,6 +142,9 @@ pub fn open_source(
     if shape.fps.is_some_and(|fps| !(fps.is_finite() && fps > 0.0)) {
         bail!(Usage("--fps takes a number greater than 0".into()));
     }
+    if shape.reconnect && !name.is_some_and(|name| name.starts_with("unix:")) {
+        bail!(Usage("--reconnect is for what is shared (--from unix:SOCKET)".into()));
+    }
     let wanted = shape.format.as_deref().map(parse_format).transpose()?;
     match name {
         Some(name) if name.starts_with("unix:") => Ok(Box::new(open_share(name, shape, wanted, buffers)?)),
@@ -177,7 +180,10 @@ fn open_share(
             bail!(Usage(format!("{option} is for who shares the source; {name} is as it is shared")));
         }
     }
-    let receiver = Receiver::connect(place, "dmaflow")?;
+    let mut receiver = Receiver::connect(place, "dmaflow")?;
+    if shape.reconnect {
+        receiver.come_back_to_it()?;
+    }
     let layout = *receiver.layout();
     let other = wanted.is_some_and(|(format, _)| format != layout.format());
     if other || shape.size.is_some_and(|size| size != layout.size()) {

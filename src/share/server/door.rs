@@ -55,10 +55,12 @@ impl Server {
                     return;
                 }
             };
+            if self.ended {
+                let _ = socket.send(&Message::End { reason: Reason::Ended, text: String::new() }, &[]);
+                continue;
+            }
             let refusal = if !self.allows(&peer) {
                 Some(format!("user {} may not use it; its server says who may (--allow-uid)", peer.uid))
-            } else if self.ended {
-                Some("its source has ended".to_owned())
             } else if self.consumers.len() >= MAX_CONSUMERS || self.waiting.len() >= MAX_CONSUMERS {
                 Some(full())
             } else {
