@@ -197,6 +197,12 @@ impl Slots {
         }
     }
 
+    /// Whether none is free or with the driver: there is nothing to fill.
+    pub(crate) fn are_all_leased(&self) -> bool {
+        let leased = |slot: &Slot| slot.stage.load(Ordering::Relaxed) == Stage::Dequeued as u8;
+        self.slots.iter().all(leased)
+    }
+
     /// Who has views of these slots' frames, and what was copied for them.
     pub(crate) fn views(&self) -> &Views {
         &self.views

@@ -290,6 +290,73 @@ impl Receiver {
         frame.ok_or_else(|| lost("too many of its frames are held"))
     }
 
+    /// The next frame that is there; no system call if there is none.
+    fn found(&mut self) -> Result<Option<Frame>> {
+        let Some((taken, entry)) = self.take()? else { return Ok(None) };
+        if entry.generation == self.server.generation.shape.generation {
+            return self.frame(taken, entry).map(Some);
+        }
+        self.hear();
+        let known = |coming: &Generation| coming.shape.generation == entry.generation && coming.is_whole();
+        if !self.server.coming.iter().any(known) {
+            let error = Error::new(Kind::Disconnected, "read frames from", self.name.clone());
+            return Err(error.because("its server breaks the protocol: a frame is in buffers that it has not sent"));
+        }
+        self.next = Some((taken, entry));
+        let error = Error::new(Kind::FormatChanged, "read frames from", self.name.clone());
+        Err(error
+            .because("the source that is shared has changed")
+            .repair("start again to use what comes now"))
+    }
+
+    /// Waits for what is said or rung, and tells whether there was anything. One system call; and more for what the server has said.
+    fn listen(&mut self, time: EpollTimeout) -> Result<bool> {
+        let mut events = [EpollEvent::empty(); 4];
+        let count = match self.epoll.wait(&mut events, time) {
+            // As good as an event: who waits looks again.
+            Err(Errno::EINTR) => return Ok(true),
+            other => other.context("wait for", || self.name.as_str())?,
+        };
+        if events.iter().take(count).any(|event| event.data() == SOCKET) {
+            self.hear();
+        }
+        Ok(count > 0)
+    }
+
+    /// The end, if there is one and nothing is left in the ring.
+    fn ended(&mut self) -> Result<()> {
+        let Some(end) = &self.end else { return Ok(()) };
+        let over = self.over(end);
+        self.come_back(over)
+    }
+
+    /// The next frame, waited for: for programs that wait for nothing else. `None` if the time is up. Others wait for the descriptor
+    /// together with what else they wait for, and call [`try_next`](Source::try_next).
+    ///
+    /// Cost: none that is a system call if a frame is there, one if it has to be waited for.
+    ///
+    /// # Errors
+    /// As [`try_next`](Source::try_next).
+    pub fn next_within(&mut self, time: Duration) -> Result<Option<Frame>> {
+        self.give_back()?;
+        let until = now_us().saturating_add(u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
+        loop {
+            if let Some(frame) = self.found()? {
+                return Ok(Some(frame));
+            }
+            if !self.ring.sleep() {
+                continue;
+            }
+            self.ended()?;
+            let left = until.saturating_sub(now_us());
+            if left == 0 {
+                return Ok(None);
+            }
+            // Views that are due are looked at when a frame comes; one that comes late is after the lease anyhow.
+            self.listen(EpollTimeout::try_from(left.div_ceil(1000)).unwrap_or(EpollTimeout::MAX))?;
+        }
+    }
+
     /// What is held is of before.
     fn begin_anew(&mut self) {
         let before = std::mem::replace(&mut self.frames, HeldFrames::new(self.server.area.clone()));
@@ -352,39 +419,16 @@ impl Source for Receiver {
     fn try_next(&mut self, _: Ready) -> Result<Option<Frame>> {
         self.give_back()?;
         loop {
-            let Some((taken, entry)) = self.take()? else {
-                // This also says that the bell was heard: it is an event again only when it is rung again.
-                let mut events = [EpollEvent::empty(); 4];
-                let count = match self.epoll.wait(&mut events, EpollTimeout::ZERO) {
-                    Err(Errno::EINTR) => 0,
-                    other => other.context("wait for", || self.name.as_str())?,
-                };
-                if events.iter().take(count).any(|event| event.data() == SOCKET) {
-                    self.hear();
-                }
-                // A frame that was published before the end, or before this said that it sleeps, is there now.
-                if !self.ring.sleep() {
-                    self.again.ring().context("wait for", || self.name.as_str())?;
-                    continue;
-                }
-                let Some(end) = &self.end else { return Ok(None) };
-                let over = self.over(end);
-                return self.come_back(over).map(|()| None);
-            };
-            if entry.generation == self.server.generation.shape.generation {
-                return self.frame(taken, entry).map(Some);
+            if let Some(frame) = self.found()? {
+                return Ok(Some(frame));
             }
-            self.hear();
-            let known = |coming: &Generation| coming.shape.generation == entry.generation && coming.is_whole();
-            if !self.server.coming.iter().any(known) {
-                let error = Error::new(Kind::Disconnected, "read frames from", self.name.clone());
-                return Err(error.because("its server breaks the protocol: a frame is in buffers that it has not sent"));
+            // This also says that the bell was heard: it is an event again only when it is rung again.
+            self.listen(EpollTimeout::ZERO)?;
+            // A frame that was published before the end, or before this said that it sleeps, is there now.
+            if self.ring.sleep() {
+                return self.ended().map(|()| None);
             }
-            self.next = Some((taken, entry));
-            let error = Error::new(Kind::FormatChanged, "read frames from", self.name.clone());
-            return Err(error
-                .because("the source that is shared has changed")
-                .repair("start again to use what comes now"));
+            self.again.ring().context("wait for", || self.name.as_str())?;
         }
     }
 

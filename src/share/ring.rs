@@ -81,8 +81,8 @@ struct Entry {
 
 impl Area {
     /// An empty ring in memory of this process. The shared one is zeroed memory, which is the same.
-    #[cfg(test)]
-    fn new() -> Area {
+    #[allow(dead_code, reason = "for tests, and for ci/bench/share.rs, which has this file as a part")]
+    pub(super) fn new() -> Area {
         let entry = || Entry { state: AtomicU64::new(0), words: std::array::from_fn(|_| AtomicU64::new(0)) };
         Area {
             head: Line(AtomicU64::new(0)),
@@ -155,8 +155,19 @@ pub(super) struct Server<A, T> {
     /// The position of the next entry.
     next: u64,
     budget: usize,
-    /// Entries with the consumer, oldest first.
+    /// Entries with the consumer, by their place in the ring.
     out: [Option<Out<T>>; ENTRIES],
+    /// A bit for each place of `out` that may hold one: an empty ring is known by one look. Bits of empty places go when they are met.
+    places: u32,
+}
+
+/// The places of the bits that are set.
+fn places(mut bits: u32) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let place = bits.trailing_zeros();
+        bits &= bits.wrapping_sub(1);
+        (place < u32::BITS).then_some(place as usize)
+    })
 }
 
 #[derive(Debug)]
@@ -169,7 +180,7 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
     /// `budget` is how many frames the consumer may have at a time, taken or not; from 1 to one less than [`ENTRIES`].
     pub(super) fn new(area: A, budget: usize) -> Server<A, T> {
         let budget = budget.clamp(1, ENTRIES - 1);
-        Server { area, next: 1, budget, out: [const { None }; ENTRIES] }
+        Server { area, next: 1, budget, out: [const { None }; ENTRIES], places: 0 }
     }
 
     /// Hands a frame over: some ten loads and stores, no system call. What the consumer has released is given up first; if it has all
@@ -202,6 +213,7 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
         }
         entry.state.store(word(position, Stage::Published), Ordering::Release);
         self.out[index(position)] = Some(Out { position, lease });
+        self.places |= 1 << index(position);
         self.next = position + 1;
         published.given = true;
         self.area.head.0.store(self.next, Ordering::Release);
@@ -217,11 +229,16 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
     /// [`Broken`].
     pub(super) fn collect(&mut self) -> Result<usize, Broken> {
         let mut held = 0;
-        for out in &mut self.out {
-            let Some(Out { position, .. }) = out else { continue };
+        for place in places(self.places) {
+            let out = &mut self.out[place];
+            let Some(Out { position, .. }) = out else {
+                self.places &= !(1 << place);
+                continue;
+            };
             let (position, found) = (*position, self.area.entry(*position).state.load(Ordering::Acquire));
             if found == word(position, Stage::Released) {
                 *out = None;
+                self.places &= !(1 << place);
             } else if found == word(position, Stage::Published) || found == word(position, Stage::Taken) {
                 held += 1;
             } else {

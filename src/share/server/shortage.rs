@@ -5,8 +5,7 @@ use super::{Server, micros};
 impl Server {
     /// Whether the source has no buffer to fill.
     fn is_short(&self) -> bool {
-        let counts = self.slots.as_ref().map(|slots| slots.0.counts());
-        counts.is_some_and(|counts| counts.queued == 0 && counts.free == 0)
+        self.slots.as_ref().is_some_and(|slots| slots.0.are_all_leased())
     }
 
     /// If the source has no buffer to fill: takes a frame back that nobody has taken, else the oldest whose lease has run out. If there is
