@@ -16,6 +16,8 @@ mod bufs;
 mod camera;
 mod capture;
 mod causes;
+#[path = "../host/chaos.rs"]
+mod chaos;
 mod commands;
 mod cow;
 mod cycles;

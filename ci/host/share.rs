@@ -1,5 +1,5 @@
 //! One source for many processes, with the test card: `dmaflow share` and its consumers, stopped, killed and in order.
-#![allow(clippy::unwrap_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)]
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
@@ -15,6 +15,8 @@ use dmaflow::share::Receiver;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+
+mod chaos;
 
 /// A server, ended with its test.
 struct Process(Option<Child>);
@@ -262,6 +264,33 @@ fn frames_are_pushed_and_shared_on() {
     assert!(frames > 10 && end.kind() == Kind::Ended, "{frames} frames, then {end:?}");
     assert_eq!(first.json()["frames"]["captured"], 100);
     assert_eq!(second.json()["bytes_copied"], 0);
+}
+
+fn chaos(test: &str, rounds: u32) -> chaos::Chaos {
+    let seed = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .as_nanos() as u64
+        | 1;
+    chaos::Chaos {
+        program: env!("CARGO_BIN_EXE_dmaflow").into(),
+        source: "--from pattern --size 64x48 --fps 20".into(),
+        at: socket(test),
+        rounds,
+        seed,
+    }
+}
+
+#[test]
+fn consumers_in_chaos_hurt_nobody_else() {
+    let told = chaos("chaos", 60).of_consumers();
+    println!("{}", told.unwrap_or_else(|error| panic!("{error:?}")));
+}
+
+#[test]
+fn consumers_come_back_through_chaos() {
+    let told = chaos("servers", 12).of_servers();
+    println!("{}", told.unwrap_or_else(|error| panic!("{error:?}")));
 }
 
 #[test]

@@ -197,10 +197,12 @@ impl Slots {
         }
     }
 
-    /// Whether none is free or with the driver: there is nothing to fill.
-    pub(crate) fn are_all_leased(&self) -> bool {
-        let leased = |slot: &Slot| slot.stage.load(Ordering::Relaxed) == Stage::Dequeued as u8;
-        self.slots.iter().all(leased)
+    /// Whether fewer are free or with the driver than it needs so as not to starve before somebody looks again: one to fill, and the next
+    /// where there are so many.
+    pub(crate) fn are_short(&self) -> bool {
+        let leased = |slot: &&Slot| slot.stage.load(Ordering::Relaxed) == Stage::Dequeued as u8;
+        let least = if self.slots.len() < 4 { 1 } else { 2 };
+        self.slots.iter().filter(|slot| !leased(slot)).take(least).count() < least
     }
 
     /// Who has views of these slots' frames, and what was copied for them.

@@ -1,14 +1,14 @@
-//! What a server does when its source has no buffer left to fill.
+//! What a server does when its source has hardly a buffer left to fill.
 
 use super::{Server, micros};
 
 impl Server {
-    /// Whether the source has no buffer to fill.
+    /// Whether the source has too few buffers to fill.
     fn is_short(&self) -> bool {
-        self.slots.as_ref().is_some_and(|slots| slots.0.are_all_leased())
+        self.slots.as_ref().is_some_and(|slots| slots.0.are_short())
     }
 
-    /// If the source has no buffer to fill: takes a frame back that nobody has taken, else the oldest whose lease has run out. If there is
+    /// If the source has too few buffers to fill: takes a frame back that nobody has taken, else the oldest whose lease has run out. If there is
     /// none, consumers ring when they release one; tells when the next lease runs out.
     pub(super) fn relieve(&mut self, now: u64) -> Option<u64> {
         while self.is_short() {
