@@ -206,9 +206,7 @@ fn hoarder() -> Result<Outcome> {
     // The machine is emulated: how fast the camera is, it says itself.
     let captured = number(&result, "frames/captured")?;
     ensure!(number(&result, "frames/dropped_by_camera")? <= captured / 20 && came > 0, "{result}");
-    note(&format!(
-        "  share::hoarder: of {captured} frames {came} came to the other, which lost {lost}; stolen {stolen:?}"
-    ));
+    note(&format!("of {captured} frames {came} came to the other, which lost {lost}; stolen {stolen:?}"));
     PASSED
 }
 
@@ -223,13 +221,13 @@ fn chaos(at: &str, rounds: u32) -> Result<Chaos> {
 
 /// Consumers that are killed, stopped, or write nonsense hurt nobody else.
 fn chaos_of_consumers() -> Result<Outcome> {
-    note(&format!("  share::chaos: {}", chaos("dmaflow-share-chaos", 30)?.of_consumers()?));
+    note(&format!("{}", chaos("dmaflow-share-chaos", 30)?.of_consumers()?));
     PASSED
 }
 
 /// Servers that are killed and started again have their consumers back.
 fn chaos_of_servers() -> Result<Outcome> {
-    note(&format!("  share::servers_in_chaos: {}", chaos("dmaflow-share-servers", 8)?.of_servers()?));
+    note(&format!("{}", chaos("dmaflow-share-servers", 8)?.of_servers()?));
     PASSED
 }
 

@@ -54,7 +54,7 @@ impl Drop for Process {
     }
 }
 
-fn socket(test: &str) -> String {
+fn socket_at(test: &str) -> String {
     let path = std::env::temp_dir().join(format!("dmaflow-host-{test}-{}.sock", std::process::id()));
     let _ = std::fs::remove_file(&path);
     path.to_str().unwrap().to_owned()
@@ -106,7 +106,7 @@ fn expected(count: u32) -> HashMap<u32, Vec<u8>> {
 
 #[test]
 fn consumers_see_each_frame_as_it_was_drawn() {
-    let at = socket("frames");
+    let at = socket_at("frames");
     let server = Process::start(&format!("share --from pattern --size 64x48 --fps 25 --at {at} --json"));
     let mut receiver = connect(&at);
     let other = Process::start(&format!("pipe --from unix:{at} --to null --frames 20 --json"));
@@ -140,7 +140,7 @@ fn consumers_see_each_frame_as_it_was_drawn() {
 
 #[test]
 fn who_is_stopped_or_killed_hurts_nobody_else() {
-    let at = socket("stopped");
+    let at = socket_at("stopped");
     let server = Process::start(&format!("share --from pattern --size 64x48 --fps 10 --at {at} --json"));
     let mut receiver = connect(&at);
     let other = Process::start(&format!("pipe --from unix:{at} --to null"));
@@ -170,7 +170,7 @@ fn who_is_stopped_or_killed_hurts_nobody_else() {
 
 #[test]
 fn a_server_that_is_killed_ends_the_stream_and_what_is_held_stays() {
-    let at = socket("killed");
+    let at = socket_at("killed");
     let server = Process::start(&format!("share --from pattern --size 64x48 --fps 50 --at {at}"));
     let mut receiver = connect(&at);
     let frame = next(&mut receiver).unwrap();
@@ -198,7 +198,7 @@ fn a_server_that_is_killed_ends_the_stream_and_what_is_held_stays() {
 /// A consumer that is to come back does so, whether its server was killed or ended in order, and whatever the next one shares.
 #[test]
 fn consumers_come_back_to_the_next_server() {
-    let at = socket("again");
+    let at = socket_at("again");
     let serve = |size: &str| Process::start(&format!("share --from pattern --size {size} --fps 50 --at {at} --json"));
     let server = serve("64x48");
     let mut receiver = connect(&at);
@@ -247,7 +247,7 @@ fn consumers_come_back_to_the_next_server() {
 
 #[test]
 fn frames_are_pushed_and_shared_on() {
-    let (at, on) = (socket("pushed"), socket("on"));
+    let (at, on) = (socket_at("pushed"), socket_at("on"));
     let first =
         Process::start(&format!("pipe --from pattern --size 64x48 --fps 25 --frames 100 --to unix:{at} --json"));
     drop(connect(&at));
@@ -266,6 +266,99 @@ fn frames_are_pushed_and_shared_on() {
     assert_eq!(second.json()["bytes_copied"], 0);
 }
 
+/// Ten thousand connections, opened and dropped before, amid and after the hello, leave nothing.
+#[test]
+fn connections_that_are_dropped_leave_nothing() {
+    use nix::sys::socket::{
+        AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect as connect_to, send, socket,
+    };
+    use std::os::fd::AsRawFd;
+
+    let at = socket_at("dropped");
+    let server = Process::start(&format!("share --from pattern --size 64x48 --fps 20 --at {at} --json"));
+    let mut receiver = connect(&at);
+    let pid = server.0.as_ref().unwrap().id();
+    let open = || std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    let before = open();
+    let address = UnixAddr::new(at.as_str()).unwrap();
+    let mut refused = 0;
+    for number in 0..10_000 {
+        let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        // The queue of those who wait to be let in may be full for a moment: then this waits.
+        connect_to(fd.as_raw_fd(), &address).unwrap();
+        let hello = b"dmaf\x01\0\x01\0\0\0\0\0\x01\0x";
+        let bytes: &[u8] = match number % 3 {
+            0 => continue,
+            1 => &hello[..],
+            _ => &hello[..number % 16],
+        };
+        refused += u32::from(send(fd.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL).is_err());
+    }
+    let end = Instant::now() + Duration::from_secs(30);
+    while open() != before && Instant::now() < end {
+        drop(next(&mut receiver).unwrap());
+    }
+    assert_eq!(open(), before, "{refused} were refused");
+    server.signal(Signal::SIGINT);
+    assert_eq!(server.json()["consumers"].as_array().unwrap().len(), 1);
+}
+
+/// A program in another language, that has nothing but the protocol's documentation, sees the same.
+#[test]
+fn a_program_in_c_speaks_the_protocol() {
+    let program = std::env::temp_dir().join(format!("dmaflow-consume-{}", std::process::id()));
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/consume.c");
+    let compiled = Command::new("cc")
+        .args(["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-o"])
+        .arg(&program)
+        .arg(source)
+        .output()
+        .unwrap();
+    assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+    let at = socket_at("c");
+    let server = Process::start(&format!("share --from pattern --size 64x48 --fps 25 --at {at} --json"));
+    let mut receiver = connect(&at);
+    let run = |frames: &str| {
+        let output = Command::new(&program).args([&at, frames]).output().unwrap();
+        let (stdout, stderr) =
+            (String::from_utf8(output.stdout).unwrap(), String::from_utf8_lossy(&output.stderr).into_owned());
+        assert!(output.status.success(), "{stderr}\n{stdout}");
+        stdout
+    };
+    let (said, expected) = (run("40"), expected(400));
+    assert!(said.contains("welcome: 2 frames at a time, each for 120000 us, of pattern\n"), "{said}");
+    assert!(said.contains("8 buffers of 64x48, XR24\n") && said.contains("writable no\n"), "{said}");
+    let fnv = |bytes: &[u8]| {
+        bytes
+            .iter()
+            .fold(0xcbf2_9ce4_8422_2325, |sum: u64, &byte| (sum ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+    };
+    let mut compared = 0;
+    for line in said.lines().filter_map(|line| line.strip_prefix("frame ")) {
+        let (sequence, sum) = line.split_once(' ').unwrap();
+        if let Some(bytes) = expected.get(&sequence.parse().unwrap()) {
+            assert_eq!(sum, format!("{:016x}", fnv(bytes)), "{line}");
+            compared += 1;
+        }
+    }
+    assert!(compared >= 30, "{said}");
+    // It goes when the server does, and is told why.
+    let mut waiting = Command::new(&program).arg(&at).stdout(Stdio::piped()).spawn().unwrap();
+    for _ in 0..10 {
+        drop(next(&mut receiver).unwrap());
+    }
+    server.signal(Signal::SIGINT);
+    let mut last = String::new();
+    std::io::Read::read_to_string(waiting.stdout.as_mut().unwrap(), &mut last).unwrap();
+    assert!(waiting.wait().unwrap().success() && last.contains("the server ends: reason 0"), "{last}");
+    let report = server.json();
+    assert_eq!(
+        (&report["gone"][0]["name"], &report["gone"][0]["disconnected"]),
+        (&"consume".into(), &serde_json::Value::Null)
+    );
+    std::fs::remove_file(program).unwrap();
+}
+
 fn chaos(test: &str, rounds: u32) -> chaos::Chaos {
     let seed = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
@@ -275,7 +368,7 @@ fn chaos(test: &str, rounds: u32) -> chaos::Chaos {
     chaos::Chaos {
         program: env!("CARGO_BIN_EXE_dmaflow").into(),
         source: "--from pattern --size 64x48 --fps 20".into(),
-        at: socket(test),
+        at: socket_at(test),
         rounds,
         seed,
     }
@@ -295,7 +388,7 @@ fn consumers_come_back_through_chaos() {
 
 #[test]
 fn what_is_shared_has_one_shape() {
-    let at = socket("shape");
+    let at = socket_at("shape");
     let _server = Process::start(&format!("share --from pattern --size 64x48 --fps 25 --at {at}"));
     drop(connect(&at));
     for (options, status) in [

@@ -12,12 +12,28 @@
 //!                                                                              lease ran out; the buffer is the camera's again
 //! ```
 //!
+//! | byte | what | written by |
+//! |---|---|---|
+//! | 0 | 64 bits: the position after the newest entry (the head); 0 before the first | server |
+//! | 64 | 32 bits: 1 while the consumer sleeps or is about to | consumer; the server writes 0 when it rings |
+//! | 128 | 32 bits: 1 while the server waits for a release | server; the consumer writes 0 when it rings |
+//! | 192 | 16 entries of 64 bytes: 64 bits of state, and seven words of data (`entry.rs`) | both the state, the server the data |
+//!
+//! Positions count from 1; that of the entry at place p of the 16 leaves p when divided by 16, and some may be passed over. A state is
+//! `position * 8 + stage`; stages are 1 published, 2 taken, 3 released, 4 skipped, 5 revoked. All numbers are the machine's own, at their
+//! natural alignment, and read and written by atomic instructions: the head is loaded with acquire order, a state exchanged with acquire
+//! order to take and with release order to release. The memfd has whole pages of at least this size, and is sealed against another.
+//!
+//! A consumer takes a frame in four steps: it loads the head; for the next position below it that is no further back than 16, exchanges
+//! published for taken, or goes on to the next position; copies the data; and looks whether the state is still that (after an acquire
+//! fence): if not, the frame is not its own. The same look tells at any time whether what it has read of a frame until then was the frame.
+//!
 //! The consumer can write anything anywhere at any time: it has the area mapped. So the server keeps what it needs to know in memory of its
 //! own, and of the area it reads those words alone, each of which can have three values or its consumer is [`Broken`]. No value read there
 //! is ever an index, a length or an address.
 //!
 //! Somebody who waits says so in a word of the area, looks once more, and sleeps on an eventfd; the other side rings it only if it reads
-//! that word. Both sides store and then load with a sequentially consistent fence between, so at least one of them sees the other
+//! that word as 1 and exchanges it for 0. Both sides store and then load with a sequentially consistent fence between, so at least one of them sees the other
 //! (`loom_no_wake_is_lost`).
 
 use std::ops::Deref;
@@ -542,6 +558,31 @@ mod tests {
     }
 
     proptest! {
+        /// Whatever a server writes into the area, a consumer takes no more than there are entries, each of them once, and goes on.
+        #[test]
+        fn a_server_that_writes_anything(
+            steps in prop::collection::vec((0u8..5, 0usize..ENTRIES, prop_oneof![any::<u64>(), 0u64..400, Just(u64::MAX)]), 1..200)
+        ) {
+            let (_, mut consumer, area) = ends(3);
+            for (step, place, value) in steps {
+                match step {
+                    0 => {
+                        let taken: Vec<_> = std::iter::from_fn(|| consumer.take()).map(|taken| taken.position).collect();
+                        prop_assert!(taken.len() <= ENTRIES && taken.is_sorted_by(|a, b| a < b), "{taken:?}");
+                        for position in taken {
+                            prop_assert!(consumer.holds(position));
+                            let _ = consumer.release(position);
+                            prop_assert_eq!(consumer.release(position), Err(Revoked));
+                        }
+                    }
+                    1 => area.head.0.store(value, Ordering::Relaxed),
+                    2 => area.entries[place].state.store(word(value, Stage::Published), Ordering::Relaxed),
+                    3 => area.entries[place].state.store(value, Ordering::Relaxed),
+                    _ => { consumer.sleep(); }
+                }
+            }
+        }
+
         /// Whatever a consumer writes into the area, the server goes on or says that it is broken, and never gives up a lease of which
         /// the area does not say so.
         #[test]

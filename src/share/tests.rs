@@ -445,3 +445,56 @@ fn requests_out_of_range_are_refused() {
     assert!(server.join(source.layout(), None, &[]).is_err());
     assert_eq!(server.lease(), Duration::from_millis(100));
 }
+
+/// Packets that anybody may send, before the hello and after it, with descriptors: who sends them is disconnected or served, nobody else
+/// notices, and no descriptor stays.
+#[test]
+fn packets_of_all_sorts() {
+    use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
+    use proptest::prelude::*;
+    use proptest::test_runner::{Config, TestRunner};
+    use std::io::IoSlice;
+    use std::os::fd::AsRawFd;
+
+    let mut source = pattern(200.0, 4);
+    let server = std::cell::RefCell::new(serve("packets", two(), &source));
+    let mut good = connect(&mut server.borrow_mut(), "packets").unwrap();
+    source.start().unwrap();
+    let hello = Message::Hello { writable: false, name: "x".into() }.encode();
+    let packet = prop_oneof![
+        prop::collection::vec(any::<u8>(), 0..600),
+        Just(hello.clone()),
+        (any::<prop::sample::Index>(), any::<u8>()).prop_map(move |(at, byte)| {
+            let mut bytes = hello.clone();
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+            bytes
+        }),
+    ];
+    let packets = prop::collection::vec((packet, 0usize..4), 1..5);
+    let config = Config { failure_persistence: None, ..Config::with_cases(300) };
+    let result = TestRunner::new(config).run(&packets, |packets| {
+        let server = &mut *server.borrow_mut();
+        let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).unwrap();
+        let socket = Socket::connect(&Place::parse(&name("packets"))).unwrap();
+        for (bytes, fds) in packets {
+            let fds = vec![writer.as_raw_fd(); fds];
+            let rights = [ControlMessage::ScmRights(&fds)];
+            let control = if fds.is_empty() { &[][..] } else { &rights[..] };
+            let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+            let _ = sendmsg::<UnixAddr>(socket.as_fd().as_raw_fd(), &[IoSlice::new(&bytes)], control, flags, None);
+            server.dispatch().unwrap();
+        }
+        drop(socket);
+        drop(writer);
+        for _ in 0..4 {
+            server.dispatch().unwrap();
+        }
+        prop_assert_eq!(nix::unistd::read(&reader, &mut [0]), Ok(0), "a descriptor is still open");
+        prop_assert_eq!(server.consumers().len(), 1);
+        Ok(())
+    });
+    result.unwrap();
+    present(&mut source, &mut server.borrow_mut());
+    assert!(good.try_next(Ready::FRAME).unwrap().is_some());
+}
