@@ -3,6 +3,8 @@
 //!
 //!     cargo run --release --example consume -- SOCKET
 
+#![allow(clippy::print_stdout)]
+
 use std::time::Duration;
 
 use anyhow::{Context, bail};

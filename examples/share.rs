@@ -2,6 +2,8 @@
 //!
 //!     cargo run --release --example share -- SOCKET [CAMERA]
 
+#![allow(clippy::print_stdout)]
+
 use std::time::Duration;
 
 use anyhow::Context;

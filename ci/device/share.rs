@@ -221,13 +221,13 @@ fn chaos(at: &str, rounds: u32) -> Result<Chaos> {
 
 /// Consumers that are killed, stopped, or write nonsense hurt nobody else.
 fn chaos_of_consumers() -> Result<Outcome> {
-    note(&format!("{}", chaos("dmaflow-share-chaos", 30)?.of_consumers()?));
+    note(&chaos("dmaflow-share-chaos", 30)?.of_consumers()?);
     PASSED
 }
 
 /// Servers that are killed and started again have their consumers back.
 fn chaos_of_servers() -> Result<Outcome> {
-    note(&format!("{}", chaos("dmaflow-share-servers", 8)?.of_servers()?));
+    note(&chaos("dmaflow-share-servers", 8)?.of_servers()?);
     PASSED
 }
 
