@@ -4,7 +4,7 @@ mod door;
 mod shortage;
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -134,6 +134,15 @@ impl std::fmt::Debug for SourceSlots {
     }
 }
 
+fn check(request: &ServerRequest) -> Result<()> {
+    let most = ENTRIES as u32 - 1;
+    if (1..=most).contains(&request.budget) {
+        return Ok(());
+    }
+    let error = Error::new(Kind::Invalid, "share", "a source");
+    Err(error.because(format!("a consumer can have 1 to {most} frames, not {}", request.budget)))
+}
+
 fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX / 2)
 }
@@ -146,15 +155,25 @@ impl Server {
     /// [`Kind::Busy`] if another server listens there; [`Kind::Invalid`] for a budget out of range; what the system says.
     pub fn bind(place: &str, request: ServerRequest) -> Result<Server> {
         let place = Place::parse(place);
-        let name = place.to_string();
-        let most = ENTRIES as u32 - 1;
-        if !(1..=most).contains(&request.budget) {
-            let error = Error::new(Kind::Invalid, "share at", name);
-            return Err(error.because(format!("a consumer can have 1 to {most} frames, not {}", request.budget)));
-        }
         let others = !request.allow_uids.is_empty() || !request.allow_gids.is_empty();
         let mode = request.mode.unwrap_or(if others { 0o666 } else { 0o600 });
-        let listener = Listener::bind(&place, mode, request.group)?;
+        check(&request)?;
+        Server::over(Listener::bind(&place, mode, request.group)?, &place, request)
+    }
+
+    /// The same at a socket that listens already, as a service manager passes it (sd_listen_fds(3)): of type `SOCK_SEQPACKET`, with a
+    /// path or an abstract name. Mode and group of its file are not looked at, and it stays.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] for another sort of socket, and for a budget out of range; what the system says.
+    pub fn bind_inherited(socket: OwnedFd, request: ServerRequest) -> Result<Server> {
+        check(&request)?;
+        let (listener, place) = Listener::inherit(socket)?;
+        Server::over(listener, &place, request)
+    }
+
+    fn over(listener: Listener, place: &Place, request: ServerRequest) -> Result<Server> {
+        let name = place.to_string();
         let about = || name.clone();
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("share at", about)?;
         let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;

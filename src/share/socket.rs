@@ -13,10 +13,11 @@ use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::libc;
 use nix::sys::socket::{
-    AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockopt,
-    listen, sendmsg, socket, sockopt,
+    AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, connect,
+    getsockname, getsockopt, listen, sendmsg, socket, sockopt,
 };
 use nix::sys::stat::{Mode, fchmod};
 
@@ -111,6 +112,31 @@ impl Listener {
         fs::set_permissions(path, fs::Permissions::from_mode(mode & 0o777)).context("set the mode of", about)?;
         listen(&listener.fd, Backlog::MAXCONN).context("listen at", about)?;
         Ok(listener)
+    }
+
+    /// Takes over a socket that listens already, as a service manager passes it. Its file is not this process's to remove.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] for what is no listening socket of this sort; what the system says.
+    pub(super) fn inherit(fd: OwnedFd) -> Result<(Listener, Place)> {
+        let about = || "a socket that was passed on";
+        let not = |why: &str| Error::new(Kind::Invalid, "listen at", about()).because(why.to_owned());
+        let address = getsockname::<UnixAddr>(fd.as_raw_fd()).map_err(|_| not("it is no Unix socket"))?;
+        let kind = getsockopt(&fd, sockopt::SockType).context("look at", about)?;
+        let listens = getsockopt(&fd, sockopt::AcceptConn).context("look at", about)?;
+        if kind != SockType::SeqPacket || !listens {
+            let error = not("it does not listen for SOCK_SEQPACKET connections");
+            return Err(error.repair("in the unit: ListenSequentialPacket=, and Accept=no"));
+        }
+        let place = match (address.path(), address.as_abstract()) {
+            (Some(path), _) => Place::Path(path.to_owned()),
+            (None, Some(name)) => Place::Abstract(String::from_utf8_lossy(name).into_owned()),
+            (None, None) => return Err(not("it has no name")),
+        };
+        let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL).context("look at", about)?);
+        fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).context("set up", about)?;
+        fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context("set up", about)?;
+        Ok((Listener { fd, file: None }, place))
     }
 
     /// The next connection, if one waits.
@@ -465,6 +491,22 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"mine");
         fs::remove_file(&path).unwrap();
         assert_eq!(Socket::connect(&place).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_socket_is_passed_on() {
+        let (path, place) = place("passed");
+        let first = Listener::bind(&place, 0o600, None).unwrap();
+        let (listener, there) = Listener::inherit(first.fd.try_clone().unwrap()).unwrap();
+        assert_eq!(there, place);
+        let _socket = Socket::connect(&place).unwrap();
+        assert!(listener.accept().unwrap().is_some() && listener.accept().unwrap().is_none());
+        drop(listener);
+        assert!(path.exists(), "it is the other's");
+        let (stream, _) = std::os::unix::net::UnixStream::pair().unwrap();
+        for other in [stream.into(), fs::File::open("/dev/null").unwrap().into(), pair().0.0] {
+            assert_eq!(Listener::inherit(other).unwrap_err().kind(), Kind::Invalid);
+        }
     }
 
     #[test]

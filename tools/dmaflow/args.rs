@@ -161,9 +161,9 @@ pub struct ShareArgs {
     /// Where frames come from [default: the first camera]
     #[arg(long, value_name = "SOURCE", value_parser = NonEmptyStringValueParser::new())]
     pub from: Option<String>,
-    /// Where consumers connect
+    /// Where consumers connect [default: the socket that systemd has passed]
     #[arg(long, value_name = "SOCKET", value_parser = NonEmptyStringValueParser::new())]
-    pub at: String,
+    pub at: Option<String>,
     /// The mode of the socket's file, octal [default: 600; 666 with --allow-uid or --allow-gid, which are looked at for each connection]
     #[arg(long, value_name = "MODE", value_parser = mode)]
     pub mode: Option<u32>,

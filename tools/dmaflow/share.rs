@@ -1,6 +1,6 @@
 //! `dmaflow share`: one source for many processes.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
@@ -35,7 +35,17 @@ pub fn run(args: &ShareArgs) -> anyhow::Result<ExitCode> {
     output::check()?;
     // Before any device is opened: from here on an order to stop waits until it can be followed in order.
     let stop = catch_signals()?;
-    let server = open(&args.at, request)?;
+    let server = match (&args.at, inherited()?) {
+        (Some(at), _) => open(at, request)?,
+        (None, Some(_)) if args.mode.is_some() || args.group.is_some() => {
+            bail!(Usage(
+                "--mode and --group are for sockets that this makes; say it in the unit (SocketMode=, SocketGroup=)"
+                    .into()
+            ))
+        }
+        (None, Some(socket)) => Server::bind_inherited(socket, request)?,
+        (None, None) => bail!(Usage("share needs --at SOCKET, unless systemd passes a socket".into())),
+    };
     // What is shared already has the buffers that it has.
     let own = !args.from.as_deref().is_some_and(|name| name.starts_with("unix:"));
     let buffers = args.buffers.or(own.then_some(BUFFERS));
@@ -43,11 +53,12 @@ pub fn run(args: &ShareArgs) -> anyhow::Result<ExitCode> {
     if !args.writable {
         source.export_read_only()?;
     }
+    let at = server.name().to_owned();
     let mut shared = Shared::new(server);
     shared.server.describe(source.name(), source.watchdog());
     let account = match Pipe::join(source.as_mut(), &mut shared, Path::ZeroCopy, limits) {
         Ok(pipe) => {
-            note(&format!("sharing at {}", args.at));
+            note(&format!("sharing at {at}"));
             pipe.run(Some(stop.as_fd()), &mut |_: &Progress<'_>| {})
         }
         Err(NoWay::Failed(error)) => Err(error),
@@ -73,6 +84,26 @@ pub fn open(at: &str, request: ServerRequest) -> anyhow::Result<Server> {
         bail!(Usage("a share needs the path of a socket, or @NAME".into()));
     }
     Ok(Server::bind(at, request)?)
+}
+
+/// The socket that a service manager has passed on, if one has: descriptor 3, said to be for this process by two variables
+/// (sd_listen_fds(3)).
+fn inherited() -> anyhow::Result<Option<OwnedFd>> {
+    const FIRST: RawFd = 3;
+    let variable = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u32>().ok());
+    if variable("LISTEN_PID") != Some(std::process::id()) {
+        return Ok(None);
+    }
+    match variable("LISTEN_FDS") {
+        // By another number: what is open at 3 stays with whoever put it there.
+        // SAFETY: whoever started this process says that the descriptor is open, and nothing in here closes it.
+        Some(1) => Ok(Some(
+            unsafe { BorrowedFd::borrow_raw(FIRST) }
+                .try_clone_to_owned()
+                .context("cannot use the socket passed")?,
+        )),
+        count => bail!(Usage(format!("one socket is shared at, and {} were passed", count.unwrap_or(0)))),
+    }
 }
 
 fn request(args: &ShareArgs) -> anyhow::Result<ServerRequest> {
