@@ -55,8 +55,8 @@ pub struct ServerRequest {
     pub group: Option<u32>,
     /// Users that may connect, besides the server's own.
     pub allow_uids: Vec<u32>,
-    /// Consumers can write into the buffers, as some importers must be able to (Mesa's lavapipe maps what it imports for writing). Otherwise
-    /// they can read, and what they write into a [view](crate::frame::CowView) nobody else sees.
+    /// Consumers can write into the buffers, as some importers must be able to (Mesa's lavapipe maps what it imports for writing).
+    /// Otherwise they can read, and what they write into a [view](crate::frame::CowView) nobody else sees.
     pub writable: bool,
     /// Groups whose processes may connect: the process's own group, not those that it is in besides (`SO_PEERCRED`).
     pub allow_gids: Vec<u32>,

@@ -8,8 +8,8 @@ impl Server {
         self.slots.as_ref().is_some_and(|slots| slots.0.are_short())
     }
 
-    /// If the source has too few buffers to fill: takes a frame back that nobody has taken, else the oldest whose lease has run out. If there is
-    /// none, consumers ring when they release one; tells when the next lease runs out.
+    /// If the source has too few buffers to fill: takes a frame back that nobody has taken, else the oldest whose lease has run out. If
+    /// there is none, consumers ring when they release one; tells when the next lease runs out.
     pub(super) fn relieve(&mut self, now: u64) -> Option<u64> {
         while self.is_short() {
             let generation = self.generations;
