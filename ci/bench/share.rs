@@ -95,7 +95,7 @@ fn by_ring(frame: &Lease, count: u32) -> Result<()> {
 
 fn by_share(source: &Pattern, frame: &Lease, count: u32, asleep: bool) -> Result<()> {
     let place = format!("@dmaflow-bench-share-{}", std::process::id());
-    let mut server = Server::bind(&place, ServerRequest::default())?;
+    let mut server = Server::bind(&place, ServerRequest { budget: 15, ..ServerRequest::default() })?;
     server.join(source.layout(), source.rate(), source.buffers())?;
     let connecting = thread::spawn(move || Receiver::connect(&place, "bench"));
     while !connecting.is_finished() {
@@ -118,7 +118,7 @@ fn by_share(source: &Pattern, frame: &Lease, count: u32, asleep: bool) -> Result
     Ok(())
 }
 
-/// A frame comes when the consumer sleeps: it has had the time.
+/// A frame comes when the consumer sleeps: it has had the time, but on a busy machine, where it finds several and sleeps less often.
 fn while_asleep(mut server: Server, mut receiver: Receiver, frame: &Lease, count: u32) -> Result<()> {
     let taking = thread::spawn(move || -> Result<u32> {
         let mut taken = 0;
