@@ -2,8 +2,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::fstat;
 use nix::unistd::{Whence, lseek};
 
@@ -39,6 +40,7 @@ struct Inner {
     identity: Identity,
     len: usize,
     memfd: Option<OwnedFd>,
+    read_only: OnceLock<OwnedFd>,
 }
 
 impl DmaBuf {
@@ -57,7 +59,8 @@ impl DmaBuf {
         let len = lseek(&fd, 0, Whence::SeekEnd).context("learn the size of", || "the dma-buf")?;
         let len = usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(nix::libc::EOVERFLOW));
         let len = len.context("learn the size of", || "the dma-buf")?;
-        Ok(DmaBuf(Arc::new(Inner { fd, identity: Identity { device: stat.st_dev, inode: stat.st_ino }, len, memfd })))
+        let identity = Identity { device: stat.st_dev, inode: stat.st_ino };
+        Ok(DmaBuf(Arc::new(Inner { fd, identity, len, memfd, read_only: OnceLock::new() })))
     }
 
     /// The kernel's identity of the buffer.
@@ -89,10 +92,32 @@ impl DmaBuf {
         self.0.memfd.as_ref().map(AsFd::as_fd)
     }
 
+    /// A descriptor of the same memory through which nobody can write to it: the one that this is, if it was exported so (`O_RDONLY`), else
+    /// the one that its exporter has made besides ([`Source::export_read_only`](crate::endpoint::Source::export_read_only)), which to the
+    /// kernel is another dma-buf. `None` if there is none.
+    ///
+    /// A shared mapping for writing of such a descriptor is refused with `EACCES` (do_mmap in mm/mmap.c), and it cannot be opened anew
+    /// through `/proc` (dma-bufs have no `open`: `ENXIO`). A private mapping can be written, and what is written stays with its process.
+    /// Drivers import it as any other, but for those that map it for writing, as Mesa's lavapipe. Cost: one system call.
+    pub fn read_only(&self) -> Option<BorrowedFd<'_>> {
+        if is_read_only(self.0.fd.as_fd()) { Some(self.0.fd.as_fd()) } else { self.0.read_only.get().map(AsFd::as_fd) }
+    }
+
+    /// Adds what [`DmaBuf::read_only`] gives out; the first stays.
+    pub(crate) fn add_read_only(&self, fd: OwnedFd) {
+        let _ = self.0.read_only.set(fd);
+    }
+
     /// A reference that does not keep the descriptor open.
     pub fn downgrade(&self) -> WeakDmaBuf {
         WeakDmaBuf(Arc::downgrade(&self.0))
     }
+}
+
+/// Whether a descriptor was opened, or exported, for reading alone.
+pub(crate) fn is_read_only(fd: BorrowedFd<'_>) -> bool {
+    let flags = fcntl(fd, FcntlArg::F_GETFL).map(OFlag::from_bits_truncate);
+    flags.is_ok_and(|flags| flags & OFlag::O_ACCMODE == OFlag::O_RDONLY)
 }
 
 impl AsFd for DmaBuf {
@@ -112,6 +137,19 @@ impl WeakDmaBuf {
 mod tests {
     use super::*;
     use std::fs::File;
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn what_can_be_written_is_given_for_reading_by_another_descriptor() {
+        let opened = || File::options().read(true).write(true).open("/dev/null").unwrap();
+        let buffer = DmaBuf::new(opened().into()).unwrap();
+        assert!(buffer.read_only().is_none());
+        let twin: OwnedFd = File::open("/dev/null").unwrap().into();
+        let number = twin.as_raw_fd();
+        buffer.add_read_only(twin);
+        buffer.add_read_only(opened().into());
+        assert_eq!(buffer.clone().read_only().unwrap().as_raw_fd(), number);
+    }
 
     #[test]
     fn identity_is_the_inode() {
@@ -122,6 +160,7 @@ mod tests {
         assert_eq!(same.identity(), again.identity());
         assert_ne!(same.identity(), other.identity());
         assert!(!same.is_empty());
+        assert_eq!(same.read_only().unwrap().as_raw_fd(), same.as_fd().as_raw_fd());
         let weak = same.downgrade();
         assert!(weak.upgrade().is_some());
         drop(same);

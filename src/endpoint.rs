@@ -129,6 +129,16 @@ pub trait Source: AsFd {
         Ok(())
     }
 
+    /// From now on its own buffers also have descriptors for reading alone
+    /// ([`DmaBuf::read_only`](crate::dmabuf::DmaBuf::read_only)), where it can make such: for those who share them with others that shall
+    /// not write. To be called before it is started.
+    ///
+    /// # Errors
+    /// The device's refusal.
+    fn export_read_only(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     /// After [`FormatChanged`](crate::error::Kind::FormatChanged): stops, learns what comes now, and has new buffers for it, not
     /// started. Frames that are leased stay valid.
     ///

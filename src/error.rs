@@ -27,6 +27,8 @@ pub enum Kind {
     Ended,
     /// The source changed its format; the stream must be set up anew.
     FormatChanged,
+    /// The frame was taken back by who shares it: it was kept for longer than its lease.
+    Revoked,
     /// A value given by the caller makes no sense.
     Invalid,
     /// The system refused: out of memory, file descriptors, or an error of the device.

@@ -27,6 +27,7 @@
 //! - [`v4l2`], [`pattern`]: sources. [`kms`], [`sink`]: sinks. [`pipe`]: the loop between them. [`ledger`]: what was copied.
 //! - `vulkan` (cargo feature of that name): GPUs, as importers and as a sink.
 //! - [`probe`]: the [`ladder`]'s rungs, each tried for real in every format of a source.
+//! - [`share`]: one camera for many processes, and what another process shares as a source.
 //! - [`bufs`]: every dma-buf of the machine, who holds it, and what only grows.
 //! - Everything pollable is `AsFd`; the library has no threads and no event loop of its own.
 
@@ -52,6 +53,7 @@ mod node;
 pub mod pattern;
 pub mod pipe;
 pub mod probe;
+pub mod share;
 pub mod sink;
 mod uapi;
 pub mod v4l2;

@@ -125,7 +125,9 @@ fn wrong_usage() -> anyhow::Result<Outcome> {
         "--nosuch",
         "--control brightness",
         "--to y4m:-",
-        "--from unix:/tmp/x",
+        "--from unix:",
+        "--to unix:",
+        "--from unix:@",
     ] {
         let run = finish(&mut pipe(options))?;
         run.has_status(2)?;

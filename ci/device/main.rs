@@ -16,6 +16,8 @@ mod bufs;
 mod camera;
 mod capture;
 mod causes;
+#[path = "../host/chaos.rs"]
+mod chaos;
 mod commands;
 mod convert;
 mod cow;
@@ -50,6 +52,7 @@ mod picture;
 mod probe;
 mod process;
 mod screen;
+mod share;
 mod signals;
 mod sinks;
 mod snap;
@@ -81,6 +84,7 @@ fn main() -> std::process::ExitCode {
         screen::TESTS,
         commands::TESTS,
         sinks::TESTS,
+        share::TESTS,
         outputs::TESTS,
         snap::TESTS,
         bufs::TESTS,

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
-use crate::dmabuf::{DmaBuf, Identity};
+use crate::dmabuf::{DmaBuf, Identity, is_read_only};
 use crate::error::{Error, Kind, Result};
 use crate::format::{Layout, MAX_PLANES};
 use crate::memory::{Access, CpuAccess, Mapping, Memory, Private, Span};
@@ -154,7 +154,14 @@ impl Buffer {
         // A writer that panicked left a picture half done and nothing else.
         let mut mappings = self.0.writable.lock().unwrap_or_else(PoisonError::into_inner);
         if mappings.is_empty() {
-            *mappings = self.map(Access::ReadWrite)?;
+            let read_only = |memory: &Memory| is_read_only(memory.as_fd());
+            *mappings =
+                self.map(Access::ReadWrite)
+                    .map_err(|error| match self.0.memory.iter().any(read_only) {
+                        true => error
+                            .repair("it is shared for reading alone: write into a view, or share it with --writable"),
+                        false => error,
+                    })?;
         }
         Ok(BufferWriter { layout: &self.0.layout, mappings, access: self.begin(Access::ReadWrite)? })
     }

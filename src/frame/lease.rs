@@ -27,8 +27,8 @@ use loom::sync::{Arc, atomic};
 #[cfg(not(loom))]
 use std::sync::{Arc, atomic};
 
-use super::Views;
 use super::release::Releases;
+use super::{Holding, Revoked, Views};
 use crate::fence::SyncFile;
 use atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 
@@ -82,6 +82,8 @@ pub(crate) struct Slots {
     free: AtomicU64,
     releases: Releases,
     views: Views,
+    /// Of those that can be taken back.
+    holding: Option<Box<dyn Holding>>,
 }
 
 /// Shared slots; loom brings an `Arc` of its own.
@@ -131,6 +133,15 @@ impl Slot {
 impl Slots {
     /// `count` free slots, [`MAX_SLOTS`] at most.
     pub(crate) fn new(count: u32) -> Arc<Slots> {
+        Slots::with(count, None)
+    }
+
+    /// The same for frames that can be taken back, as `holding` knows.
+    pub(crate) fn revocable(count: u32, holding: Box<dyn Holding>) -> Arc<Slots> {
+        Slots::with(count, Some(holding))
+    }
+
+    fn with(count: u32, holding: Option<Box<dyn Holding>>) -> Arc<Slots> {
         let count = count.min(MAX_SLOTS);
         let free = if count == MAX_SLOTS { u64::MAX } else { (1 << count) - 1 };
         Arc::new(Slots {
@@ -138,6 +149,7 @@ impl Slots {
             free: AtomicU64::new(free),
             releases: Releases::new(count),
             views: Views::new(),
+            holding,
         })
     }
 
@@ -226,6 +238,22 @@ impl Slots {
         self.queued() == 0 && self.take_free().next().is_none()
     }
 
+    /// Whether the frame in a slot that is leased was not taken back.
+    pub(crate) fn check(&self, index: u32) -> Result<(), Revoked> {
+        match &self.holding {
+            Some(holding) if !holding.holds(index) => Err(Revoked),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether fewer are free or with the driver than it needs so as not to starve before somebody looks again: one to fill, and the next
+    /// where there are so many.
+    pub(crate) fn are_short(&self) -> bool {
+        let leased = |slot: &&Slot| slot.stage.load(Ordering::Relaxed) == Stage::Dequeued as u8;
+        let least = if self.slots.len() < 4 { 1 } else { 2 };
+        self.slots.iter().filter(|slot| !leased(slot)).take(least).count() < least
+    }
+
     /// Who has views of these slots' frames, and what was copied for them.
     pub(crate) fn views(&self) -> &Views {
         &self.views
@@ -234,9 +262,16 @@ impl Slots {
     /// Makes a slot free by detaching the views of one that views alone keep, the oldest first: no device either, by a release fence.
     /// Whether one is free now.
     pub(crate) fn detach_oldest_view(&self) -> bool {
+        self.detach_oldest_view_of(|_| true)
+    }
+
+    /// The same among those slots alone that are `wanted`.
+    pub(crate) fn detach_oldest_view_of(&self, wanted: impl Fn(u32) -> bool) -> bool {
         self.views.detach_oldest(|index, views| {
             let slot = self.slots.get(index as usize);
-            slot.is_some_and(|slot| slot.leases.load(Ordering::Acquire) == views) && self.releases.is_done(index)
+            wanted(index)
+                && slot.is_some_and(|slot| slot.leases.load(Ordering::Acquire) == views)
+                && self.releases.is_done(index)
         })
     }
 
@@ -366,6 +401,11 @@ impl Lease {
         if let Some(count) = slot.marked(self.mark.swap(stage as u8, Ordering::Relaxed)) {
             count.fetch_sub(1, Ordering::Relaxed);
         }
+    }
+
+    /// Whether the frame was not taken back by who shares it.
+    pub(crate) fn check(&self) -> Result<(), Revoked> {
+        self.slots.check(self.index)
     }
 
     pub(crate) fn slots_arc(&self) -> SlotsArc {

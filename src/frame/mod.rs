@@ -5,6 +5,7 @@ mod cow;
 mod lease;
 mod meta;
 mod release;
+mod revoked;
 mod room;
 
 pub use buffer::{Buffer, BufferReader, BufferWriter, WeakBuffer};
@@ -13,6 +14,8 @@ pub use cow::{CowView, MAX_VIEWS, RawView, ViewInfo, ViewPages, ViewPolicy};
 pub(crate) use lease::{FreeSlot, Slots, SlotsArc};
 pub use lease::{Lease, MAX_SLOTS, SlotCounts, Stage};
 pub use meta::{Clock, FrameFlags, FrameMeta, Timestamp};
+pub(crate) use revoked::Holding;
+pub use revoked::Revoked;
 pub use room::Room;
 
 use std::sync::Arc;
@@ -145,5 +148,14 @@ impl Frame {
     /// The slot's index in its queue.
     pub fn slot(&self) -> u32 {
         self.lease.index()
+    }
+
+    /// Whether it was not taken back: what was read of it before an `Ok` was the frame. Only frames that another process shares
+    /// ([`Receiver`](crate::share::Receiver)) are ever taken back. Cost: two loads.
+    ///
+    /// # Errors
+    /// [`Revoked`].
+    pub fn check(&self) -> Result<(), Revoked> {
+        self.lease.check()
     }
 }

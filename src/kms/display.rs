@@ -347,7 +347,7 @@ impl Sink for Display {
         };
         let mut way = self.choose(routes, layout, buffer)?;
         if self.request.verify {
-            way.verifier = Some(Verifier::new(&self.card, &way.route, layout, buffers.len())?);
+            way.verifier = Some(Verifier::new(&self.card, &way.route, layout)?);
         }
         if let Some(before) = self.way.take() {
             self.leave(before, &mut way)?;

@@ -14,7 +14,7 @@ use super::route::Route;
 use crate::endpoint::Verdict;
 use crate::error::{Error, Kind, Result};
 use crate::format::Layout;
-use crate::frame::Frame;
+use crate::frame::{Frame, MAX_SLOTS};
 
 /// Longest wait for a CRC, in ms. Under emulation a large picture takes vkms more than a second.
 const CRC_TIMEOUT_MS: u16 = 20_000;
@@ -23,7 +23,7 @@ const CRC_TIMEOUT_MS: u16 = 20_000;
 pub(super) struct Verifier {
     predictor: Predictor,
     stream: Option<CrcStream>,
-    /// For each slot the frame captured into it last: sequence number, place among all captured, predicted CRC.
+    /// For each slot, of which a source may have more than buffers, the frame captured into it last: sequence number, place among all captured, predicted CRC.
     expected: Vec<Option<Expected>>,
     verdict: Verdict,
 }
@@ -46,7 +46,7 @@ impl Verifier {
     ///
     /// # Errors
     /// [`Kind::Unsupported`] if the display's CRC cannot be predicted.
-    pub(super) fn new(card: &Card, route: &Route, layout: &Layout, slots: usize) -> Result<Verifier> {
+    pub(super) fn new(card: &Card, route: &Route, layout: &Layout) -> Result<Verifier> {
         let no = |why: String| {
             let error = Error::new(Kind::Unsupported, "verify what is shown on", card.name()).because(why);
             error.repair("run without --verify, or on vkms")
@@ -63,7 +63,7 @@ impl Verifier {
             flavour.ok_or_else(|| no(format!("how vkms of Linux {release} composes pictures is not known")))?;
         let predictor =
             Predictor::new(flavour, route.mode_size(), layout, route.at).map_err(|why| no(why.to_string()))?;
-        Ok(Verifier { predictor, stream: None, expected: vec![None; slots], verdict: Verdict::default() })
+        Ok(Verifier { predictor, stream: None, expected: vec![None; MAX_SLOTS as usize], verdict: Verdict::default() })
     }
 
     /// Predicts what the display must report for this frame, which has this place among all captured.

@@ -208,8 +208,8 @@ impl Copier {
         // Taken and given back by the same hands: a failure below drops the lease, and with it the slot is free again.
         let lease = Slots::dequeued(&self.slots, index).ok_or_else(lost)?;
         let buffer = self.buffers.get(index as usize).ok_or_else(lost)?;
-        match &mut self.engine {
-            Engine::Cpu(converter) => self.ledger.enter(self.cause, by_cpu(converter, frame, buffer)?),
+        let made = match &mut self.engine {
+            Engine::Cpu(converter) => by_cpu(converter, frame, buffer)?,
             #[cfg(feature = "vulkan")]
             Engine::Gpu(converter) => {
                 frame.wait_acquired(crate::fence::PATIENCE)?;
@@ -223,7 +223,16 @@ impl Copier {
                         }
                     }
                 })?;
+                frame.check().ok().map(|()| 0)
             }
+        };
+        let Some(bytes) = made else {
+            // Who shares it has taken it back meanwhile: what was made may be of two pictures.
+            self.dropped += 1;
+            return Ok(None);
+        };
+        if bytes > 0 {
+            self.ledger.enter(self.cause, bytes);
         }
         let meta = FrameMeta { bytes_used: used(buffer.layout()), ..*frame.meta() };
         let copy = Frame::new(buffer.clone(), meta, lease);
@@ -234,19 +243,21 @@ impl Copier {
     }
 }
 
-/// Copies or converts a frame with the CPU; the bytes written.
-fn by_cpu(converter: &mut Converter, frame: &Frame, buffer: &Buffer) -> Result<u64> {
+/// Copies or converts a frame with the CPU; the bytes written, or `None` if who shares it has taken it back meanwhile.
+fn by_cpu(converter: &mut Converter, frame: &Frame, buffer: &Buffer) -> Result<Option<u64>> {
     let mut writer = buffer.write()?;
-    let bytes = if frame.buffer().maps_privately() {
+    let (bytes, checked) = if frame.buffer().maps_privately() {
         let view = frame.view(HOLDER)?;
-        converter.copy(&SPANS.map(|memory| view.memory(memory).unwrap_or(Span::EMPTY)), &mut writer)
+        let bytes = converter.copy(&SPANS.map(|memory| view.memory(memory).unwrap_or(Span::EMPTY)), &mut writer);
+        (bytes, view.check())
     } else {
         // A view would be a snapshot, and so a second copy. The lease that the caller holds does for as long as this takes.
         let reader = frame.read()?;
-        converter.copy(&SPANS.map(|memory| reader.memory(memory).unwrap_or(Span::EMPTY)), &mut writer)
+        let bytes = converter.copy(&SPANS.map(|memory| reader.memory(memory).unwrap_or(Span::EMPTY)), &mut writer);
+        (bytes, frame.check())
     };
     writer.end()?;
-    Ok(bytes)
+    Ok(checked.is_ok().then_some(bytes))
 }
 
 fn used(layout: &Layout) -> [u32; MAX_PLANES] {

@@ -103,10 +103,12 @@ impl Sink for Png {
 /// has signalled.
 ///
 /// # Errors
-/// As [`Frame::wait_acquired`] and [`buffer_to_rgb`].
+/// As [`Frame::wait_acquired`] and [`buffer_to_rgb`]; [`Kind::Revoked`] if who shares the frame has taken it back meanwhile.
 pub fn frame_to_rgb(frame: &Frame) -> Result<Vec<u8>> {
     frame.wait_acquired(PATIENCE)?;
-    buffer_to_rgb(frame.buffer())
+    let rgb = buffer_to_rgb(frame.buffer())?;
+    frame.check()?;
+    Ok(rgb)
 }
 
 /// A buffer's picture as rows of red, green and blue bytes, without padding. Reads each byte of its pixels once. The

@@ -161,9 +161,10 @@ impl Stream {
     /// Sends `head`, if there is one, then `mark` and the pixels of a frame. Waits while the pipe is full.
     ///
     /// # Errors
-    /// [`Kind::Ended`] when nobody reads any more, or an order to stop came and the reader did not take the rest of a frame soon.
+    /// [`Kind::Ended`] when nobody reads any more, or an order to stop came and the reader did not take the rest of a frame soon;
+    /// [`Kind::Revoked`] if who shares a frame took it back before all of it was read: what went out is of two pictures perhaps.
     pub(super) fn send(&mut self, head: &[u8], mark: &'static [u8], frame: Frame) -> Result<Shown> {
-        self.release();
+        self.release()?;
         // SAFETY: borrowed for longer than the call that uses it, which copies it, and not changed meanwhile.
         let head = unsafe { Span::new(NonNull::from(head).cast(), head.len()) };
         let sent = head.is_empty() || self.output.send(&[head], How::Write)?;
@@ -179,9 +180,10 @@ impl Stream {
         match self.how {
             How::Splice => {
                 self.held.push_back((self.output.sent(), frame));
-                self.release();
+                self.release()?;
             }
             How::Write => {
+                frame.check()?;
                 let cause = if self.output.takes_all() { INTO_FILE } else { INTO_PIPE };
                 self.ledger.enter(cause, frame.buffer().layout().pixel_bytes());
             }
@@ -228,14 +230,15 @@ impl Stream {
     }
 
     /// Lets go of the frames that the reader has taken.
-    fn release(&mut self) {
+    fn release(&mut self) -> Result<()> {
         if self.held.is_empty() {
-            return;
+            return Ok(());
         }
         let taken = self.output.taken();
         while self.held.front().is_some_and(|&(end, _)| end <= taken) {
-            self.held.pop_front();
+            self.held.pop_front().map_or(Ok(()), |(_, frame)| frame.check())?;
         }
+        Ok(())
     }
 
     fn ended_unless(&self, sent: bool) -> Result<()> {

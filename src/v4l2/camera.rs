@@ -72,6 +72,8 @@ pub struct Camera {
     still_read: Vec<StillRead>,
     /// How many buffers of its own it was asked for.
     own_buffers: u32,
+    /// Its own buffers are exported for reading alone besides.
+    read_only: bool,
     watchdog: Duration,
     last: Option<FrameMeta>,
     ended: bool,
@@ -126,6 +128,7 @@ impl Camera {
             not_kept: Vec::new(),
             still_read: Vec::new(),
             own_buffers,
+            read_only: false,
             watchdog: WATCHDOG,
             last: None,
             ended: false,
@@ -256,7 +259,10 @@ impl Camera {
     fn allocate(&mut self) -> Result<()> {
         let (state, result) = match std::mem::replace(&mut self.queue, State::Turning) {
             State::Idle(queue) => match queue.allocate(self.own_buffers) {
-                Ok(queue) => (State::Allocated(queue), Ok(())),
+                Ok(queue) => {
+                    let exported = if self.read_only { queue.export_read_only() } else { Ok(()) };
+                    (State::Allocated(queue), exported)
+                }
                 Err(failed) => (State::Idle(failed.queue), Err(failed.error)),
             },
             other => (other, Ok(())),
@@ -347,6 +353,18 @@ impl Source for Camera {
             queue.set_layout(layout);
         }
         Ok((layout, Room::for_lens(&self.memory_lens()?)))
+    }
+
+    fn export_read_only(&mut self) -> Result<()> {
+        self.read_only = true;
+        match &self.queue {
+            State::Allocated(queue) => queue.export_read_only(),
+            State::Streaming(_) => {
+                let error = Error::new(Kind::Busy, "export the buffers of", self.name.clone());
+                Err(error.because("it streams").repair("stop it first"))
+            }
+            State::Idle(_) | State::Turning => Ok(()),
+        }
     }
 
     fn follow(&mut self) -> Result<()> {

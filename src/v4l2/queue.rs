@@ -9,6 +9,7 @@
 //! ```
 
 mod import;
+mod read_only;
 mod shortage;
 
 use std::fmt;
@@ -30,7 +31,7 @@ use crate::frame::{
     Buffer, Clock, Frame, FrameFlags, FrameMeta, MAX_SLOTS, SlotCounts, Slots, SlotsArc, Timestamp, ViewInfo,
     ViewPolicy,
 };
-use crate::memory::Memory;
+use crate::memory::{Access, Memory};
 
 /// No buffers.
 #[derive(Debug)]
@@ -254,7 +255,7 @@ impl Queue<Idle> {
         let mut lens = Vec::with_capacity(count);
         let mut memory = Vec::with_capacity(count);
         for (plane, info) in (0u32..).zip(planes).take(count) {
-            let fd = raw::export(self.device.as_fd(), buffer_type, index, plane);
+            let fd = raw::export(self.device.as_fd(), buffer_type, index, plane, Access::ReadWrite);
             let fd = fd.context("export", || format!("buffer {index} of {} as a dma-buf", self.name()));
             let fd = fd.map_err(|error| Call::ExportBuffer.explain(error))?;
             let dma_buf = DmaBuf::new(fd)?;

@@ -11,6 +11,8 @@ use nix::libc;
 use v4l::v4l_sys as sys;
 use v4l::v4l2::vidioc::{self, _IOC_TYPE as Number};
 
+use crate::memory::Access;
+
 /// The plane array of the multi-planar API has eight entries (`VIDEO_MAX_PLANES`).
 pub(super) const MAX_V4L2_PLANES: usize = 8;
 
@@ -124,13 +126,24 @@ pub(super) fn buffer(
     unsafe { call(fd, request, buffer) }
 }
 
-/// `VIDIOC_EXPBUF`: a new dma-buf descriptor for one memory plane of one buffer, close-on-exec, for reading and writing.
-pub(super) fn export(fd: BorrowedFd<'_>, buffer_type: u32, index: u32, plane: u32) -> io::Result<OwnedFd> {
+/// `VIDIOC_EXPBUF`: a new dma-buf descriptor for one memory plane of one buffer, close-on-exec; for what it is good, the exporter
+/// remembers (`flags` of `dma_buf_export_info`).
+pub(super) fn export(
+    fd: BorrowedFd<'_>,
+    buffer_type: u32,
+    index: u32,
+    plane: u32,
+    access: Access,
+) -> io::Result<OwnedFd> {
+    let mode = match access {
+        Access::Read => libc::O_RDONLY,
+        Access::ReadWrite => libc::O_RDWR,
+    };
     let mut export: sys::v4l2_exportbuffer = zeroed();
     export.type_ = buffer_type;
     export.index = index;
     export.plane = plane;
-    export.flags = (libc::O_CLOEXEC | libc::O_RDWR).cast_unsigned();
+    export.flags = (libc::O_CLOEXEC | mode).cast_unsigned();
     // SAFETY: the request takes a `v4l2_exportbuffer`, which holds no pointers.
     unsafe { call(fd, vidioc::VIDIOC_EXPBUF, &mut export) }?;
     // SAFETY: the call succeeded, so `fd` is a new descriptor that nobody else owns (vb2_core_expbuf).

@@ -10,9 +10,9 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
 /// Below every help text.
 const NAMES: &str = "\
-SOURCE  /dev/videoN | a driver or card name (vivid) | pattern (a test card, no device needed)
+SOURCE  /dev/videoN | a driver or card name (vivid) | pattern (a test card, no device needed) | unix:SOCKET (what is shared there)
 SINK    /dev/dri/cardN | a driver name (vkms) | gbm | gbm:DEVICE | vulkan | vulkan:GPU (a DRM node, or a part of its name)
-        png:FILE | y4m:FILE | raw:FILE | null
+        png:FILE | y4m:FILE | raw:FILE | unix:SOCKET | null
         (y4m:- and raw:- write the frames to stdout, and the result to stderr)
 DEVICE  /dev/dri/renderDN | /dev/dri/cardN | a driver name (amdgpu, vgem)
 
@@ -49,6 +49,8 @@ pub enum Command {
     Probe(ProbeArgs),
     /// Frames from a source to a sink
     Pipe(PipeArgs),
+    /// One source for many processes, which use unix:SOCKET as their source
+    Share(ShareArgs),
     /// One frame of a camera, or what a display shows, as a PNG file
     Snap(SnapArgs),
     /// Every dma-buf of this machine: size, exporter, who holds it, attached devices
@@ -147,6 +149,60 @@ pub struct PipeArgs {
     pub json: bool,
 }
 
+/// Below the help text of `share`.
+const SHARE: &str = "\
+SOURCE  /dev/videoN | a driver or card name (vivid) | pattern (a test card, no device needed) | unix:SOCKET (what is shared there)
+SOCKET  a path, or @NAME for a socket without a file
+
+Consumers get the source's own buffers, for reading: nothing is copied, and what one writes into its own view no other sees. One that is
+late gets the newest frame; one that keeps a frame for longer than its lease loses it when the source has no other buffer to fill.";
+
+#[derive(ClapArgs)]
+#[command(after_help = SHARE)]
+pub struct ShareArgs {
+    /// Where frames come from [default: the first camera]
+    #[arg(long, value_name = "SOURCE", value_parser = NonEmptyStringValueParser::new())]
+    pub from: Option<String>,
+    /// Where consumers connect [default: the socket that systemd has passed]
+    #[arg(long, value_name = "SOCKET", value_parser = NonEmptyStringValueParser::new())]
+    pub at: Option<String>,
+    /// The mode of the socket's file, octal [default: 600; 666 with --allow-uid or --allow-gid, which are looked at for each connection]
+    #[arg(long, value_name = "MODE", value_parser = mode)]
+    pub mode: Option<u32>,
+    /// The group of the socket's file, by name or number
+    #[arg(long, value_name = "GROUP", value_parser = NonEmptyStringValueParser::new())]
+    pub group: Option<String>,
+    /// Another user that may connect, by number; may be given several times
+    #[arg(long, value_name = "UID")]
+    pub allow_uid: Vec<u32>,
+    /// A group whose processes may connect, by number; may be given several times
+    #[arg(long, value_name = "GID")]
+    pub allow_gid: Vec<u32>,
+    /// Consumers can write into the buffers as well, as Mesa's lavapipe must to import them
+    #[arg(long)]
+    pub writable: bool,
+    /// How long a consumer may keep a frame at least, in ms [default: three frame times]
+    #[arg(long, value_name = "MS", value_parser = millis)]
+    pub lease: Option<Duration>,
+    /// Frames that a consumer may have at a time; a display that shows every frame needs three or four
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=15))]
+    pub budget: u32,
+    #[command(flatten)]
+    pub shape: Shape,
+    /// Buffers in the source's queue [default: 8]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub buffers: Option<u32>,
+    /// Stop after N captured frames [default: go on until Ctrl-C]
+    #[arg(long, value_name = "N", conflicts_with = "seconds")]
+    pub frames: Option<u64>,
+    /// Stop after S seconds
+    #[arg(long, value_name = "S")]
+    pub seconds: Option<f64>,
+    /// Print the result as one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// The shape of a source's frames.
 #[derive(ClapArgs, Clone)]
 pub struct Shape {
@@ -168,6 +224,9 @@ pub struct Shape {
     /// Set a control of the camera first; may be given several times
     #[arg(long = "control", value_name = "NAME=VALUE", value_parser = control)]
     pub controls: Vec<(String, i64)>,
+    /// When what is shared at unix:SOCKET ends, wait until it is there again
+    #[arg(long)]
+    pub reconnect: bool,
 }
 
 #[derive(ClapArgs)]
@@ -263,6 +322,18 @@ fn size(text: &str) -> Result<(u32, u32), String> {
     }
 }
 
+fn mode(text: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777);
+    mode.ok_or_else(|| format!("\"{text}\" is not a mode such as 660"))
+}
+
+fn millis(text: &str) -> Result<Duration, String> {
+    let millis = text.parse().ok().filter(|millis| (1.0..=3_600_000.0).contains(millis));
+    millis
+        .map(|millis: f64| Duration::from_secs_f64(millis / 1000.0))
+        .ok_or_else(|| format!("\"{text}\" is not a number of ms from 1 to 3600000"))
+}
+
 fn interval(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().filter(|seconds| (0.05..=86400.0).contains(seconds));
     seconds
@@ -294,6 +365,18 @@ mod tests {
             ["0", "-1", "nan", "inf", "1e9", "x", ""]
                 .into_iter()
                 .all(|text| interval(text).is_err())
+        );
+    }
+
+    #[test]
+    fn modes_and_leases() {
+        assert_eq!((mode("660"), mode("0600")), (Ok(0o660), Ok(0o600)));
+        assert!(["", "1000", "8", "-1", "x"].into_iter().all(|text| mode(text).is_err()));
+        assert_eq!(millis("2.5"), Ok(Duration::from_micros(2500)));
+        assert!(
+            ["", "0", "-1", "nan", "inf", "1e9"]
+                .into_iter()
+                .all(|text| millis(text).is_err())
         );
     }
 

@@ -10,6 +10,7 @@ use dmaflow::gbm;
 use dmaflow::kms::{Card, Display, DisplayRequest, Present};
 use dmaflow::ladder::Watch;
 use dmaflow::pattern::{Pattern, PatternRequest};
+use dmaflow::share::{Receiver, Server, ServerRequest};
 use dmaflow::sink::{Null, Png, Raw, Y4m};
 use dmaflow::v4l2::{Camera, CameraRequest, Control, ControlKind, Device, RateRequest};
 #[cfg(feature = "vulkan")]
@@ -18,6 +19,7 @@ use dmaflow::vulkan::{Gpu, GpuRequest, Vulkan};
 use crate::args::{NO_STDOUT, PathChoice, PipeArgs, PresentChoice, Shape};
 use crate::failure::Usage;
 use crate::output::note;
+use crate::share;
 
 /// The rate above which nobody asks without saying so: most displays show no more.
 const USUAL_RATE: f64 = 60.0;
@@ -30,6 +32,7 @@ pub enum AnySink {
     Png(Png),
     Y4m(Y4m),
     Raw(Raw),
+    Share(Box<Server>),
     Null(Null),
     #[cfg(feature = "vulkan")]
     Vulkan(Box<Vulkan>),
@@ -50,6 +53,7 @@ impl AnySink {
             AnySink::Png(png) => png,
             AnySink::Y4m(y4m) => y4m,
             AnySink::Raw(raw) => raw,
+            AnySink::Share(server) => server.as_mut(),
             AnySink::Null(null) => null,
             #[cfg(feature = "vulkan")]
             AnySink::Vulkan(vulkan) => vulkan.as_mut(),
@@ -126,7 +130,7 @@ pub fn open_sink(args: &PipeArgs, stop: BorrowedFd<'_>) -> anyhow::Result<AnySin
         }
         Some(("gbm", "")) => bail!(Usage("gbm: needs a device, as in gbm:/dev/dri/renderD128".into())),
         Some(("gbm", device)) => open_gbm(Some(device))?,
-        Some(("unix", _)) => bail!(Usage("this version has no sink unix:".into())),
+        Some(("unix", place)) => AnySink::Share(Box::new(share::open(place, ServerRequest::default())?)),
         Some(("vulkan", "")) => bail!(Usage(NO_GPU_NAMED.into())),
         Some(("vulkan", gpu)) => open_gpu(Some(gpu), verify)?,
         Some(_) => bail!(Usage(format!("there is no sink called \"{name}\""))),
@@ -212,10 +216,13 @@ pub fn open_source(
     if shape.fps.is_some_and(|fps| !(fps.is_finite() && fps > 0.0)) {
         bail!(Usage("--fps takes a number greater than 0".into()));
     }
+    if shape.reconnect && !name.is_some_and(|name| name.starts_with("unix:")) {
+        bail!(Usage("--reconnect is for what is shared (--from unix:SOCKET)".into()));
+    }
     let wanted = shape.format.as_deref().map(parse_format).transpose()?;
     match name {
+        Some(name) if name.starts_with("unix:") => Ok(Box::new(open_share(name, shape, wanted, buffers)?)),
         Some("pattern") => Ok(Box::new(open_pattern(shape, wanted.map(|(format, _)| format), buffers, formats)?)),
-        Some(name) if name.starts_with("unix:") => bail!(Usage("this version has no source unix:".into())),
         Some(name) => open_camera(Device::find(name)?, shape, wanted, buffers, formats),
         None => {
             let device = Device::first()?;
@@ -223,6 +230,42 @@ pub fn open_source(
             open_camera(device, shape, wanted, buffers, formats)
         }
     }
+}
+
+/// What another process shares, which has one format for all.
+fn open_share(
+    name: &str,
+    shape: &Shape,
+    wanted: Option<(Format, Option<Fourcc>)>,
+    buffers: Option<u32>,
+) -> anyhow::Result<Receiver> {
+    let place = name.strip_prefix("unix:").unwrap_or(name);
+    if place.is_empty() || place == "@" {
+        bail!(Usage("unix: needs the path of a socket, or @NAME".into()));
+    }
+    for (given, option) in [
+        (shape.fps.is_some(), "--fps"),
+        (shape.stride.is_some(), "--stride"),
+        (shape.input.is_some(), "--input"),
+        (!shape.controls.is_empty(), "--control"),
+        (buffers.is_some(), "--buffers"),
+    ] {
+        if given {
+            bail!(Usage(format!("{option} is for who shares the source; {name} is as it is shared")));
+        }
+    }
+    let mut receiver = Receiver::connect(place, "dmaflow")?;
+    if shape.reconnect {
+        receiver.come_back_to_it()?;
+    }
+    let layout = *receiver.layout();
+    let other = wanted.is_some_and(|(format, _)| format != layout.format());
+    if other || shape.size.is_some_and(|size| size != layout.size()) {
+        bail!(
+            "cannot get another format or size from {name}: it is shared as {layout}, one for all; choose it where it is shared"
+        );
+    }
+    Ok(receiver)
 }
 
 fn parse_format(text: &str) -> anyhow::Result<(Format, Option<Fourcc>)> {

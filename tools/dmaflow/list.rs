@@ -1,10 +1,13 @@
 //! `dmaflow list`: what this machine has.
 
+use std::os::unix::fs::FileTypeExt;
 use std::process::ExitCode;
 
+use dmaflow::endpoint::Source;
 use dmaflow::format::Format;
 use dmaflow::kms::{Card, ConnectorOffer};
 use dmaflow::memory::Allocator;
+use dmaflow::share::Receiver;
 use dmaflow::v4l2::{Api, Device, FormatOffer};
 use serde::Serialize;
 
@@ -19,6 +22,8 @@ struct Listing {
     gpus: Vec<GpuEntry>,
     allocators: Vec<AllocatorListing>,
     shared: Vec<SharedListing>,
+    /// What this user's processes share, in `$XDG_RUNTIME_DIR/dmaflow/`.
+    shares: Vec<ShareListing>,
     /// Devices that are there and could not be opened, and why.
     refused: Vec<String>,
 }
@@ -159,6 +164,46 @@ struct SharedListing {
     formats: Vec<String>,
 }
 
+/// A source that another process shares.
+#[derive(Serialize)]
+struct ShareListing {
+    /// As `--from` takes it.
+    name: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    layout: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fps: Option<f64>,
+    /// Why it cannot be used.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    why_not: Option<String>,
+}
+
+/// The shares whose sockets lie where this user's do. Each is connected to for a moment.
+fn shares() -> Vec<ShareListing> {
+    let Some(folder) = std::env::var_os("XDG_RUNTIME_DIR") else { return Vec::new() };
+    let Ok(entries) = std::fs::read_dir(std::path::Path::new(&folder).join("dmaflow")) else { return Vec::new() };
+    let socket = |entry: std::fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_socket()).then(|| entry.path());
+    let mut paths: Vec<_> = entries.flatten().filter_map(socket).collect();
+    paths.sort_unstable();
+    let listing = |path: std::path::PathBuf| {
+        let place = path.display().to_string();
+        let name = format!("unix:{place}");
+        match Receiver::connect(&place, "dmaflow list") {
+            Ok(receiver) => ShareListing {
+                name,
+                source: Some(receiver.source().to_owned()),
+                layout: Some(receiver.layout().to_string()),
+                fps: receiver.rate(),
+                why_not: None,
+            },
+            Err(error) => ShareListing { name, source: None, layout: None, fps: None, why_not: Some(error.line()) },
+        }
+    };
+    paths.into_iter().map(listing).collect()
+}
+
 pub fn run(args: &ListArgs) -> anyhow::Result<ExitCode> {
     output::check()?;
     let mut listing = Listing {
@@ -168,6 +213,7 @@ pub fn run(args: &ListArgs) -> anyhow::Result<ExitCode> {
         gpus: vec![],
         allocators: allocators(),
         shared: vec![],
+        shares: shares(),
         refused: vec![],
     };
     let mut camera_formats = Vec::new();
@@ -418,6 +464,18 @@ fn table(listing: &Listing) -> String {
         lines.push(format!("  {} to {}  {formats}", pair.camera, pair.display));
     }
     if listing.shared.is_empty() {
+        none(&mut lines);
+    }
+    lines.push("shares".to_owned());
+    for share in &listing.shares {
+        let fps = share.fps.map_or(String::new(), |fps| format!(" at {fps:.1} fps"));
+        let state = match (&share.source, &share.layout, &share.why_not) {
+            (Some(source), Some(layout), _) => format!("{}: {layout}{fps}", crate::table::plain(source)),
+            (_, _, why) => why.clone().unwrap_or_default(),
+        };
+        lines.push(format!("  {}  {state}", share.name));
+    }
+    if listing.shares.is_empty() {
         none(&mut lines);
     }
     if !listing.refused.is_empty() {

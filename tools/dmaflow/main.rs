@@ -15,6 +15,7 @@ mod pipe;
 mod probe;
 mod probe_report;
 mod report;
+mod share;
 mod snap;
 mod stop;
 mod table;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         Command::List(args) => list::run(args),
         Command::Probe(args) => probe::run(args),
         Command::Pipe(args) => pipe::run(args),
+        Command::Share(args) => share::run(args),
         Command::Snap(args) => snap::run(args),
         Command::Bufs(args) => bufs::run(args),
     };

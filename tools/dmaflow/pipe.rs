@@ -25,7 +25,7 @@ use crate::report::{self, Report, SinkSays};
 use crate::stop::catch_signals;
 
 pub fn run(args: &PipeArgs) -> anyhow::Result<ExitCode> {
-    let limits = limits(args)?;
+    let limits = limits(args.frames, args.seconds)?;
     output::check()?;
     // Before any device is opened: from here on an order to stop waits until it can be followed in order.
     let stop = catch_signals()?;
@@ -40,7 +40,18 @@ pub fn run(args: &PipeArgs) -> anyhow::Result<ExitCode> {
     #[cfg(feature = "vulkan")]
     let messages = sink.messages();
     let mut said = Vec::new();
+    if let AnySink::Share(server) = &mut sink {
+        source.export_read_only()?;
+        server.describe(source.name(), source.watchdog());
+    }
     let flowed = flow(args, limits, source.as_mut(), &mut sink, &stop, &mut report, &mut said);
+    if let AnySink::Share(server) = &mut sink {
+        // The source stands: what consumers have now stays what it is.
+        match &flowed {
+            Ok(_) => server.end(),
+            Err(error) => server.fail(&format!("{error:#}")),
+        }
+    }
     // Also after a failure, and before anything else is said: the screen first.
     let restored = sink.restore();
     let (status, restored) = match (flowed, restored) {
@@ -200,13 +211,14 @@ fn refusal_in(error: &dmaflow::Error) -> Option<Refusal> {
     None
 }
 
-fn limits(args: &PipeArgs) -> anyhow::Result<Limits> {
-    if args.frames == Some(0) {
+/// When frames stop, as the command line says.
+pub fn limits(frames: Option<u64>, seconds: Option<f64>) -> anyhow::Result<Limits> {
+    if frames == Some(0) {
         bail!("cannot pipe 0 frames: --frames takes 1 or more");
     }
-    let duration = args.seconds.map(|seconds| {
+    let duration = seconds.map(|seconds| {
         let duration = Duration::try_from_secs_f64(seconds).ok().filter(|duration| !duration.is_zero());
         duration.ok_or_else(|| Usage(format!("--seconds takes a number greater than 0, not {seconds}")))
     });
-    Ok(Limits { frames: args.frames, duration: duration.transpose()? })
+    Ok(Limits { frames, duration: duration.transpose()? })
 }

@@ -138,7 +138,9 @@ fn sources(name: Option<&str>, failed: &mut Vec<String>) -> anyhow::Result<Vec<S
     let camera = |device: &Device| Source::Camera(device.info().path.clone(), device.info().driver.clone());
     Ok(match name {
         Some("pattern") => vec![Source::Pattern],
-        Some(name) if name.starts_with("unix:") => bail!(Usage("this version has no source unix:".into())),
+        Some(name) if name.starts_with("unix:") => {
+            bail!(Usage("what is shared has one format and one owner: probe its source where it is shared".into()))
+        }
         Some(name) => vec![camera(&Device::find(name)?)],
         None => {
             let first = Device::first()?;

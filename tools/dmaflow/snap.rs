@@ -24,7 +24,7 @@ pub fn run(args: &SnapArgs) -> anyhow::Result<ExitCode> {
 
 /// The display called `name`; `None` if that is a source.
 fn find_display(name: &str) -> anyhow::Result<Option<Card>> {
-    if name == "pattern" || name.starts_with("/dev/video") {
+    if name == "pattern" || name.starts_with("/dev/video") || name.starts_with("unix:") {
         return Ok(None);
     }
     match Card::find(name) {

@@ -26,7 +26,7 @@ use std::fmt;
 use std::ptr::NonNull;
 use std::sync::{Arc, RwLockReadGuard};
 
-use super::{Frame, FrameMeta};
+use super::{Frame, FrameMeta, Revoked};
 use crate::clock::now_us;
 use crate::error::{Error, Kind, Result};
 use crate::fence::PATIENCE;
@@ -96,7 +96,7 @@ impl CowView {
                 slots.views().table.reach(place, Arc::downgrade(&shared));
                 shared
             }
-            None => Arc::new(Shared::snapshot(buffer, slots)?),
+            None => Arc::new(Shared::snapshot(buffer, slots, frame.slot())?),
         };
         let layout = *buffer.layout();
         let mut rows = [0; MAX_PLANES];
@@ -128,29 +128,51 @@ impl CowView {
 
     /// Copies the start of row `row` of colour plane `plane` into `out`: as many bytes as `out` has, a row's pixels being
     /// [`Format::row_bytes`](crate::format::Format::row_bytes). What is outside the picture's memory reads as zero.
+    ///
+    /// # Errors
+    /// [`Revoked`]: another process shares the frame and has taken it back, and the bytes may be of another picture. A view that was detached
+    /// in time is never revoked, and one of a device that this process has open neither.
     #[inline]
-    pub fn row(&self, plane: usize, row: u32, out: &mut [u8]) {
+    pub fn row(&self, plane: usize, row: u32, out: &mut [u8]) -> Result<(), Revoked> {
         match self.place(plane, row) {
             Some((memory, offset, _)) => self.shared.read(memory, offset, out),
-            None => out.fill(0),
+            None => {
+                out.fill(0);
+                Ok(())
+            }
         }
     }
 
     /// Copies bytes of memory plane `memory` out, from byte `offset` on; what is not there reads as zero. The way to take all of it.
-    pub fn read(&self, memory: usize, offset: usize, out: &mut [u8]) {
-        self.shared.read(memory, offset, out);
+    ///
+    /// # Errors
+    /// [`Revoked`], as [`CowView::row`].
+    pub fn read(&self, memory: usize, offset: usize, out: &mut [u8]) -> Result<(), Revoked> {
+        self.shared.read(memory, offset, out)
+    }
+
+    /// Whether all that was read of it until now, by whatever way, was the frame.
+    ///
+    /// # Errors
+    /// [`Revoked`], as [`CowView::row`].
+    pub fn check(&self) -> Result<(), Revoked> {
+        self.shared.check()
     }
 
     /// Writes bytes into row `row` of colour plane `plane` from byte `offset` of the row on, and tells how many fitted into the row's
     /// stride. Others do not see them. The kernel copies each page at its first byte written: about 4 KiB of copying and a page fault.
-    pub fn write(&mut self, plane: usize, row: u32, offset: u32, bytes: &[u8]) -> usize {
-        let Some((memory, start, stride)) = self.place(plane, row) else { return 0 };
+    ///
+    /// # Errors
+    /// [`Revoked`], as [`CowView::row`].
+    pub fn write(&mut self, plane: usize, row: u32, offset: u32, bytes: &[u8]) -> Result<usize, Revoked> {
+        let Some((memory, start, stride)) = self.place(plane, row) else { return Ok(0) };
         let fits = stride.saturating_sub(offset as usize).min(bytes.len());
         // SAFETY: the view is borrowed exclusively, so its holder does nothing else with it.
         unsafe { self.shared.write(memory, start.saturating_add(offset as usize), &bytes[..fits]) }
     }
 
-    /// The bytes of memory plane `memory`, to read by copying them out; `None` if there is no such plane.
+    /// The bytes of memory plane `memory`, to read by copying them out; `None` if there is no such plane. Of a frame that another process
+    /// shares, [`check`](CowView::check) tells afterwards whether they were the frame's.
     pub fn memory(&self, memory: u32) -> Option<Span<'_>> {
         self.shared.address(memory as usize).map(Region::span)
     }
@@ -197,7 +219,7 @@ impl CowView {
     /// [`CowView::raw`]), one `mremap` for each memory plane, and the next view of the buffer maps it anew.
     ///
     /// # Errors
-    /// For want of memory; the view is as it was then.
+    /// For want of memory, and [`Kind::Revoked`] if it is too late; the view is as it was then.
     pub fn detach(&self) -> Result<()> {
         self.shared.detach()
     }

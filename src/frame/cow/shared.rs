@@ -8,7 +8,7 @@ use super::views::{Account, Cause};
 use super::written::Written;
 use crate::error::{Context, Result};
 use crate::format::MAX_PLANES;
-use crate::frame::{Buffer, Lease, SlotsArc, WeakBuffer};
+use crate::frame::{Buffer, Lease, Revoked, SlotsArc, WeakBuffer};
 use crate::memory::{OwnedAccess, Private, Region, page_size};
 
 /// Whose pages a view shows.
@@ -34,6 +34,8 @@ pub(super) struct Shared {
     addressed: AtomicBool,
     account: Account,
     slots: SlotsArc,
+    /// Of the frame, whose lease is held while the view shows the device's pages.
+    slot: u32,
     /// Where mappings go at the end, if somebody still has it.
     buffer: WeakBuffer,
 }
@@ -118,11 +120,10 @@ impl Plane {
         }
     }
 
-    /// Puts the bytes, as the holder sees them, into `spare` and `spare` in the place of the device's pages. What is left of
-    /// `spare` on failure comes back.
-    fn detach(&self, mut spare: Region, addressed: bool) -> Result<(), (Region, io::Error)> {
+    /// Puts `spare`, which has the bytes as the holder sees them, in the place of the device's pages. What is left of it on failure comes
+    /// back.
+    fn show(&self, spare: Region, addressed: bool) -> Result<(), (Region, io::Error)> {
         let Some(region) = self.region() else { return Ok(()) };
-        spare.copy_from(region);
         if addressed {
             spare.replace(region)?;
             self.exchanged.store(true, Ordering::Release);
@@ -143,17 +144,17 @@ impl Shared {
         for (access, plane) in access.iter_mut().zip(0u32..) {
             *access = buffer.dma_buf(plane).map(OwnedAccess::begin).transpose()?;
         }
-        let slots = lease.slots_arc();
+        let (slots, slot) = (lease.slots_arc(), lease.index());
         let held = Held { _access: access, _buffer: buffer.clone(), _lease: lease, _entered: entered };
         let planes = planes.into_iter().map(|private| Plane::new(Some(private), None)).collect();
-        Ok(Shared::new(buffer, planes, State::Attached { _held: held }, slots))
+        Ok(Shared::new(buffer, planes, State::Attached { _held: held }, slots, slot))
     }
 
     /// A copy of a buffer, which the view has for itself.
     ///
     /// # Errors
-    /// If the exporter refuses a mapping or CPU access; for want of memory.
-    pub(super) fn snapshot(buffer: &Buffer, slots: SlotsArc) -> Result<Shared> {
+    /// If the exporter refuses a mapping or CPU access; for want of memory; [`Revoked`].
+    pub(super) fn snapshot(buffer: &Buffer, slots: SlotsArc, slot: u32) -> Result<Shared> {
         let reader = buffer.read()?;
         let mut planes = Vec::with_capacity(MAX_PLANES);
         for (memory, &len) in buffer.memory_lens().iter().enumerate() {
@@ -166,16 +167,17 @@ impl Shared {
             planes.push(Plane::new(None, Some(spare)));
         }
         drop(reader);
-        let shared = Shared::new(buffer, planes, State::Own(ViewPages::Snapshot), slots);
+        slots.check(slot)?;
+        let shared = Shared::new(buffer, planes, State::Own(ViewPages::Snapshot), slots, slot);
         for &len in buffer.memory_lens() {
             shared.enter(Cause::Snapshot, 1, len as u64);
         }
         Ok(shared)
     }
 
-    fn new(buffer: &Buffer, planes: Vec<Plane>, state: State, slots: SlotsArc) -> Shared {
+    fn new(buffer: &Buffer, planes: Vec<Plane>, state: State, slots: SlotsArc, slot: u32) -> Shared {
         let (gate, addressed) = (RwLock::new(state), AtomicBool::new(false));
-        Shared { planes, gate, addressed, account: Account::default(), slots, buffer: buffer.downgrade() }
+        Shared { planes, gate, addressed, account: Account::default(), slots, slot, buffer: buffer.downgrade() }
     }
 
     pub(super) fn account(&self) -> &Account {
@@ -183,29 +185,52 @@ impl Shared {
     }
 
     /// Copies bytes of a memory plane out; what is not there reads as zero.
+    ///
+    /// # Errors
+    /// [`Revoked`]: the bytes may be another picture's.
     #[inline]
-    pub(super) fn read(&self, memory: usize, offset: usize, out: &mut [u8]) {
-        match self.planes.get(memory) {
-            Some(plane) => plane.read(offset, out),
-            None => out.fill(0),
-        }
+    pub(super) fn read(&self, memory: usize, offset: usize, out: &mut [u8]) -> Result<(), Revoked> {
+        let Some(plane) = self.planes.get(memory) else {
+            out.fill(0);
+            return Ok(());
+        };
+        plane.read(offset, out);
+        self.check_plane(plane)
+    }
+
+    /// Whether what a plane showed until now was the frame. The view's own pages are; and the device's, if the lease holds after they were
+    /// looked at. A view that is detached by somebody else meanwhile loses its lease in order, but has its own pages before.
+    #[inline]
+    fn check_plane(&self, plane: &Plane) -> Result<(), Revoked> {
+        self.slots
+            .check(self.slot)
+            .or_else(|revoked| if plane.is_own() { Ok(()) } else { Err(revoked) })
+    }
+
+    /// The same for all planes.
+    pub(super) fn check(&self) -> Result<(), Revoked> {
+        self.planes.iter().try_for_each(|plane| self.check_plane(plane))
     }
 
     /// Copies bytes into a memory plane and tells how many fitted. Waits for a detaching that is going on.
     ///
+    /// # Errors
+    /// [`Revoked`]: what is around them may be another picture's.
+    ///
     /// # Safety
     /// The caller is the holder, and no other thread of its own uses these bytes meanwhile.
-    pub(super) unsafe fn write(&self, memory: usize, offset: usize, bytes: &[u8]) -> usize {
+    pub(super) unsafe fn write(&self, memory: usize, offset: usize, bytes: &[u8]) -> Result<usize, Revoked> {
         let _gate = self.gate();
-        let Some(plane) = self.planes.get(memory) else { return 0 };
-        let Some(region) = plane.region() else { return 0 };
+        let Some(plane) = self.planes.get(memory) else { return Ok(0) };
+        let Some(region) = plane.region() else { return Ok(0) };
         if !plane.is_own() {
             let last = offset.saturating_add(bytes.len().saturating_sub(1));
             plane.written.mark(offset / page_size(), last / page_size());
         }
         // SAFETY: as the caller promises of its own threads; the queue, which alone shares the view, reads these bytes only with the
         // gate closed to us.
-        unsafe { region.write(offset, bytes) }
+        let written = unsafe { region.write(offset, bytes) };
+        self.check_plane(plane).map(|()| written)
     }
 
     /// The addresses of a memory plane, which stay from now on.
@@ -261,7 +286,7 @@ impl Shared {
     /// Detaches, after any write that is going on.
     ///
     /// # Errors
-    /// For want of memory; the view is as it was.
+    /// For want of memory, and [`Revoked`]; the view is as it was.
     pub(super) fn detach(&self) -> Result<()> {
         self.detach_from(&mut self.gate.write().unwrap_or_else(PoisonError::into_inner))
     }
@@ -271,17 +296,25 @@ impl Shared {
             return Ok(());
         }
         let addressed = self.addressed.load(Ordering::Acquire);
+        let views = self.slots.views();
+        // Before the work, and again when it is done.
+        self.check()?;
         for plane in self.planes.iter().filter(|plane| !plane.is_own()) {
             let Some(device) = &plane.device else { continue };
             let written = plane.written.pages(device);
             let len = device.region().len();
-            let detached = self.slots.views().spare(len).and_then(|spare| {
-                plane.detach(spare, addressed).map_err(|(spare, error)| {
-                    self.slots.views().keep(spare);
-                    error
-                })
+            let about = || "a view from its frame";
+            let mut spare = views.spare(len).context("detach", about)?;
+            spare.copy_from(plane.region().unwrap_or(device.region()));
+            if let Err(revoked) = self.slots.check(self.slot) {
+                views.keep(spare);
+                return Err(revoked.into());
+            }
+            let shown = plane.show(spare, addressed).map_err(|(spare, error)| {
+                views.keep(spare);
+                error
             });
-            detached.context("detach", || "a view from its frame")?;
+            shown.context("detach", about)?;
             self.enter_pages(written);
             self.enter(Cause::Detached, 1, len as u64);
         }

@@ -30,7 +30,7 @@ fn first_bytes(view: &CowView) -> Vec<u8> {
     let mut byte = [0];
     (0..PAGES as u32)
         .map(|row| {
-            view.row(0, row, &mut byte);
+            view.row(0, row, &mut byte).unwrap();
             byte[0]
         })
         .collect()
@@ -42,7 +42,7 @@ fn a_detached_view_keeps_its_bytes_and_gives_the_slot_back() {
         let (slots, frame) = queue(2);
         let mut view = frame.view("test").unwrap();
         let address = addressed.then(|| view.as_ptr(0));
-        assert_eq!(view.write(0, 2, 0, &[77]), 1);
+        assert_eq!(view.write(0, 2, 0, &[77]), Ok(1));
         let mut device = frame.buffer().map(Access::ReadWrite).unwrap();
         assert!(!slots.detach_oldest_view(), "the frame is held as well");
         drop(frame);
@@ -53,7 +53,7 @@ fn a_detached_view_keeps_its_bytes_and_gives_the_slot_back() {
         device[0].write(0, &vec![99; PAGES * page_size()]);
         assert_eq!(first_bytes(&view), [1, 2, 77, 4, 5]);
         assert!(address.is_none_or(|address| address == view.as_ptr(0)));
-        assert_eq!(view.write(0, 0, 0, &[55]), 1);
+        assert_eq!(view.write(0, 0, 0, &[55]), Ok(1));
         assert_eq!(first_bytes(&view), [55, 2, 77, 4, 5]);
         assert_eq!(view.copied_pages().unwrap(), PAGES as u64);
         let copies: Vec<_> = view.copies().into_iter().map(|entry| (entry.count, entry.bytes)).collect();
@@ -92,12 +92,12 @@ fn mappings_are_used_again_and_show_nothing_that_was_written() {
     let (slots, frame) = queue(1);
     let mut view = frame.view("first").unwrap();
     let address = view.as_ptr(0);
-    view.write(0, 1, 5, &[9; 3]);
+    view.write(0, 1, 5, &[9; 3]).unwrap();
     drop(view);
     let view = frame.view("second").unwrap();
     assert_eq!(view.as_ptr(0), address);
     let mut row = [0; 10];
-    view.row(0, 1, &mut row);
+    view.row(0, 1, &mut row).unwrap();
     assert_eq!(row, [2; 10]);
     assert_eq!(slots.views().copies()[0].count, 1);
     assert_eq!(slots.views().infos()[0].holder, "second");
@@ -149,12 +149,12 @@ proptest! {
         }
         let mut out = [7; 40];
         for (plane, row, offset) in [at, (at.0 % 4, near.0, near.1)] {
-            view.row(plane, row, &mut out);
-            view.read(plane, offset as usize, &mut out);
-            let written = view.write(plane, row, offset, &[0xa5; 32]);
+            view.row(plane, row, &mut out).unwrap();
+            view.read(plane, offset as usize, &mut out).unwrap();
+            let written = view.write(plane, row, offset, &[0xa5; 32]).unwrap();
             prop_assert!(written <= 32);
             let mut all = vec![0; offset.min(70000) as usize + 32];
-            view.row(plane, row, &mut all);
+            view.row(plane, row, &mut all).unwrap();
             let seen = all[offset.min(70000) as usize..].iter().take_while(|&&byte| byte == 0xa5).count();
             prop_assert!(written == 0 || seen >= written, "{seen} of {written}");
         }

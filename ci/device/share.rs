@@ -1,0 +1,256 @@
+//! One camera for many processes: the camera's own buffers at several ends at once.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use dmaflow::endpoint::{Ready, Source};
+use dmaflow::error::Kind;
+use dmaflow::frame::{Frame, Revoked, ViewPages, ViewPolicy};
+use dmaflow::memory::{Access, Mapping};
+use dmaflow::share::Receiver;
+use nix::libc;
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::signal::Signal;
+use std::os::fd::{AsFd, AsRawFd};
+
+use crate::chaos::Chaos;
+use crate::harness::{Outcome, PASSED, Test, long, note};
+use crate::modules::as_nobody;
+use crate::process::{dma_bufs, dmaflow, finish, number, start};
+use crate::sinks::{has_bars, read_png};
+
+pub const TESTS: &[Test] = &[
+    Test { name: "share::vivid_to_many", needs: &["vivid", "vkms"], seconds: 240, run: vivid_to_many },
+    Test { name: "share::for_reading", needs: &["vivid"], seconds: 120, run: for_reading },
+    Test { name: "share::hoarder", needs: &["vivid"], seconds: 180, run: hoarder },
+    Test { name: "share::chaos", needs: &["vivid"], seconds: 300, run: chaos_of_consumers },
+    Test { name: "share::servers_in_chaos", needs: &["vivid"], seconds: 300, run: chaos_of_servers },
+    Test { name: "share::other_users", needs: &["vivid"], seconds: 120, run: other_users },
+];
+
+fn connect(at: &str) -> Result<Receiver> {
+    let end = Instant::now() + Duration::from_secs(60);
+    loop {
+        match Receiver::connect(at, "test") {
+            Err(_) if Instant::now() < end => std::thread::sleep(Duration::from_millis(50)),
+            other => return Ok(other?),
+        }
+    }
+}
+
+/// A display, a file, a counter and this process, of one camera, which has its buffers only once.
+fn vivid_to_many() -> Result<Outcome> {
+    let (at, file) = ("/tmp/dmaflow-share-test.sock", "/tmp/dmaflow-share-test.png");
+    let server = start(&mut dmaflow(&format!("share --from vivid --format XR24 --at {at} --budget 4 --json")))?;
+    let mut receiver = connect(at)?;
+    ensure!(receiver.source().starts_with("/dev/video"), "{}", receiver.source());
+    let inodes: Vec<_> = receiver
+        .buffers()
+        .iter()
+        .filter_map(|buffer| Some(buffer.dma_buf(0)?.identity().inode()))
+        .collect();
+    let all = dma_bufs();
+    ensure!(inodes.len() == 8 && inodes.iter().all(|inode| all.contains(inode)), "{inodes:?} of {all:?}");
+    let consumers = [
+        format!("pipe --from unix:{at} --to vkms --path zero-copy --frames 60 --verify --json"),
+        format!("pipe --from unix:{at} --to null --frames 60 --json"),
+    ];
+    let running = consumers
+        .iter()
+        .map(|line| start(&mut dmaflow(line)))
+        .collect::<Result<Vec<_>>>()?;
+    let png = finish(&mut dmaflow(&format!("snap unix:{at} {file}")))?;
+    png.has_status(0)?;
+    ensure!(has_bars(&read_png(file.as_ref())?), "the picture is another");
+    fs::remove_file(file)?;
+    let (mut frames, end) = (0, Instant::now() + Duration::from_secs(60));
+    while frames < 30 && Instant::now() < end {
+        match receiver.try_next(Ready::FRAME)? {
+            Some(frame) => {
+                ensure!(inodes.contains(&frame.buffer().dma_buf(0).context("a dma-buf")?.identity().inode()));
+                frames += 1;
+            }
+            None => {
+                poll(&mut [PollFd::new(receiver.as_fd(), PollFlags::POLLIN)], 10_000u16)?;
+            }
+        }
+    }
+    ensure!(frames == 30, "{frames} frames came");
+    for (running, line) in running.into_iter().zip(&consumers) {
+        let result = running.end().and_then(|run| run.json(0)).with_context(|| line.clone())?;
+        ensure!(result["path"] == "exported" && number(&result, "bytes_copied")? == 0, "{result}");
+        ensure!(number(&result, "frames/captured")? == 60, "{result}");
+        ensure!(line.contains("null") || number(&result, "verify/wrong")? == 0, "{result}");
+    }
+    // Every frame in turn, of which a display keeps several.
+    let shown = finish(&mut dmaflow(&format!("pipe --from unix:{at} --to vkms --path zero-copy --frames 60 --json")))?;
+    let shown = shown.json(0)?;
+    ensure!(number(&shown, "frames/presented")? == 60 && number(&shown, "bytes_copied")? == 0, "{shown}");
+    server.signal(Signal::SIGINT)?;
+    let result = server.end()?.json(0)?;
+    ensure!(result["path"] == "exported" && number(&result, "bytes_copied")? == 0, "{result}");
+    ensure!(number(&result, "frames/captured")? >= 60, "{result}");
+    PASSED
+}
+
+/// Who has a camera's frames by a share can read them, and write to private pages; not to what others see, by whatever way.
+fn for_reading() -> Result<Outcome> {
+    let at = "/tmp/dmaflow-share-reading.sock";
+    let with =
+        |options: &str| start(&mut dmaflow(&format!("share --from vivid --format XR24 --at {at} --json{options}")));
+    let server = with("")?;
+    let mut receiver = connect(at)?;
+    let frame = next(&mut receiver)?;
+    let dma_buf = frame.buffer().dma_buf(0).context("a dma-buf")?;
+    let refused = Mapping::new(dma_buf.as_fd(), dma_buf.len(), Access::ReadWrite).err();
+    let errno = refused.and_then(|error| error.errno());
+    ensure!(errno == Some(libc::EACCES), "a mapping for writing: {errno:?}");
+    let path = format!("/proc/self/fd/{}", dma_buf.as_fd().as_raw_fd());
+    let opened = fs::File::options().read(true).write(true).open(path);
+    ensure!(opened.as_ref().err().and_then(|error| error.raw_os_error()) == Some(libc::ENXIO), "{opened:?}");
+    let error = frame.buffer().write().err().context("it can be written")?;
+    ensure!(error.line().contains("--writable"), "{error:?}");
+    let error = Receiver::connect_writable(at, "writer")
+        .err()
+        .context("it got them for writing")?;
+    ensure!(error.kind() == Kind::Permission && error.line().contains("--writable"), "{error:?}");
+    let shown = row(&frame)?;
+    let mut view = frame.view("test")?;
+    ensure!(view.write(0, 0, 0, &[!shown[0]; 4])? == 4 && view.copied_pages()? == 1, "the view cannot be written");
+    ensure!(row(&frame)? == shown, "others see what was written into a view");
+    drop((view, frame, receiver));
+    server.signal(Signal::SIGINT)?;
+    server.end()?.json(0)?;
+    let server = with(" --writable")?;
+    drop(connect(at)?);
+    let mut receiver = Receiver::connect_writable(at, "writer")?;
+    let frame = next(&mut receiver)?;
+    let dma_buf = frame.buffer().dma_buf(0).context("a dma-buf")?;
+    drop(Mapping::new(dma_buf.as_fd(), dma_buf.len(), Access::ReadWrite)?);
+    server.signal(Signal::SIGINT)?;
+    server.end()?.json(0)?;
+    PASSED
+}
+
+fn row(frame: &Frame) -> Result<Vec<u8>> {
+    let mut row = vec![0; frame.buffer().layout().width() as usize * 4];
+    frame.buffer().read()?.row(0, 0, &mut row);
+    Ok(row)
+}
+
+fn next(receiver: &mut Receiver) -> Result<Frame> {
+    let end = Instant::now() + Duration::from_secs(60);
+    while Instant::now() < end {
+        if let Some(frame) = receiver.try_next(Ready::FRAME)? {
+            return Ok(frame);
+        }
+        poll(&mut [PollFd::new(receiver.as_fd(), PollFlags::POLLIN)], 10_000u16)?;
+    }
+    bail!("no frame came")
+}
+
+/// One that keeps all that it gets for ever: the camera and the others go on, and it is told. With views that are detached in time it keeps
+/// its pictures.
+fn hoarder() -> Result<Outcome> {
+    let at = "/tmp/dmaflow-share-hoarder.sock";
+    // Few buffers: what is kept is what the camera lacks. Each of the three frames that a consumer has at most is kept by somebody.
+    let options = "--from vivid --format XR24 --buffers 4 --budget 2";
+    let server = start(&mut dmaflow(&format!("share {options} --at {at} --json")))?;
+    let (mut keeper, mut detacher, mut other) = (connect(at)?, connect(at)?, connect(at)?);
+    // Nobody saves its pictures.
+    keeper.set_view_policy(ViewPolicy::Wait);
+    let (mut kept, mut views, mut came) = (Vec::new(), Vec::new(), 0);
+    let end = Instant::now() + Duration::from_secs(10);
+    while Instant::now() < end {
+        if kept.len() < 2 {
+            kept.extend(keeper.try_next(Ready::FRAME)?.map(|frame| frame.view("keeper")).transpose()?);
+        }
+        // It reads when it has a frame, and keeps the picture by a view that the receiver detaches, or by what it does itself.
+        if let Some(frame) = detacher.try_next(Ready::FRAME)?
+            && views.len() < 8
+        {
+            let (shown, view) = (row(&frame)?, frame.view("detacher")?);
+            frame.check()?;
+            view.detach()?;
+            views.push((shown, view));
+        }
+        detacher.recycle()?;
+        came += u64::from(other.try_next(Ready::FRAME)?.is_some());
+        other.recycle()?;
+        poll(&mut [PollFd::new(other.as_fd(), PollFlags::POLLIN)], 100u16)?;
+    }
+    let mut seen = vec![0; 64];
+    // As much is taken from it as the camera needs, and no more.
+    let mut revoked = 0;
+    for view in &kept {
+        if view.row(0, 0, &mut seen) == Err(Revoked) {
+            revoked += 1;
+            ensure!(view.detach().err().map(|error| error.kind()) == Some(Kind::Revoked), "it was detached too late");
+        }
+    }
+    ensure!(revoked > 0, "nothing was taken from it, or it was not told");
+    ensure!(kept.len() == 2 && views.len() == 8, "{} kept, {} detached", kept.len(), views.len());
+    for (shown, view) in &views {
+        let mut now = vec![0; shown.len()];
+        view.row(0, 0, &mut now)?;
+        ensure!(now == *shown && view.pages() == ViewPages::Detached, "a detached view has changed: {view:?}");
+    }
+    let (lost, from_other) = (other.counts().dropped, other.revoked());
+    drop((kept, views));
+    server.signal(Signal::SIGINT)?;
+    let result = server.end()?.json(0)?;
+    let consumers = result["consumers"].as_array().context("consumers")?;
+    let stolen: Vec<_> = consumers.iter().filter_map(|consumer| consumer["stolen"].as_u64()).collect();
+    ensure!(stolen == [revoked, 0, 0] && from_other == 0, "{result}");
+    // The machine is emulated: how fast the camera is, it says itself.
+    let captured = number(&result, "frames/captured")?;
+    ensure!(number(&result, "frames/dropped_by_camera")? <= captured / 20 && came > 0, "{result}");
+    note(&format!("of {captured} frames {came} came to the other, which lost {lost}; stolen {stolen:?}"));
+    PASSED
+}
+
+fn chaos(at: &str, rounds: u32) -> Result<Chaos> {
+    let program = std::path::PathBuf::from(dmaflow("").get_program());
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
+    // So slow that an emulated processor has time for six processes.
+    let source = "--from vivid --format XR24 --fps 15".to_owned();
+    let rounds = if long() { 200 } else { rounds };
+    Ok(Chaos { program, source, at: format!("/tmp/{at}.sock"), rounds, seed: now.as_nanos() as u64 | 1 })
+}
+
+/// Consumers that are killed, stopped, or write nonsense hurt nobody else.
+fn chaos_of_consumers() -> Result<Outcome> {
+    note(&chaos("dmaflow-share-chaos", 30)?.of_consumers()?);
+    PASSED
+}
+
+/// Servers that are killed and started again have their consumers back.
+fn chaos_of_servers() -> Result<Outcome> {
+    note(&chaos("dmaflow-share-servers", 8)?.of_servers()?);
+    PASSED
+}
+
+/// Nobody else may use the camera, unless the server says so.
+fn other_users() -> Result<Outcome> {
+    let at = "/tmp/dmaflow-share-users.sock";
+    let program = dmaflow("").get_program().to_string_lossy().into_owned();
+    let other = || as_nobody(&format!("exec {program} pipe --from unix:{at} --to null --frames 3 --json")).output();
+    for (options, allowed) in
+        [("", false), (" --mode 666", false), (" --allow-uid 65534", true), (" --allow-gid 65534", true)]
+    {
+        let server = start(&mut dmaflow(&format!("share --from vivid --at {at} --json{options}")))?;
+        drop(connect(at)?);
+        let run = other()?;
+        let (stdout, stderr) = (String::from_utf8_lossy(&run.stdout), String::from_utf8_lossy(&run.stderr));
+        let status = if allowed { 0 } else { 1 };
+        ensure!(run.status.code() == Some(status), "{options}: {:?}: {stderr}", run.status);
+        ensure!(allowed || stderr.contains("allow-uid"), "{options}: {stderr}");
+        ensure!(!allowed || stdout.contains("\"captured\":3"), "{options}: {stdout}");
+        server.signal(Signal::SIGINT)?;
+        let result = server.end()?.json(0)?;
+        let gone = result["gone"].as_array().context("who has gone")?;
+        ensure!(gone.iter().any(|gone| gone["uid"] == 65534) == allowed, "{options}: {result}");
+    }
+    PASSED
+}

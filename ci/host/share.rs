@@ -1,0 +1,485 @@
+//! One source for many processes, with the test card: `dmaflow share` and its consumers, stopped, killed and in order.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)]
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use dmaflow::endpoint::{Ready, Source};
+use dmaflow::error::{Error, Kind};
+use dmaflow::frame::Frame;
+use dmaflow::pattern::{Pattern, PatternRequest};
+use dmaflow::share::Receiver;
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+mod chaos;
+
+/// A server, ended with its test.
+struct Process(Option<Child>);
+
+impl Process {
+    fn start(line: &str) -> Process {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dmaflow"));
+        command.args(line.split(' ')).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Process(Some(command.spawn().unwrap()))
+    }
+
+    fn signal(&self, signal: Signal) {
+        let child = self.0.as_ref().unwrap();
+        kill(Pid::from_raw(child.id() as i32), signal).unwrap();
+    }
+
+    fn finish(mut self) -> Output {
+        self.0.take().unwrap().wait_with_output().unwrap()
+    }
+
+    /// Its result, if it did what it was told.
+    fn json(self) -> serde_json::Value {
+        let output = self.finish();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.0.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+fn socket_at(test: &str) -> String {
+    let path = std::env::temp_dir().join(format!("dmaflow-host-{test}-{}.sock", std::process::id()));
+    let _ = std::fs::remove_file(&path);
+    path.to_str().unwrap().to_owned()
+}
+
+/// Connects as soon as the server listens.
+fn connect(at: &str) -> Receiver {
+    let end = Instant::now() + Duration::from_secs(30);
+    loop {
+        match Receiver::connect(at, "test") {
+            Ok(receiver) => return receiver,
+            Err(error) if error.kind() == Kind::NotFound && Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+}
+
+fn next(receiver: &mut Receiver) -> Result<Frame, Error> {
+    loop {
+        if let Some(frame) = receiver.try_next(Ready::FRAME)? {
+            return Ok(frame);
+        }
+        let mut fds = [PollFd::new(receiver.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut fds, 20_000u16).unwrap(), 1, "it waits for ever");
+    }
+}
+
+fn pixels(frame: &Frame) -> Vec<u8> {
+    let layout = frame.buffer().layout();
+    let mut bytes = vec![0; layout.memory_len(0)];
+    frame.buffer().read().unwrap().memory(0).unwrap().read(0, &mut bytes);
+    bytes
+}
+
+/// The first frames of the test card, by their sequence numbers.
+fn expected(count: u32) -> HashMap<u32, Vec<u8>> {
+    let mut source =
+        Pattern::new(&PatternRequest { rate: 1000.0, size: (64, 48), ..PatternRequest::default() }).unwrap();
+    source.start().unwrap();
+    let mut frames = HashMap::new();
+    while !frames.contains_key(&(count - 1)) {
+        let Some(frame) = source.try_next(Ready::FRAME).unwrap() else { continue };
+        frames.insert(frame.meta().sequence, pixels(&frame));
+    }
+    frames
+}
+
+#[test]
+fn consumers_see_each_frame_as_it_was_drawn() {
+    let at = socket_at("frames");
+    let server = Process::start(&format!("share --from pattern --size 64x48 --fps 25 --at {at} --json"));
+    let mut receiver = connect(&at);
+    let other = Process::start(&format!("pipe --from unix:{at} --to null --frames 20 --json"));
+    let expected = expected(400);
+    let mut compared = 0;
+    for _ in 0..20 {
+        let frame = next(&mut receiver).unwrap();
+        if let Some(bytes) = expected.get(&frame.meta().sequence) {
+            assert!(*bytes == pixels(&frame) && receiver.holds(&frame), "{:?}", frame.meta());
+            compared += 1;
+        }
+    }
+    assert!(compared > 0);
+    let other = other.json();
+    assert_eq!(
+        (&other["path"], &other["bytes_copied"], &other["frames"]["captured"]),
+        (&"exported".into(), &0.into(), &20.into())
+    );
+    server.signal(Signal::SIGINT);
+    let end = loop {
+        if let Err(error) = next(&mut receiver) {
+            break error;
+        }
+    };
+    assert_eq!(end.kind(), Kind::Ended);
+    let report = server.json();
+    assert_eq!((&report["bytes_copied"], &report["consumers"][0]["name"]), (&0.into(), &"test".into()));
+    assert_eq!(report["gone"][0]["disconnected"], serde_json::Value::Null);
+    assert!(!PathBuf::from(at).exists());
+}
+
+#[test]
+fn who_is_stopped_or_killed_hurts_nobody_else() {
+    let at = socket_at("stopped");
+    let server = Process::start(&format!("share --from pattern --size 64x48 --fps 10 --at {at} --json"));
+    let mut receiver = connect(&at);
+    let other = Process::start(&format!("pipe --from unix:{at} --to null"));
+    let start = Instant::now();
+    let (mut stopped, mut killed) = (false, false);
+    while start.elapsed() < Duration::from_secs(3) {
+        drop(next(&mut receiver).unwrap());
+        if !stopped && start.elapsed() > Duration::from_millis(800) {
+            other.signal(Signal::SIGSTOP);
+            stopped = true;
+        }
+        if !killed && start.elapsed() > Duration::from_millis(2200) {
+            other.signal(Signal::SIGKILL);
+            killed = true;
+        }
+    }
+    assert_eq!((receiver.counts().dropped, receiver.skipped(), receiver.revoked()), (0, 0, 0));
+    server.signal(Signal::SIGINT);
+    let report = server.json();
+    assert_eq!(
+        (&report["frames"]["dropped_by_camera"], &report["consumers"].as_array().unwrap().len()),
+        (&0.into(), &1)
+    );
+    assert_eq!(report["gone"][0]["name"], "dmaflow");
+    assert!(report["gone"][0]["skipped"].as_u64().unwrap() > 0, "{report}");
+}
+
+#[test]
+fn a_server_that_is_killed_ends_the_stream_and_what_is_held_stays() {
+    let at = socket_at("killed");
+    let server = Process::start(&format!("share --from pattern --size 64x48 --fps 50 --at {at}"));
+    let mut receiver = connect(&at);
+    let frame = next(&mut receiver).unwrap();
+    let shown = pixels(&frame);
+    server.signal(Signal::SIGKILL);
+    server.finish();
+    let error = loop {
+        if let Err(error) = next(&mut receiver) {
+            break error;
+        }
+    };
+    assert!(error.kind() == Kind::Disconnected && error.line().contains("its server is gone"), "{error:?}");
+    assert!(pixels(&frame) == shown && receiver.holds(&frame));
+    // Its file stayed, and is replaced.
+    assert!(PathBuf::from(&at).exists());
+    let server = Process::start(&format!("share --from pattern --fps 50 --at {at} --json"));
+    drop(next(&mut connect(&at)).unwrap());
+    // A live one is not.
+    let second = Process::start(&format!("share --from pattern --at {at}")).finish();
+    assert!(second.status.code() == Some(1) && String::from_utf8_lossy(&second.stderr).contains("another server"));
+    server.signal(Signal::SIGINT);
+    server.json();
+}
+
+/// A consumer that is to come back does so, whether its server was killed or ended in order, and whatever the next one shares.
+#[test]
+fn consumers_come_back_to_the_next_server() {
+    let at = socket_at("again");
+    let serve = |size: &str| Process::start(&format!("share --from pattern --size {size} --fps 50 --at {at} --json"));
+    let server = serve("64x48");
+    let mut receiver = connect(&at);
+    receiver.come_back_to_it().unwrap();
+    let consumer = Process::start(&format!("pipe --from unix:{at} --to null --reconnect --frames 100 --json"));
+    let kept = next(&mut receiver).unwrap();
+    let shown = pixels(&kept);
+    // Both are served.
+    for _ in 0..20 {
+        next(&mut receiver).unwrap();
+    }
+    server.signal(Signal::SIGKILL);
+    server.finish();
+    for (round, size) in [(1, "128x96"), (2, "64x48")] {
+        // It waits for longer than the server's watchdog says, where nobody is.
+        let away = Instant::now() + Duration::from_millis(300);
+        while Instant::now() < away {
+            // None, but for those that are in the ring still.
+            drop(receiver.try_next(Ready::FRAME).unwrap());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let server = serve(size);
+        assert_eq!(next(&mut receiver).unwrap_err().kind(), Kind::FormatChanged, "before any frame of it");
+        assert_eq!(receiver.try_next(Ready::FRAME).unwrap_err().kind(), Kind::FormatChanged);
+        receiver.follow().unwrap();
+        assert_eq!(receiver.layout().size(), if size == "64x48" { (64, 48) } else { (128, 96) });
+        for _ in 0..30 {
+            let frame = next(&mut receiver).unwrap();
+            assert!(receiver.holds(&frame));
+        }
+        assert!(pixels(&kept) == shown, "what is held of the first server stays");
+        if round == 1 {
+            server.signal(Signal::SIGINT);
+            server.finish();
+            while let Ok(Some(_)) = receiver.try_next(Ready::FRAME) {}
+        } else {
+            let report = consumer.json();
+            assert_eq!((&report["frames"]["captured"], &report["bytes_copied"]), (&100.into(), &0.into()));
+            server.signal(Signal::SIGINT);
+            server.json();
+            break;
+        }
+    }
+    assert_eq!((receiver.revoked(), receiver.skipped()), (0, 0));
+}
+
+#[test]
+fn frames_are_pushed_and_shared_on() {
+    let (at, on) = (socket_at("pushed"), socket_at("on"));
+    let first =
+        Process::start(&format!("pipe --from pattern --size 64x48 --fps 25 --frames 100 --to unix:{at} --json"));
+    drop(connect(&at));
+    let second = Process::start(&format!("share --from unix:{at} --at {on} --json"));
+    let mut receiver = connect(&on);
+    assert_eq!(receiver.source(), format!("unix:{at}"));
+    let mut frames = 0;
+    let end = loop {
+        match next(&mut receiver) {
+            Ok(_) => frames += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(frames > 10 && end.kind() == Kind::Ended, "{frames} frames, then {end:?}");
+    assert_eq!(first.json()["frames"]["captured"], 100);
+    assert_eq!(second.json()["bytes_copied"], 0);
+}
+
+/// Ten thousand connections, opened and dropped before, amid and after the hello, leave nothing.
+#[test]
+fn connections_that_are_dropped_leave_nothing() {
+    use nix::sys::socket::{
+        AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect as connect_to, send, socket,
+    };
+    use std::os::fd::AsRawFd;
+
+    let at = socket_at("dropped");
+    let server = Process::start(&format!("share --from pattern --size 64x48 --fps 20 --at {at} --json"));
+    let mut receiver = connect(&at);
+    let pid = server.0.as_ref().unwrap().id();
+    let open = || std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    let before = open();
+    let address = UnixAddr::new(at.as_str()).unwrap();
+    let mut refused = 0;
+    for number in 0..10_000 {
+        let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        // The queue of those who wait to be let in may be full for a moment: then this waits.
+        connect_to(fd.as_raw_fd(), &address).unwrap();
+        let hello = b"dmaf\x01\0\x01\0\0\0\0\0\x01\0x";
+        let bytes: &[u8] = match number % 3 {
+            0 => continue,
+            1 => &hello[..],
+            _ => &hello[..number % 16],
+        };
+        refused += u32::from(send(fd.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL).is_err());
+    }
+    let end = Instant::now() + Duration::from_secs(30);
+    while open() != before && Instant::now() < end {
+        drop(next(&mut receiver).unwrap());
+    }
+    assert_eq!(open(), before, "{refused} were refused");
+    server.signal(Signal::SIGINT);
+    assert_eq!(server.json()["consumers"].as_array().unwrap().len(), 1);
+}
+
+/// A program in another language, that has nothing but the protocol's documentation, sees the same.
+#[test]
+fn a_program_in_c_speaks_the_protocol() {
+    let program = std::env::temp_dir().join(format!("dmaflow-consume-{}", std::process::id()));
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/consume.c");
+    let compiled = Command::new("cc")
+        .args(["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-o"])
+        .arg(&program)
+        .arg(source)
+        .output()
+        .unwrap();
+    assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+    let at = socket_at("c");
+    let server = Process::start(&format!("share --from pattern --size 64x48 --fps 25 --at {at} --json"));
+    let mut receiver = connect(&at);
+    let run = |frames: &str| {
+        let output = Command::new(&program).args([&at, frames]).output().unwrap();
+        let (stdout, stderr) =
+            (String::from_utf8(output.stdout).unwrap(), String::from_utf8_lossy(&output.stderr).into_owned());
+        assert!(output.status.success(), "{stderr}\n{stdout}");
+        stdout
+    };
+    let (said, expected) = (run("40"), expected(400));
+    assert!(said.contains("welcome: 2 frames at a time, each for 120000 us, of pattern\n"), "{said}");
+    assert!(said.contains("8 buffers of 64x48, XR24\n") && said.contains("writable no\n"), "{said}");
+    let fnv = |bytes: &[u8]| {
+        bytes
+            .iter()
+            .fold(0xcbf2_9ce4_8422_2325, |sum: u64, &byte| (sum ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+    };
+    let mut compared = 0;
+    for line in said.lines().filter_map(|line| line.strip_prefix("frame ")) {
+        let (sequence, sum) = line.split_once(' ').unwrap();
+        if let Some(bytes) = expected.get(&sequence.parse().unwrap()) {
+            assert_eq!(sum, format!("{:016x}", fnv(bytes)), "{line}");
+            compared += 1;
+        }
+    }
+    assert!(compared >= 30, "{said}");
+    // It goes when the server does, and is told why.
+    let mut waiting = Command::new(&program).arg(&at).stdout(Stdio::piped()).spawn().unwrap();
+    for _ in 0..10 {
+        drop(next(&mut receiver).unwrap());
+    }
+    server.signal(Signal::SIGINT);
+    let mut last = String::new();
+    std::io::Read::read_to_string(waiting.stdout.as_mut().unwrap(), &mut last).unwrap();
+    assert!(waiting.wait().unwrap().success() && last.contains("the server ends: reason 0"), "{last}");
+    let report = server.json();
+    assert_eq!(
+        (&report["gone"][0]["name"], &report["gone"][0]["disconnected"]),
+        (&"consume".into(), &serde_json::Value::Null)
+    );
+    std::fs::remove_file(program).unwrap();
+}
+
+#[test]
+fn shares_of_this_user_are_listed() {
+    let folder = std::env::temp_dir().join(format!("dmaflow-list-{}", std::process::id()));
+    std::fs::create_dir_all(folder.join("dmaflow")).unwrap();
+    let at = folder.join("dmaflow/cam.sock").to_str().unwrap().to_owned();
+    let server = Process::start(&format!("share --from pattern --size 64x48 --fps 25 --at {at}"));
+    drop(connect(&at));
+    // Of one that was killed, and no socket at all.
+    drop(std::os::unix::net::UnixListener::bind(folder.join("dmaflow/old.sock")).unwrap());
+    std::fs::write(folder.join("dmaflow/notes"), "").unwrap();
+    let list = |option: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dmaflow"));
+        let output = command
+            .arg("list")
+            .args(option.split_whitespace())
+            .env("XDG_RUNTIME_DIR", &folder)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let listing: serde_json::Value = serde_json::from_str(&list("--json")).unwrap();
+    let shares = listing["shares"].as_array().unwrap();
+    assert_eq!((shares.len(), &shares[0]["name"]), (2, &format!("unix:{at}").into()), "{listing}");
+    assert_eq!((&shares[0]["source"], &shares[0]["fps"]), (&"pattern".into(), &25.0.into()), "{listing}");
+    assert!(shares[1]["why_not"].as_str().unwrap().contains("start a server"), "{listing}");
+    let table = list("");
+    assert!(table.contains(&format!("unix:{at}  pattern: XR24 64x48")), "{table}");
+    drop(server);
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+/// As systemd does it: the socket is there before the server, and stays after it; who connects first waits for it.
+#[test]
+fn a_socket_is_passed_on_by_a_service_manager() {
+    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+    use std::os::fd::AsRawFd;
+
+    let at = socket_at("passed");
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::empty(), None).unwrap();
+    bind(fd.as_raw_fd(), &UnixAddr::new(at.as_str()).unwrap()).unwrap();
+    listen(&fd, Backlog::MAXCONN).unwrap();
+    let early = {
+        let at = at.clone();
+        std::thread::spawn(move || Receiver::connect(&at, "early"))
+    };
+    let start = |options: &str, variables: &str| {
+        let line = format!(
+            "exec 3<&{}; {variables} exec {} share --from pattern --size 64x48 --fps 25 --json {options}",
+            fd.as_raw_fd(),
+            env!("CARGO_BIN_EXE_dmaflow")
+        );
+        let mut command = Command::new("bash");
+        command.args(["-c", &line]).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Process(Some(command.spawn().unwrap()))
+    };
+    for (options, variables, status) in [
+        ("", "LISTEN_PID=1 LISTEN_FDS=1", 2),
+        ("", "LISTEN_PID=$$ LISTEN_FDS=2", 2),
+        ("--mode 666", "LISTEN_PID=$$ LISTEN_FDS=1", 2),
+    ] {
+        assert_eq!(start(options, variables).finish().status.code(), Some(status), "{options} {variables}");
+    }
+    let server = start("", "LISTEN_PID=$$ LISTEN_FDS=1");
+    let mut receiver = early.join().unwrap().unwrap();
+    drop(next(&mut receiver).unwrap());
+    server.signal(Signal::SIGINT);
+    assert_eq!(server.json()["at"], format!("unix:{at}"));
+    assert!(PathBuf::from(&at).exists(), "it is the manager's");
+    std::fs::remove_file(at).unwrap();
+}
+
+fn chaos(test: &str, rounds: u32) -> chaos::Chaos {
+    let seed = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .as_nanos() as u64
+        | 1;
+    chaos::Chaos {
+        program: env!("CARGO_BIN_EXE_dmaflow").into(),
+        source: "--from pattern --size 64x48 --fps 20".into(),
+        at: socket_at(test),
+        rounds,
+        seed,
+    }
+}
+
+#[test]
+fn consumers_in_chaos_hurt_nobody_else() {
+    let told = chaos("chaos", 60).of_consumers();
+    println!("{}", told.unwrap_or_else(|error| panic!("{error:?}")));
+}
+
+#[test]
+fn consumers_come_back_through_chaos() {
+    let told = chaos("servers", 12).of_servers();
+    println!("{}", told.unwrap_or_else(|error| panic!("{error:?}")));
+}
+
+#[test]
+fn what_is_shared_has_one_shape() {
+    let at = socket_at("shape");
+    let _server = Process::start(&format!("share --from pattern --size 64x48 --fps 25 --at {at}"));
+    drop(connect(&at));
+    for (options, status) in [
+        ("--size 64x48 --format XR24", 0),
+        ("--size 128x96", 1),
+        ("--format NV12", 1),
+        ("--fps 10", 2),
+        ("--buffers 8", 2),
+        ("--reconnect", 0),
+    ] {
+        let run = Process::start(&format!("pipe --from unix:{at} --to null --frames 2 {options}")).finish();
+        assert_eq!(run.status.code(), Some(status), "{options}: {}", String::from_utf8_lossy(&run.stderr));
+    }
+    for line in [
+        "pipe --from pattern --to null --reconnect",
+        "share --from pattern",
+        "share --from pattern --at x --mode 8",
+        "pipe --from unix: --to null",
+    ] {
+        assert_eq!(Process::start(line).finish().status.code(), Some(2), "{line}");
+    }
+}

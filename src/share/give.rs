@@ -1,0 +1,170 @@
+//! Which descriptors of a buffer consumers get: such that they can read by them and not write, unless its owner wants otherwise.
+//!
+//! - Of a dma-buf: one that was exported for reading alone ([`DmaBuf::read_only`](crate::dmabuf::DmaBuf::read_only)).
+//! - Of memory that is a memfd, or that a memfd lies under: the memfd, opened anew for reading. Whoever has it could open it for writing
+//!   once more through `/proc`, so it is sealed first (`F_SEAL_FUTURE_WRITE`, Linux 5.1): what is mapped stays as it is mapped, and nobody
+//!   maps it shared for writing or writes to it from then on, the server's own process neither (shmem_mmap, shmem_write_begin in
+//!   mm/shmem.c).
+//! - Others cannot be given so. Who has a descriptor for reading and writing has both.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl, open};
+use nix::sys::stat::{Mode, fstat};
+
+use crate::dmabuf::is_read_only;
+use crate::error::{Context, Error, Kind, Result};
+use crate::frame::Buffer;
+use crate::memory::Memory;
+
+/// What consumers get of one memory plane.
+#[derive(Debug)]
+enum Given {
+    /// The memory's own descriptor.
+    Own,
+    /// That of the dma-buf for reading alone.
+    ReadOnly,
+    /// The memfd, opened for reading.
+    Memfd(OwnedFd),
+}
+
+/// What consumers get of one buffer.
+#[derive(Debug)]
+pub(super) struct Gift {
+    buffer: Buffer,
+    given: Vec<Given>,
+    /// The inode of the first memory plane's, by which both sides know it.
+    pub identity: u64,
+}
+
+impl Gift {
+    /// # Errors
+    /// [`Kind::Unsupported`] for memory that can only be given for writing too, unless that is `writable`; what the system says.
+    pub(super) fn new(buffer: &Buffer, writable: bool) -> Result<Gift> {
+        let given = buffer.memory().iter().map(|memory| match writable {
+            true => can_be_written(memory).map(|()| Given::Own),
+            false => for_reading(memory, buffer),
+        });
+        let mut gift = Gift { given: given.collect::<Result<_>>()?, buffer: buffer.clone(), identity: 0 };
+        let first = gift.fds().next().map(fstat).transpose();
+        gift.identity = first.context("identify", || "a buffer")?.map_or(0, |stat| stat.st_ino);
+        Ok(gift)
+    }
+
+    /// The buffer that it is of.
+    pub(super) fn buffer(&self) -> &Buffer {
+        &self.buffer
+    }
+
+    /// One descriptor for each memory plane.
+    pub(super) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.buffer
+            .memory()
+            .iter()
+            .zip(&self.given)
+            .map(|(memory, given)| match (given, memory) {
+                (Given::Memfd(memfd), _) => memfd.as_fd(),
+                (Given::ReadOnly, Memory::DmaBuf(dma_buf)) => dma_buf.read_only().unwrap_or(dma_buf.as_fd()),
+                _ => memory.as_fd(),
+            })
+    }
+}
+
+/// The inode of a buffer's first memory plane.
+///
+/// # Errors
+/// What `fstat` says.
+pub(super) fn identity(buffer: &Buffer) -> Result<u64> {
+    let Some(first) = buffer.memory().first() else { return Ok(0) };
+    Ok(fstat(first).context("identify", || "a buffer")?.st_ino)
+}
+
+fn can_be_written(memory: &Memory) -> Result<()> {
+    if !is_read_only(memory.as_fd()) {
+        return Ok(());
+    }
+    let error = Error::new(Kind::Permission, "share for writing", "a buffer");
+    Err(error
+        .because("it came from somebody who shares it for reading alone")
+        .repair("share it without --writable, or with it where it comes from"))
+}
+
+fn for_reading(memory: &Memory, buffer: &Buffer) -> Result<Given> {
+    let memfd = match memory {
+        Memory::DmaBuf(dma_buf) if dma_buf.read_only().is_some() => return Ok(Given::ReadOnly),
+        Memory::DmaBuf(dma_buf) => dma_buf.memfd().ok_or_else(|| {
+            let error = Error::new(Kind::Unsupported, "share for reading alone", "a dma-buf");
+            error
+                .because("it was exported for reading and writing, and whoever has it could do both")
+                .repair(
+                    "share it with --writable if consumers may do both, or let the camera capture into its own buffers",
+                )
+        })?,
+        Memory::Plain(memfd) if is_read_only(memfd.as_fd()) => return Ok(Given::Own),
+        Memory::Plain(memfd) => {
+            // From here on nobody maps it for writing: the owner's mapping, which it fills it by, is made first.
+            drop(buffer.write()?);
+            memfd.as_fd()
+        }
+    };
+    let about = || "a memfd for reading alone";
+    fcntl(memfd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_FUTURE_WRITE)).context("share", about)?;
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&memfd));
+    let opened = open(path.as_str(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty());
+    Ok(Given::Memfd(opened.context("share", about)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::{Format, Layout};
+    use crate::memory::{Access, Allocator, Mapping};
+    use nix::errno::Errno;
+
+    fn buffer() -> Buffer {
+        let layout = Layout::packed(Format::parse("GREY").unwrap().0, (64, 64), 1).unwrap();
+        Buffer::new(layout, vec![Allocator::Plain.allocate(4096).unwrap()], &[4096]).unwrap()
+    }
+
+    fn reopen(fd: BorrowedFd<'_>) -> OwnedFd {
+        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
+        open(path.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).unwrap()
+    }
+
+    #[test]
+    fn a_memfd_is_given_for_reading_and_its_owner_goes_on_to_write() {
+        let buffer = buffer();
+        let gift = Gift::new(&buffer, false).unwrap();
+        let given = gift.fds().next().unwrap();
+        assert!(is_read_only(given) && gift.identity == identity(&buffer).unwrap());
+        let refused = Mapping::new(given, 4096, Access::ReadWrite).unwrap_err();
+        assert_eq!(refused.errno(), Some(nix::libc::EACCES));
+        // Nor by another way.
+        let again = reopen(given);
+        let refused = Mapping::new(again.as_fd(), 4096, Access::ReadWrite).unwrap_err();
+        assert_eq!(refused.errno(), Some(nix::libc::EPERM));
+        assert_eq!(nix::unistd::write(&again, &[1]), Err(Errno::EPERM));
+        buffer.write().unwrap().row(0, 0, &[7; 64]);
+        let mut row = [0; 64];
+        Mapping::new(given, 4096, Access::Read).unwrap().read(0, &mut row);
+        assert_eq!(row, [7; 64]);
+        // Others read it as the owner does, and write to private pages.
+        let theirs = Buffer::new(*buffer.layout(), vec![Memory::Plain(given.try_clone_to_owned().unwrap())], &[4096]);
+        let theirs = theirs.unwrap();
+        assert!(theirs.maps_privately());
+        let shared_on = Gift::new(&theirs, false).unwrap();
+        assert!(is_read_only(shared_on.fds().next().unwrap()));
+        assert_eq!(Gift::new(&theirs, true).unwrap_err().kind(), Kind::Permission);
+    }
+
+    #[test]
+    fn what_may_be_written_is_given_as_it_is() {
+        let buffer = buffer();
+        let gift = Gift::new(&buffer, true).unwrap();
+        let mut theirs = Mapping::new(gift.fds().next().unwrap(), 4096, Access::ReadWrite).unwrap();
+        theirs.write(0, &[9]);
+        let mut byte = [0];
+        buffer.read().unwrap().row(0, 0, &mut byte);
+        assert_eq!(byte, [9]);
+    }
+}

@@ -1,0 +1,516 @@
+//! `Receiver`: a source of frames that another process shares.
+
+mod again;
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+use super::area::SharedArea;
+use super::bell::Bell;
+use super::entry::Entry;
+use super::held::{HELD, Held, HeldFrames};
+use super::incoming::{Generation, learn};
+use super::join::{ANSWER, Hello, Joined, Joining};
+use super::ring::{Consumer, Taken};
+use super::socket::{Place, Received};
+use super::wire::{Message, Reason};
+use crate::clock::now_us;
+use crate::endpoint::{Ready, Source, SourceCounts};
+use crate::error::{Context, Error, Kind, Result};
+use crate::fence::SyncFile;
+use crate::format::{Layout, MAX_PLANES};
+use crate::frame::{Buffer, Frame, Room, ViewPolicy};
+use crate::ledger::Copies;
+use again::Back;
+
+/// Names in the list of descriptors.
+const SOCKET: u64 = 0;
+const BELL: u64 = 1;
+const AGAIN: u64 = 2;
+const BACK: u64 = 3;
+
+fn edge(name: u64) -> EpollEvent {
+    EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, name)
+}
+
+/// Hears from now on what the server says and when it rings.
+fn listen(epoll: &Epoll, server: &Joined) -> nix::Result<()> {
+    epoll.add(&server.socket, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, SOCKET))?;
+    epoll.add(&server.watch, edge(BELL))
+}
+
+/// Joins a server, and waits for it.
+fn join(hello: &Hello) -> Result<Joined> {
+    let until = now_us() + ANSWER.as_micros() as u64;
+    let mut joining = loop {
+        match Joining::begin(hello) {
+            // More want to connect at the moment than the server has let in.
+            Err(error) if error.kind() == Kind::Busy && now_us() < until => {
+                std::thread::sleep(Duration::from_millis(10))
+            }
+            other => break other?,
+        }
+    };
+    while !joining.step()? {
+        let left = joining.until_us().saturating_sub(now_us()).div_ceil(1000);
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(joining.as_fd(), PollFlags::POLLIN)], timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno).context("wait for", || hello.place.to_string()),
+        }
+    }
+    joining.joined()
+}
+
+/// A [`Source`] whose frames another process shares ([`Server`](super::Server)): the source's own buffers, no copy.
+///
+/// A frame costs some ten loads and stores; system calls are only for sleeping. Its [lease](Frame::lease) is the server's: a frame that is
+/// kept for longer than [`lease`](Receiver::lease) may be taken back when the server's source runs short of buffers, and its memory be
+/// filled with another picture then. [`holds`](Receiver::holds) tells whether that has happened: what was read before it said `true` was the
+/// frame. Views of frames are detached in time (at three quarters of the lease, when the receiver is called; one copy, in
+/// [`copies`](Source::copies)), unless the [policy](ViewPolicy) is to wait; one that was not, and whose frame was taken back, reports
+/// [`Revoked`](crate::frame::Revoked) at its next access.
+///
+/// Frames come in order; a receiver that is late gets the newest, and [counts](Source::counts) the others as dropped. When the source
+/// changes its format, [`FormatChanged`](Kind::FormatChanged) comes and [`follow`](Source::follow) goes on; frames of before stay valid.
+/// There is one format for all who share the source, so other strides or buffers are refused.
+///
+/// When the server is gone its frames stay valid, and [`try_next`](Source::try_next) reports the end; or, once it was
+/// [told to](Receiver::come_back_to_it), the receiver waits for the next server there.
+///
+/// The server is not trusted to be in order: memory that could be cut off is refused, and what it says is checked.
+#[derive(Debug)]
+pub struct Receiver {
+    name: String,
+    hello: Hello,
+    epoll: Epoll,
+    server: Joined,
+    ring: Consumer<SharedArea>,
+    /// Rung by this side itself where frames are there and nobody rang for them: while it does not sleep, an event is pending, so that who
+    /// waits for the descriptor calls again.
+    again: Bell,
+    frames: HeldFrames,
+    /// Of generations before, and of servers before.
+    old: Vec<HeldFrames>,
+    /// The first frame of a generation that is not followed yet.
+    next: Option<(Taken, Entry)>,
+    view_policy: ViewPolicy,
+    last: Option<u32>,
+    dropped: u64,
+    /// By servers before, and by this one.
+    skipped: (u64, u64),
+    revoked: u64,
+    end: Option<End>,
+    /// How to come back when the server has ended.
+    back: Option<Back>,
+}
+
+/// How the server has ended.
+#[derive(Clone, Debug)]
+enum End {
+    Said(Reason, String),
+    HungUp,
+    Nonsense(String),
+}
+
+impl Receiver {
+    /// Connects to the server at `place` (a path, or `@name`), and gets its buffers. `name` is what this process calls itself there. Waits
+    /// for five seconds at most.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] if nobody shares anything there; [`Kind::Permission`] if the server refuses; [`Kind::Timeout`];
+    /// [`Kind::Invalid`] if it does not speak the protocol.
+    pub fn connect(place: &str, name: &str) -> Result<Receiver> {
+        Receiver::wishing(place, name, false)
+    }
+
+    /// The same for one that must write into the buffers, which most servers do not allow.
+    ///
+    /// # Errors
+    /// As [`Receiver::connect`]; [`Kind::Permission`] also where the buffers are shared for reading alone.
+    pub fn connect_writable(place: &str, name: &str) -> Result<Receiver> {
+        Receiver::wishing(place, name, true)
+    }
+
+    fn wishing(place: &str, name: &str, writable: bool) -> Result<Receiver> {
+        let hello = Hello { place: Place::parse(place), name: name.to_owned(), writable };
+        let server = join(&hello)?;
+        let name = hello.place.to_string();
+        let about = || name.clone();
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("wait for", about)?;
+        listen(&epoll, &server).context("wait for", about)?;
+        let again = Bell::new().context("wait for", about)?;
+        epoll.add(&again, edge(AGAIN)).context("wait for", about)?;
+        again.ring().context("wait for", about)?;
+        Ok(Receiver {
+            name,
+            hello,
+            epoll,
+            ring: Consumer::new(server.area.clone()),
+            frames: HeldFrames::new(server.area.clone()),
+            server,
+            again,
+            old: Vec::new(),
+            next: None,
+            view_policy: ViewPolicy::default(),
+            last: None,
+            dropped: 0,
+            skipped: (0, 0),
+            revoked: 0,
+            end: None,
+            back: None,
+        })
+    }
+
+    /// What the server calls its source.
+    pub fn source(&self) -> &str {
+        &self.server.welcome.source
+    }
+
+    /// How long a frame may be kept at least, counted from when the server published it.
+    pub fn lease(&self) -> Duration {
+        Duration::from_micros(self.server.welcome.lease_us)
+    }
+
+    /// How many frames may be held at a time; more come when one is dropped.
+    pub fn budget(&self) -> u32 {
+        self.server.welcome.budget
+    }
+
+    /// Whether a frame that came from here was not taken back: what was read of it before is the frame. One load.
+    pub fn holds(&self, frame: &Frame) -> bool {
+        let mut all = std::iter::once(&self.frames).chain(&self.old);
+        all.any(|frames| frames.of(frame).is_some()) && frame.check().is_ok()
+    }
+
+    /// Frames that were taken back while they were held here, counted when they are dropped.
+    pub fn revoked(&self) -> u64 {
+        self.revoked
+    }
+
+    /// Frames that the server had for this receiver and did not give it, because it was late; of [`counts`](Source::counts) those that
+    /// were not lost before.
+    pub fn skipped(&self) -> u64 {
+        self.skipped.0 + self.skipped.1
+    }
+
+    /// Gives up what was dropped, and detaches views whose lease is about to run out.
+    fn give_back(&mut self) -> Result<()> {
+        self.release()?;
+        if self.view_policy == ViewPolicy::Wait {
+            return Ok(());
+        }
+        let early = self.server.welcome.lease_us / 4;
+        let due = |now: u64| now.saturating_add(early);
+        let viewed = |frames: &HeldFrames| !frames.slots().views().is_empty();
+        if !viewed(&self.frames) && !self.old.iter().any(viewed) {
+            return Ok(());
+        }
+        let mut detached = false;
+        for frames in std::iter::once(&self.frames).chain(&self.old) {
+            while frames.detach_view_due(due(now_us())) {
+                detached = true;
+            }
+        }
+        if detached { self.release() } else { Ok(()) }
+    }
+
+    fn release(&mut self) -> Result<()> {
+        let mut wake = false;
+        for frames in std::iter::once(&mut self.frames).chain(&mut self.old) {
+            let released = frames.release();
+            // What is left of a server that is gone is nobody's loss.
+            if frames.is_of(&self.server.area) {
+                wake |= released.wake;
+                self.revoked += released.revoked;
+            }
+        }
+        if !self.old.is_empty() {
+            self.old.retain(|frames| !frames.is_empty());
+        }
+        if wake { self.server.bell.ring().context("wake", || self.name.as_str()) } else { Ok(()) }
+    }
+
+    /// Reads what the socket has. Once the server has ended there is nothing more.
+    fn hear(&mut self) {
+        while self.end.is_none() {
+            match self.server.socket.receive() {
+                Ok(Received::Nothing) => return,
+                Ok(Received::Closed) => self.end = Some(End::HungUp),
+                Ok(Received::Message(Message::End { reason, text }, _)) => self.end = Some(End::Said(reason, text)),
+                Ok(Received::Message(message, fds)) => {
+                    if let Err(why) = learn(&mut self.server.coming, message, fds) {
+                        self.end = Some(End::Nonsense(why));
+                    }
+                }
+                Err(rejected) => self.end = Some(End::Nonsense(rejected.to_string())),
+            }
+        }
+    }
+
+    fn over(&self, end: &End) -> Error {
+        let gone = |why: String| Error::new(Kind::Disconnected, "read frames from", self.name.clone()).because(why);
+        match end {
+            End::Said(Reason::Ended, _) => Error::new(Kind::Ended, "read frames from", self.name.clone()),
+            End::Said(Reason::Failed, text) => gone(format!("its source failed: {text}")),
+            End::Said(Reason::Refused, text) => gone(format!("its server refuses: {text}")),
+            End::Said(Reason::Broken, text) => {
+                gone(format!("its server says that this process broke the protocol: {text}"))
+            }
+            End::HungUp => gone("its server is gone".to_owned()).repair("start the server, then this again"),
+            End::Nonsense(why) => gone(format!("its server breaks the protocol: {why}")),
+        }
+    }
+
+    /// The frame of an entry, if it is of the generation that is followed.
+    fn frame(&mut self, taken: Taken, entry: Entry) -> Result<Frame> {
+        let lost = |why: &str| Error::new(Kind::Disconnected, "read frames from", &self.name).because(why.to_owned());
+        let buffer = self.server.generation.buffers.get(entry.buffer as usize);
+        let buffer = buffer
+            .ok_or_else(|| lost("its server names a buffer that it has not sent"))?
+            .clone();
+        let mut meta = entry.meta;
+        for (used, len) in meta.bytes_used.iter_mut().zip(lens(&buffer)) {
+            *used = (*used).min(len);
+        }
+        let (now, lease) = (now_us(), self.server.welcome.lease_us);
+        // The clocks are the same, unless the server is in another time namespace.
+        let until_us = entry.published_us.min(now).saturating_add(lease);
+        if let Some(last) = self.last {
+            // A number that is not above the last, as of a camera that started again, is no gap.
+            let ahead = meta.sequence.wrapping_sub(last).cast_signed();
+            self.dropped += u64::try_from(ahead.saturating_sub(1)).unwrap_or(0);
+        }
+        self.last = Some(meta.sequence);
+        self.skipped.1 = entry.skipped;
+        let frame = self.frames.hold(Held { position: taken.position, until_us }, buffer, meta);
+        frame.ok_or_else(|| lost("too many of its frames are held"))
+    }
+
+    /// The next frame that is there; no system call if there is none.
+    fn found(&mut self) -> Result<Option<Frame>> {
+        let Some((taken, entry)) = self.take()? else { return Ok(None) };
+        if entry.generation == self.server.generation.shape.generation {
+            return self.frame(taken, entry).map(Some);
+        }
+        self.hear();
+        let known = |coming: &Generation| coming.shape.generation == entry.generation && coming.is_whole();
+        if !self.server.coming.iter().any(known) {
+            let error = Error::new(Kind::Disconnected, "read frames from", self.name.clone());
+            return Err(error.because("its server breaks the protocol: a frame is in buffers that it has not sent"));
+        }
+        self.next = Some((taken, entry));
+        let error = Error::new(Kind::FormatChanged, "read frames from", self.name.clone());
+        Err(error
+            .because("the source that is shared has changed")
+            .repair("start again to use what comes now"))
+    }
+
+    /// Waits for what is said or rung, and tells whether there was anything. One system call; and more for what the server has said.
+    fn listen(&mut self, time: EpollTimeout) -> Result<bool> {
+        let mut events = [EpollEvent::empty(); 4];
+        let count = match self.epoll.wait(&mut events, time) {
+            // As good as an event: who waits looks again.
+            Err(Errno::EINTR) => return Ok(true),
+            other => other.context("wait for", || self.name.as_str())?,
+        };
+        if events.iter().take(count).any(|event| event.data() == SOCKET) {
+            self.hear();
+        }
+        Ok(count > 0)
+    }
+
+    /// The end, if there is one and nothing is left in the ring.
+    fn ended(&mut self) -> Result<()> {
+        let Some(end) = &self.end else { return Ok(()) };
+        let over = self.over(end);
+        self.come_back(over)
+    }
+
+    /// The next frame, waited for: for programs that wait for nothing else. `None` if the time is up. Others wait for the descriptor
+    /// together with what else they wait for, and call [`try_next`](Source::try_next).
+    ///
+    /// Cost: none that is a system call if a frame is there, one if it has to be waited for.
+    ///
+    /// # Errors
+    /// As [`try_next`](Source::try_next).
+    pub fn next_within(&mut self, time: Duration) -> Result<Option<Frame>> {
+        self.give_back()?;
+        let until = now_us().saturating_add(u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
+        loop {
+            if let Some(frame) = self.found()? {
+                return Ok(Some(frame));
+            }
+            if !self.ring.sleep() {
+                continue;
+            }
+            self.ended()?;
+            let left = until.saturating_sub(now_us());
+            if left == 0 {
+                return Ok(None);
+            }
+            // Views that are due are looked at when a frame comes; one that comes late is after the lease anyhow.
+            self.listen(EpollTimeout::try_from(left.div_ceil(1000)).unwrap_or(EpollTimeout::MAX))?;
+        }
+    }
+
+    /// What is held is of before.
+    fn begin_anew(&mut self) {
+        let before = std::mem::replace(&mut self.frames, HeldFrames::new(self.server.area.clone()));
+        self.old.push(before);
+        self.last = None;
+    }
+
+    /// The next entry of the ring.
+    fn take(&mut self) -> Result<Option<(Taken, Entry)>> {
+        if let Some(next) = self.next.take() {
+            return Ok(Some(next));
+        }
+        if !self.frames.has_room() {
+            let busy = Error::new(Kind::Busy, "read frames from", self.name.clone());
+            return Err(busy
+                .because(format!("{} of its frames are held here, taken back or not", HELD))
+                .repair("drop frames sooner"));
+        }
+        let Some(taken) = self.ring.take() else { return Ok(None) };
+        match Entry::decode(taken.words) {
+            Ok(entry) => Ok(Some((taken, entry))),
+            // It was not ours any more when it was read.
+            Err(_) if !self.ring.holds(taken.position) => Ok(None),
+            Err(why) => {
+                let gone = Error::new(Kind::Disconnected, "read frames from", self.name.clone());
+                Err(gone.because(format!("its server breaks the protocol: {why}")))
+            }
+        }
+    }
+}
+
+/// The bytes of each memory plane, as far as they are counted.
+fn lens(buffer: &Buffer) -> impl Iterator<Item = u32> {
+    let known = buffer.memory_lens().iter().map(|&len| u32::try_from(len).unwrap_or(u32::MAX));
+    known.chain(std::iter::repeat(0)).take(MAX_PLANES)
+}
+
+impl Source for Receiver {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn layout(&self) -> &Layout {
+        &self.server.generation.shape.layout
+    }
+
+    fn rate(&self) -> Option<f64> {
+        Some(self.server.welcome.rate_micro as f64 / 1e6).filter(|rate| *rate > 0.0)
+    }
+
+    fn buffers(&self) -> &[Buffer] {
+        &self.server.generation.buffers
+    }
+
+    /// Frames flow from the moment of connecting; those that nobody takes are skipped.
+    fn start(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn release_fences(&self) -> Vec<Arc<SyncFile>> {
+        let all = std::iter::once(&self.frames).chain(&self.old);
+        all.flat_map(|frames| frames.slots().release_fences())
+            .map(|(_, fence)| fence)
+            .collect()
+    }
+
+    fn try_next(&mut self, _: Ready) -> Result<Option<Frame>> {
+        self.give_back()?;
+        loop {
+            if let Some(frame) = self.found()? {
+                return Ok(Some(frame));
+            }
+            // This also says that the bell was heard: it is an event again only when it is rung again.
+            self.listen(EpollTimeout::ZERO)?;
+            // A frame that was published before the end, or before this said that it sleeps, is there now.
+            if self.ring.sleep() {
+                return self.ended().map(|()| None);
+            }
+            self.again.ring().context("wait for", || self.name.as_str())?;
+        }
+    }
+
+    fn recycle(&mut self) -> Result<()> {
+        self.give_back()
+    }
+
+    /// Frames go on to be published and skipped.
+    fn stop(&mut self) -> Result<()> {
+        self.give_back()
+    }
+
+    fn agree(&mut self, wished: &Layout) -> Result<(Layout, Room)> {
+        if wished == self.layout() {
+            return Ok((*wished, Room::default()));
+        }
+        let error = Error::new(Kind::Unsupported, "lay out otherwise", self.name.clone());
+        Err(error
+            .because(format!("it is shared by others and is {} for all", self.layout()))
+            .repair("choose the format where it is shared (dmaflow share --format, --size, --stride)"))
+    }
+
+    fn use_buffers(&mut self, buffers: Vec<Buffer>) -> Result<()> {
+        drop(buffers);
+        let error = Error::new(Kind::Unsupported, "use other buffers in", self.name.clone());
+        Err(error
+            .because("it is shared by others, and its buffers are its server's")
+            .repair("let frames be copied here, or share from a source with other buffers"))
+    }
+
+    fn follow(&mut self) -> Result<()> {
+        self.follow_back()?;
+        let Some((_, entry)) = &self.next else { return Ok(()) };
+        // Those before it had no frame that came here.
+        while let Some(generation) = self.server.coming.pop_front() {
+            if generation.shape.generation == entry.generation {
+                self.server.generation = generation;
+                self.begin_anew();
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    fn set_view_policy(&mut self, policy: ViewPolicy) {
+        self.view_policy = policy;
+    }
+
+    fn watchdog(&self) -> Option<Duration> {
+        let time = Duration::from_micros(self.server.welcome.watchdog_us);
+        // While the server is away, nobody knows when it comes back.
+        (!time.is_zero() && !self.is_away()).then_some(time)
+    }
+
+    fn stalled(&self) -> Error {
+        let error = Error::new(Kind::Timeout, "get a frame from", self.name.clone());
+        error
+            .because(format!("none came; of its frames, {} are held here", self.frames.slots().counts().dequeued))
+            .repair("drop frames sooner; if none are held, look at the server and its source")
+    }
+
+    fn counts(&self) -> SourceCounts {
+        SourceCounts { dropped: self.dropped, errored: 0, uncounted: false }
+    }
+
+    fn copies(&self) -> Vec<Copies> {
+        self.frames.slots().views().copies()
+    }
+}
+
+impl AsFd for Receiver {
+    /// Readable when a frame or a message may be there.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.0.as_fd()
+    }
+}

@@ -1,0 +1,149 @@
+//! When a server has ended: how a receiver comes to the next one at the same place.
+//!
+//! It tries to connect ten times a second, until somebody is there who answers. Then the source has changed as far as the program can see:
+//! [`FormatChanged`](Kind::FormatChanged) comes, and [`follow`](crate::endpoint::Source::follow) goes on with the new server's buffers.
+
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+
+use super::*;
+
+/// The time between two tries.
+const TRY: Duration = Duration::from_millis(100);
+
+/// How far it is.
+#[derive(Debug)]
+pub(super) struct Back {
+    /// Of the next try, or of the end of one. Readable from then on until it is set again.
+    timer: TimerFd,
+    stage: Stage,
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// The server is there.
+    There,
+    /// Until this time, in µs of `CLOCK_MONOTONIC`.
+    Waiting(u64),
+    Joining(Joining),
+    /// To be followed.
+    Joined(Box<Joined>),
+}
+
+impl Receiver {
+    /// From now on the end of the server, or of its source, is not the end: while it is away no frame comes, and when one is there again
+    /// [`FormatChanged`](Kind::FormatChanged) does. Frames that are held stay valid.
+    ///
+    /// # Errors
+    /// What `timerfd_create` and `epoll_ctl` say.
+    pub fn come_back_to_it(&mut self) -> Result<()> {
+        if self.back.is_some() {
+            return Ok(());
+        }
+        let about = || self.name.as_str();
+        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK);
+        let timer = timer.context("make a timer for", about)?;
+        self.epoll
+            .add(timer.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, BACK))
+            .context("wait for", about)?;
+        self.back = Some(Back { timer, stage: Stage::There });
+        Ok(())
+    }
+
+    /// Whether the server has ended and the next is not followed yet.
+    pub(super) fn is_away(&self) -> bool {
+        self.back.as_ref().is_some_and(|back| !matches!(back.stage, Stage::There))
+    }
+
+    /// One step on the way back. `over` says why the server is gone.
+    ///
+    /// # Errors
+    /// `over`, if it is not to come back; [`Kind::FormatChanged`] when it is there; why the next server will not have it.
+    pub(super) fn come_back(&mut self, over: Error) -> Result<()> {
+        let about = || self.name.as_str();
+        let broken = matches!(&self.end, Some(End::Nonsense(_) | End::Said(Reason::Refused | Reason::Broken, _)));
+        let Some(back) = self.back.as_mut().filter(|_| !broken) else { return Err(over) };
+        loop {
+            let next = match &mut back.stage {
+                Stage::There => {
+                    // Nothing more comes from there, and what has hung up is readable for ever.
+                    let _ = self.epoll.delete(&self.server.socket);
+                    let _ = self.epoll.delete(&self.server.watch);
+                    Stage::Waiting(0)
+                }
+                Stage::Waiting(until) if now_us() < *until => return Ok(()),
+                Stage::Waiting(_) => match Joining::begin(&self.hello) {
+                    Ok(joining) => {
+                        let input = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, SOCKET);
+                        self.epoll.add(&joining, input).context("wait for", about)?;
+                        back.set(joining.until_us()).context("set the timer of", about)?;
+                        Stage::Joining(joining)
+                    }
+                    Err(error) => back.later(error, &self.name)?,
+                },
+                Stage::Joining(joining) => {
+                    let stepped = joining.step();
+                    if let Ok(false) = stepped {
+                        return Ok(());
+                    }
+                    let _ = self.epoll.delete(&*joining);
+                    match (stepped, std::mem::replace(&mut back.stage, Stage::There)) {
+                        (Ok(_), Stage::Joining(joining)) => Stage::Joined(Box::new(joining.joined()?)),
+                        (Err(error), _) => back.later(error, &self.name)?,
+                        (Ok(_), other) => other,
+                    }
+                }
+                Stage::Joined(_) => {
+                    let error = Error::new(Kind::FormatChanged, "read frames from", self.name.clone());
+                    return Err(error
+                        .because("another server is there, with buffers of its own")
+                        .repair("start again to use what comes now"));
+                }
+            };
+            back.stage = next;
+        }
+    }
+
+    /// Goes on with the next server, if it is there. Its bell is not rung yet for what it has published.
+    ///
+    /// # Errors
+    /// What `epoll_ctl` says.
+    pub(super) fn follow_back(&mut self) -> Result<()> {
+        let Some(back) = self.back.as_mut().filter(|back| matches!(back.stage, Stage::Joined(_))) else {
+            return Ok(());
+        };
+        let Stage::Joined(server) = std::mem::replace(&mut back.stage, Stage::There) else { return Ok(()) };
+        let about = || self.name.as_str();
+        back.timer.unset().context("set the timer of", about)?;
+        listen(&self.epoll, &server).context("wait for", about)?;
+        self.again.ring().context("wait for", about)?;
+        self.ring = Consumer::new(server.area.clone());
+        self.server = *server;
+        (self.end, self.next) = (None, None);
+        self.skipped = (self.skipped.0 + self.skipped.1, 0);
+        self.begin_anew();
+        Ok(())
+    }
+}
+
+impl Back {
+    fn set(&self, at_us: u64) -> nix::Result<()> {
+        let at = TimeSpec::from_duration(Duration::from_micros(at_us.max(1)));
+        self.timer.set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME)
+    }
+
+    /// Tries again in a moment, if that may help.
+    ///
+    /// # Errors
+    /// Why it will not.
+    fn later(&self, error: Error, name: &str) -> Result<Stage> {
+        match error.kind() {
+            Kind::NotFound | Kind::Busy | Kind::Disconnected | Kind::Timeout => {
+                let until = now_us() + TRY.as_micros() as u64;
+                self.set(until).context("set the timer of", || name)?;
+                Ok(Stage::Waiting(until))
+            }
+            _ => Err(error),
+        }
+    }
+}

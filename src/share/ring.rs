@@ -1,0 +1,460 @@
+//! How a frame changes hands between two processes without the kernel: one area of shared memory for each consumer.
+//!
+//! The server writes a frame's number, buffer and data into an entry and raises the head; the consumer takes the entry, uses the buffer, and
+//! says so when it has done with it. Each entry has one word that both change, position and [`Stage`] in one, so that each step is one
+//! compare-and-exchange that only one side can win:
+//!
+//! ```text
+//!              publish            take               release
+//!   (free) ──────────────▶ Published ──────▶ Taken ──────────────▶ Released ─▶ (free)
+//!                              │               │
+//!                              └─▶ Skipped     └─▶ Revoked                     by the server alone: the frame was too old, or the
+//!                                                                              lease ran out; the buffer is the camera's again
+//! ```
+//!
+//! | byte | what | written by |
+//! |---|---|---|
+//! | 0 | 64 bits: the position after the newest entry (the head); 0 before the first | server |
+//! | 64 | 32 bits: 1 while the consumer sleeps or is about to | consumer; the server writes 0 when it rings |
+//! | 128 | 32 bits: 1 while the server waits for a release | server; the consumer writes 0 when it rings |
+//! | 192 | 16 entries of 64 bytes: 64 bits of state, and seven words of data (`entry.rs`) | both the state, the server the data |
+//!
+//! Positions count from 1; that of the entry at place p of the 16 leaves p when divided by 16, and some may be passed over. A state is
+//! `position * 8 + stage`; stages are 1 published, 2 taken, 3 released, 4 skipped, 5 revoked. All numbers are the machine's own, at their
+//! natural alignment, and read and written by atomic instructions: the head is loaded with acquire order, a state exchanged with acquire
+//! order to take and with release order to release. The memfd has whole pages of at least this size, and is sealed against another.
+//!
+//! A consumer takes a frame in four steps: it loads the head; for the next position below it that is no further back than 16, exchanges
+//! published for taken, or goes on to the next position; copies the data; and looks whether the state is still that (after an acquire
+//! fence): if not, the frame is not its own. The same look tells at any time whether what it has read of a frame until then was the frame.
+//!
+//! The consumer can write anything anywhere at any time: it has the area mapped. So the server keeps what it needs to know in memory of its
+//! own, and of the area it reads those words alone, each of which can have three values or its consumer is [`Broken`]. No value read there
+//! is ever an index, a length or an address.
+//!
+//! Somebody who waits says so in a word of the area, looks once more, and sleeps on an eventfd; the other side rings it only if it reads
+//! that word as 1 and exchanges it for 0. Both sides store and then load with a sequentially consistent fence between, so at least one of
+//! them sees the other (`loom_no_wake_is_lost`).
+
+// By their paths: ci/bench/share.rs has this file as a part of itself.
+#[cfg(all(test, loom))]
+#[path = "ring/loom_tests.rs"]
+mod loom_tests;
+#[cfg(test)]
+#[cfg(not(loom))]
+#[path = "ring/tests.rs"]
+mod tests;
+
+use std::ops::Deref;
+
+#[cfg(loom)]
+use loom::sync::atomic;
+#[cfg(not(loom))]
+use std::sync::atomic;
+
+use crate::frame::Revoked;
+use atomic::{AtomicU32, AtomicU64, Ordering, fence};
+
+/// Entries of a ring; more than any [budget](Server::new). loom's models have fewer, because each word counts.
+pub(super) const ENTRIES: usize = if cfg!(loom) { 2 } else { 16 };
+
+/// Words of data that an entry carries.
+pub(super) const WORDS: usize = if cfg!(loom) { 1 } else { 7 };
+
+/// What may happen with an entry next. The values are part of the protocol.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u64)]
+pub(super) enum Stage {
+    Published = 1,
+    Taken = 2,
+    Released = 3,
+    Skipped = 4,
+    Revoked = 5,
+}
+
+/// Bits of the stage in a word; the position has the others, enough for a million frames a second for 70,000 years.
+const STAGE_BITS: u32 = 3;
+
+fn word(position: u64, stage: Stage) -> u64 {
+    position << STAGE_BITS | stage as u64
+}
+
+/// A cache line of its own, so that the two sides do not take it from each other when they write to different words.
+#[repr(C, align(64))]
+#[derive(Debug)]
+struct Line<T>(T);
+
+/// The shared memory, zeroed at first. Positions count from 1, so that a word of zeroes is no entry of anybody's.
+#[repr(C)]
+#[derive(Debug)]
+pub(super) struct Area {
+    /// The position after the newest entry. Written by the server.
+    head: Line<AtomicU64>,
+    /// 1 while the consumer sleeps or is about to.
+    consumer_sleeps: Line<AtomicU32>,
+    /// 1 while the server waits for a release.
+    server_sleeps: Line<AtomicU32>,
+    entries: [Entry; ENTRIES],
+}
+
+#[repr(C, align(64))]
+#[derive(Debug)]
+struct Entry {
+    state: AtomicU64,
+    words: [AtomicU64; WORDS],
+}
+
+impl Area {
+    /// An empty ring in memory of this process. The shared one is zeroed memory, which is the same.
+    #[allow(dead_code, reason = "for tests, and for ci/bench/share.rs, which has this file as a part")]
+    pub(super) fn new() -> Area {
+        let entry = || Entry { state: AtomicU64::new(0), words: std::array::from_fn(|_| AtomicU64::new(0)) };
+        Area {
+            head: Line(AtomicU64::new(0)),
+            consumer_sleeps: Line(AtomicU32::new(0)),
+            server_sleeps: Line(AtomicU32::new(0)),
+            entries: std::array::from_fn(|_| entry()),
+        }
+    }
+
+    /// Whether a frame that was taken is still its consumer's. What was read of it before a `true` was the frame; and what happened before
+    /// it was released is seen after a `false`.
+    pub(super) fn holds(&self, position: u64) -> bool {
+        fence(Ordering::Acquire);
+        self.entry(position).state.load(Ordering::Acquire) == word(position, Stage::Taken)
+    }
+
+    /// Gives a frame that was taken back, and tells whether the server waits for that: then its bell is to be rung.
+    ///
+    /// # Errors
+    /// [`Revoked`] if the server has taken it back before: what was read of it since may be another picture's.
+    pub(super) fn release(&self, position: u64) -> Result<bool, Revoked> {
+        let (old, new) = (word(position, Stage::Taken), word(position, Stage::Released));
+        let state = &self.entry(position).state;
+        state
+            .compare_exchange(old, new, Ordering::Release, Ordering::Relaxed)
+            .map_err(|_| Revoked)?;
+        fence(Ordering::SeqCst);
+        let sleeps = &self.server_sleeps.0;
+        Ok(sleeps.load(Ordering::Relaxed) != 0 && sleeps.swap(0, Ordering::Relaxed) != 0)
+    }
+
+    fn entry(&self, position: u64) -> &Entry {
+        // The remainder is less than the number of entries.
+        &self.entries[(position % ENTRIES as u64) as usize]
+    }
+}
+
+/// A consumer has written what it cannot have meant.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("entry {position} of its ring holds {found:#x}")]
+pub(super) struct Broken {
+    position: u64,
+    found: u64,
+}
+
+/// What became of a frame that was published.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct Published {
+    /// Frames that this consumer does not get: older ones that it had not taken, or this one, because it holds all that it may.
+    pub skipped: u32,
+    /// Whether it gets this one.
+    pub given: bool,
+    /// Whether the consumer sleeps: its bell is to be rung.
+    pub wake: bool,
+}
+
+/// How many frames were taken back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct TakenBack {
+    /// Those that the consumer had not taken.
+    pub skipped: u32,
+    /// Those that it had.
+    pub revoked: u32,
+}
+
+/// The server's end. `T` is what is kept while a frame is with the consumer: its lease.
+#[derive(Debug)]
+pub(super) struct Server<A, T> {
+    area: A,
+    /// The position of the next entry.
+    next: u64,
+    budget: usize,
+    /// Entries with the consumer, by their place in the ring.
+    out: [Option<Out<T>>; ENTRIES],
+    /// A bit for each place of `out` that may hold one: an empty ring is known by one look. Bits of empty places go when they are met.
+    places: u32,
+}
+
+/// The places of the bits that are set.
+fn places(mut bits: u32) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let place = bits.trailing_zeros();
+        bits &= bits.wrapping_sub(1);
+        (place < u32::BITS).then_some(place as usize)
+    })
+}
+
+#[derive(Debug)]
+struct Out<T> {
+    position: u64,
+    lease: T,
+}
+
+impl<A: Deref<Target = Area>, T> Server<A, T> {
+    /// `budget` is how many frames the consumer may have at a time, taken or not; from 1 to one less than [`ENTRIES`].
+    pub(super) fn new(area: A, budget: usize) -> Server<A, T> {
+        let budget = budget.clamp(1, ENTRIES - 1);
+        Server { area, next: 1, budget, out: [const { None }; ENTRIES], places: 0 }
+    }
+
+    /// Hands a frame over: some ten loads and stores, no system call. What the consumer has released is given up first; if it has all
+    /// that it may have, the oldest that it has not taken is skipped for this one. `words` is told how many were.
+    ///
+    /// # Errors
+    /// [`Broken`]; nothing was published.
+    pub(super) fn publish(&mut self, words: impl FnOnce(u32) -> [u64; WORDS], lease: T) -> Result<Published, Broken> {
+        let mut published = Published::default();
+        let mut held = self.collect()?;
+        while held >= self.budget {
+            match self.skip_oldest()? {
+                Some(Stage::Skipped) => published.skipped += 1,
+                Some(_) => {}
+                None => {
+                    published.skipped += 1;
+                    return Ok(published);
+                }
+            }
+            held -= 1;
+        }
+        // An entry whose last frame is still held is passed over: the consumer sees a position that is not there.
+        while self.out[index(self.next)].is_some() {
+            self.next += 1;
+        }
+        let position = self.next;
+        let entry = self.area.entry(position);
+        for (to, word) in entry.words.iter().zip(words(published.skipped)) {
+            to.store(word, Ordering::Relaxed);
+        }
+        entry.state.store(word(position, Stage::Published), Ordering::Release);
+        self.out[index(position)] = Some(Out { position, lease });
+        self.places |= 1 << index(position);
+        self.next = position + 1;
+        published.given = true;
+        self.area.head.0.store(self.next, Ordering::Release);
+        fence(Ordering::SeqCst);
+        let sleeps = &self.area.consumer_sleeps.0;
+        published.wake = sleeps.load(Ordering::Relaxed) != 0 && sleeps.swap(0, Ordering::Relaxed) != 0;
+        Ok(published)
+    }
+
+    /// Gives up what the consumer has released, and tells how many frames it has.
+    ///
+    /// # Errors
+    /// [`Broken`].
+    pub(super) fn collect(&mut self) -> Result<usize, Broken> {
+        let mut held = 0;
+        for place in places(self.places) {
+            let out = &mut self.out[place];
+            let Some(Out { position, .. }) = out else {
+                self.places &= !(1 << place);
+                continue;
+            };
+            let (position, found) = (*position, self.area.entry(*position).state.load(Ordering::Acquire));
+            if found == word(position, Stage::Released) {
+                *out = None;
+                self.places &= !(1 << place);
+            } else if found == word(position, Stage::Published) || found == word(position, Stage::Taken) {
+                held += 1;
+            } else {
+                return Err(Broken { position, found });
+            }
+        }
+        Ok(held)
+    }
+
+    /// Takes the oldest frame back that the consumer has not taken, and tells where it ended: a faster consumer may have released it
+    /// meanwhile. None if it has taken all.
+    fn skip_oldest(&mut self) -> Result<Option<Stage>, Broken> {
+        let area = &*self.area;
+        // Whatever the consumer does meanwhile, no more tries than there are entries.
+        for _ in 0..ENTRIES {
+            let untaken = |out: &&mut Option<Out<T>>| {
+                let position = out.as_ref().map(|out| out.position);
+                position.is_some_and(|position| {
+                    area.entry(position).state.load(Ordering::Relaxed) == word(position, Stage::Published)
+                })
+            };
+            let oldest = self
+                .out
+                .iter_mut()
+                .filter(untaken)
+                .min_by_key(|out| out.as_ref().map(|out| out.position));
+            let Some(out) = oldest else { break };
+            if let Some(stage) = end(area, out, false)? {
+                return Ok(Some(stage));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Takes the frames back whose lease is `like` that, taken or not: their buffers may be filled again, and the consumer is told when
+    /// it looks.
+    ///
+    /// # Errors
+    /// [`Broken`].
+    pub(super) fn take_back(&mut self, like: impl Fn(&T) -> bool) -> Result<TakenBack, Broken> {
+        let mut taken_back = TakenBack::default();
+        for out in self
+            .out
+            .iter_mut()
+            .filter(|out| out.as_ref().is_some_and(|out| like(&out.lease)))
+        {
+            match end(&self.area, out, true)? {
+                Some(Stage::Skipped) => taken_back.skipped += 1,
+                Some(Stage::Revoked) => taken_back.revoked += 1,
+                _ => {}
+            }
+        }
+        Ok(taken_back)
+    }
+
+    /// Whether the consumer has taken a frame whose lease is `like` that, and not released it.
+    pub(super) fn has_taken(&self, like: impl Fn(&T) -> bool) -> bool {
+        self.out.iter().flatten().filter(|out| like(&out.lease)).any(|out| {
+            let found = self.area.entry(out.position).state.load(Ordering::Acquire);
+            found == word(out.position, Stage::Taken)
+        })
+    }
+
+    /// What is kept for the frames that the consumer has.
+    pub(super) fn leases(&self) -> impl Iterator<Item = &T> {
+        self.out.iter().flatten().map(|out| &out.lease)
+    }
+
+    /// Says that the server waits for a release. `false` if one has come: then it need not wait.
+    ///
+    /// # Errors
+    /// [`Broken`].
+    pub(super) fn sleep(&mut self) -> Result<bool, Broken> {
+        let before = self.collect()?;
+        self.area.server_sleeps.0.store(1, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        let after = self.collect()?;
+        if after < before {
+            self.area.server_sleeps.0.store(0, Ordering::Relaxed);
+        }
+        Ok(after == before)
+    }
+}
+
+/// Ends one entry, if it is with the consumer, and tells as what. A frame that was taken only if that is wanted: else it goes on.
+///
+/// # Errors
+/// [`Broken`].
+fn end<T>(area: &Area, out: &mut Option<Out<T>>, taken_too: bool) -> Result<Option<Stage>, Broken> {
+    let Some(position) = out.as_ref().map(|out| out.position) else { return Ok(None) };
+    let state = &area.entry(position).state;
+    let mut found = state.load(Ordering::Acquire);
+    // Published, taken, released: a consumer that keeps to the rules is faster twice at most.
+    for _ in 0..3 {
+        let to = if found == word(position, Stage::Published) {
+            Stage::Skipped
+        } else if found == word(position, Stage::Taken) && taken_too {
+            Stage::Revoked
+        } else if found == word(position, Stage::Taken) {
+            return Ok(None);
+        } else if found == word(position, Stage::Released) {
+            *out = None;
+            return Ok(Some(Stage::Released));
+        } else {
+            break;
+        };
+        match state.compare_exchange(found, word(position, to), Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => {
+                *out = None;
+                return Ok(Some(to));
+            }
+            Err(now) => found = now,
+        }
+    }
+    Err(Broken { position, found })
+}
+
+fn index(position: u64) -> usize {
+    // The remainder is less than the number of entries.
+    (position % ENTRIES as u64) as usize
+}
+
+/// A frame that a consumer has taken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Taken {
+    pub position: u64,
+    pub words: [u64; WORDS],
+}
+
+/// The consumer's end.
+#[derive(Debug)]
+pub(super) struct Consumer<A> {
+    area: A,
+    /// The position that is looked at next.
+    next: u64,
+}
+
+impl<A: Deref<Target = Area>> Consumer<A> {
+    pub(super) fn new(area: A) -> Consumer<A> {
+        Consumer { area, next: 1 }
+    }
+
+    /// The next frame, in the order of capture; none if there is none yet. No system call.
+    pub(super) fn take(&mut self) -> Option<Taken> {
+        let head = self.area.head.0.load(Ordering::Acquire);
+        // Whatever the server says, no more steps than there are entries.
+        self.next = self.next.max(head.saturating_sub(ENTRIES as u64));
+        while self.next < head {
+            let position = self.next;
+            self.next += 1;
+            let entry = self.area.entry(position);
+            let (old, new) = (word(position, Stage::Published), word(position, Stage::Taken));
+            if entry
+                .state
+                .compare_exchange(old, new, Ordering::Acquire, Ordering::Relaxed)
+                .is_err()
+            {
+                continue;
+            }
+            let mut words = [0; WORDS];
+            for (word, from) in words.iter_mut().zip(&entry.words) {
+                *word = from.load(Ordering::Relaxed);
+            }
+            // It may have been taken back already, and the entry used for another frame.
+            if self.holds(position) {
+                return Some(Taken { position, words });
+            }
+        }
+        None
+    }
+
+    /// See [`Area::release`].
+    #[cfg(test)]
+    pub(super) fn release(&self, position: u64) -> Result<bool, Revoked> {
+        self.area.release(position)
+    }
+
+    /// See [`Area::holds`].
+    pub(super) fn holds(&self, position: u64) -> bool {
+        self.area.holds(position)
+    }
+
+    /// Says that the consumer is about to sleep. `false` if a frame has come: then it must not.
+    pub(super) fn sleep(&self) -> bool {
+        let sleeps = &self.area.consumer_sleeps.0;
+        sleeps.store(1, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        let nothing = self.area.head.0.load(Ordering::Acquire) <= self.next;
+        if !nothing {
+            sleeps.store(0, Ordering::Relaxed);
+        }
+        nothing
+    }
+}

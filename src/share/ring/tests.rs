@@ -1,0 +1,164 @@
+use super::*;
+use proptest::prelude::*;
+use std::rc::Rc;
+
+type Ends = (Server<Rc<Area>, u64>, Consumer<Rc<Area>>, Rc<Area>);
+
+fn ends(budget: usize) -> Ends {
+    let area = Rc::new(Area::new());
+    (Server::new(Rc::clone(&area), budget), Consumer::new(Rc::clone(&area)), area)
+}
+
+fn words(number: u64) -> [u64; WORDS] {
+    std::array::from_fn(|i| number * 10 + i as u64)
+}
+
+#[test]
+fn the_layout_is_the_documented_one() {
+    assert_eq!(size_of::<Area>(), 64 * (3 + ENTRIES));
+    assert_eq!((align_of::<Area>(), size_of::<Entry>()), (64, 64));
+    assert_eq!(std::mem::offset_of!(Area, consumer_sleeps), 64);
+    assert_eq!(std::mem::offset_of!(Area, server_sleeps), 128);
+    assert_eq!(std::mem::offset_of!(Area, entries), 192);
+}
+
+#[test]
+fn frames_come_in_order_and_the_oldest_is_skipped_for_a_new_one() {
+    let (mut server, mut consumer, _area) = ends(2);
+    assert_eq!(consumer.take(), None);
+    for number in 1..=4 {
+        let published = server.publish(|_| words(number), number).unwrap();
+        assert_eq!(published.skipped, u32::from(number > 2), "{number}");
+    }
+    assert_eq!(server.leases().copied().min(), Some(3), "1 and 2 were given up");
+    let third = consumer.take().unwrap();
+    assert_eq!(third.words, words(3));
+    let fourth = consumer.take().unwrap();
+    assert_eq!((fourth.words, consumer.take()), (words(4), None));
+    // It holds all that it may: nothing can be skipped for the next but that one itself.
+    let published = server.publish(|_| words(5), 5).unwrap();
+    assert_eq!((published.skipped, consumer.take()), (1, None));
+    assert_eq!(consumer.release(third.position), Ok(false));
+    assert_eq!(consumer.release(third.position), Err(Revoked), "once is enough");
+    assert_eq!(server.publish(|_| words(6), 6).unwrap().skipped, 0);
+    assert_eq!(consumer.take().unwrap().words, words(6));
+}
+
+#[test]
+fn a_frame_that_is_kept_stops_no_other() {
+    let (mut server, mut consumer, _area) = ends(2);
+    server.publish(|_| words(0), 0).unwrap();
+    let kept = consumer.take().unwrap();
+    for number in 1..100 {
+        assert_eq!(server.publish(|_| words(number), number).unwrap().skipped, 0, "{number}");
+        let taken = consumer.take().unwrap();
+        assert_eq!(taken.words, words(number));
+        consumer.release(taken.position).unwrap();
+    }
+    assert!(consumer.holds(kept.position));
+    assert_eq!(consumer.release(kept.position), Ok(false));
+    assert_eq!(server.collect(), Ok(0));
+}
+
+#[test]
+fn what_is_taken_back_is_told() {
+    let (mut server, mut consumer, _area) = ends(2);
+    for number in 1..=2 {
+        server.publish(|_| words(number), number).unwrap();
+    }
+    assert!(!server.has_taken(|_| true));
+    let (first, second) = (consumer.take().unwrap(), consumer.take().unwrap());
+    assert!(server.has_taken(|&number| number == 1) && !server.has_taken(|&number| number == 3));
+    assert_eq!(server.take_back(|&number| number == 1), Ok(TakenBack { revoked: 1, skipped: 0 }));
+    assert!(!consumer.holds(first.position) && consumer.holds(second.position));
+    assert_eq!(server.leases().copied().collect::<Vec<_>>(), [2]);
+    assert_eq!(consumer.release(first.position), Err(Revoked));
+    assert_eq!(consumer.release(second.position), Ok(false));
+    server.publish(|_| words(3), 3).unwrap();
+    assert_eq!(server.take_back(|_| true), Ok(TakenBack { revoked: 0, skipped: 1 }));
+    assert_eq!((consumer.take(), server.leases().count()), (None, 0));
+}
+
+#[test]
+fn the_words_are_told_what_was_skipped() {
+    let (mut server, mut consumer, _area) = ends(1);
+    for number in 1..=3 {
+        server.publish(|skipped| [u64::from(skipped); WORDS], number).unwrap();
+    }
+    assert_eq!(consumer.take().unwrap().words, [1; WORDS]);
+}
+
+#[test]
+fn a_bell_is_rung_for_a_sleeper_alone() {
+    let (mut server, mut consumer, _area) = ends(2);
+    assert!(!server.publish(|_| words(1), 1).unwrap().wake);
+    assert!(!consumer.sleep(), "a frame is there");
+    let taken = consumer.take().unwrap();
+    assert!(consumer.sleep());
+    assert!(server.publish(|_| words(2), 2).unwrap().wake);
+    assert!(!server.publish(|_| words(3), 3).unwrap().wake, "it was rung already");
+    assert_eq!(server.sleep(), Ok(true));
+    assert_eq!(consumer.release(taken.position), Ok(true));
+    assert_eq!(server.collect(), Ok(1));
+}
+
+proptest! {
+    /// Whatever a server writes into the area, a consumer takes no more than there are entries, each of them once, and goes on.
+    #[test]
+    fn a_server_that_writes_anything(
+        steps in prop::collection::vec((0u8..5, 0usize..ENTRIES, prop_oneof![any::<u64>(), 0u64..400, Just(u64::MAX)]), 1..200)
+    ) {
+        let (_, mut consumer, area) = ends(3);
+        for (step, place, value) in steps {
+            match step {
+                0 => {
+                    let taken: Vec<_> = std::iter::from_fn(|| consumer.take()).map(|taken| taken.position).collect();
+                    prop_assert!(taken.len() <= ENTRIES && taken.is_sorted_by(|a, b| a < b), "{taken:?}");
+                    for position in taken {
+                        prop_assert!(consumer.holds(position));
+                        let _ = consumer.release(position);
+                        prop_assert_eq!(consumer.release(position), Err(Revoked));
+                    }
+                }
+                1 => area.head.0.store(value, Ordering::Relaxed),
+                2 => area.entries[place].state.store(word(value, Stage::Published), Ordering::Relaxed),
+                3 => area.entries[place].state.store(value, Ordering::Relaxed),
+                _ => { consumer.sleep(); }
+            }
+        }
+    }
+
+    /// Whatever a consumer writes into the area, the server goes on or says that it is broken, and never gives up a lease of which
+    /// the area does not say so.
+    #[test]
+    fn a_consumer_that_writes_anything(
+        steps in prop::collection::vec((0u8..6, 0usize..ENTRIES, prop_oneof![any::<u64>(), 0u64..400]), 1..200)
+    ) {
+        let (mut server, mut consumer, area) = ends(3);
+        let mut number = 0;
+        for (step, place, value) in steps {
+            let result = match step {
+                0 | 1 => {
+                    number += 1;
+                    server.publish(|_| words(number), number).map(drop)
+                }
+                2 => server.take_back(|&number| number % 2 == value % 2).map(drop),
+                3 => { consumer.take(); Ok(()) }
+                4 => { let _ = consumer.release(value); Ok(()) }
+                _ => {
+                    match place {
+                        0 => area.head.0.store(value, Ordering::Relaxed),
+                        1 => area.consumer_sleeps.0.store(value as u32, Ordering::Relaxed),
+                        2 => area.entries[place].words[0].store(value, Ordering::Relaxed),
+                        _ => area.entries[place].state.store(value, Ordering::Relaxed),
+                    }
+                    Ok(())
+                }
+            };
+            prop_assert!(server.leases().count() <= 3);
+            if result.is_err() {
+                return Ok(());
+            }
+        }
+    }
+}

@@ -1,0 +1,462 @@
+//! `Server`: the sink that gives frames to other processes.
+
+mod door;
+mod shortage;
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+
+use super::consumer::{Consumer, ConsumerInfo, Departure, Generation};
+use super::entry::Entry;
+use super::give::Gift;
+use super::ring::ENTRIES;
+use super::socket::{Listener, Place};
+use super::wire::{Message, Reason, Shape, Welcome};
+use crate::clock::now_us;
+use crate::endpoint::{JoinError, Refusal, Rung, Shown, Sink};
+use crate::error::{Context, Error, Kind, Result};
+use crate::format::{Format, Layout};
+use crate::frame::{Buffer, Frame, MAX_SLOTS, SlotsArc};
+use door::Waiting;
+
+/// The most consumers that a server has, and the most connections that have not said hello.
+pub const MAX_CONSUMERS: usize = 64;
+
+/// How long consumers wait at most until their sockets are looked at while frames come without a pause.
+const LOOK: Duration = Duration::from_millis(100);
+/// The lease where the rate is not known.
+const LEASE: Duration = Duration::from_millis(100);
+/// Departures that are kept for reports.
+const DEPARTURES: usize = 64;
+
+/// Names in the list of descriptors. A connection has an even number for its socket, and the next for its bell.
+const LISTENER: u64 = 0;
+const TIMER: u64 = 1;
+
+/// How a [`Server`] shares.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ServerRequest {
+    /// Frames that a consumer may have at a time, from 1 to 15. A display that shows every frame needs three (on screen, on its way, the
+    /// next), vkms four; a program that looks at one after the other, two.
+    pub budget: u32,
+    /// How long a consumer may keep a frame at least; counted from when it was published. `None` for three frame times (100 ms where the
+    /// rate is not known).
+    pub lease: Option<Duration>,
+    /// The mode of the socket's file. `None` for 0600, or 0666 where other users or groups are allowed: each connection is looked at
+    /// in any case.
+    pub mode: Option<u32>,
+    /// The group of the socket's file; `None` for the process's own.
+    pub group: Option<u32>,
+    /// Users that may connect, besides the server's own.
+    pub allow_uids: Vec<u32>,
+    /// Consumers can write into the buffers, as some importers must be able to (Mesa's lavapipe maps what it imports for writing).
+    /// Otherwise they can read, and what they write into a [view](crate::frame::CowView) nobody else sees.
+    pub writable: bool,
+    /// Groups whose processes may connect: the process's own group, not those that it is in besides (`SO_PEERCRED`).
+    pub allow_gids: Vec<u32>,
+}
+
+impl Default for ServerRequest {
+    /// Two frames, three frame times, for reading, this user alone.
+    fn default() -> ServerRequest {
+        ServerRequest {
+            budget: 2,
+            lease: None,
+            mode: None,
+            group: None,
+            writable: false,
+            allow_uids: Vec::new(),
+            allow_gids: Vec::new(),
+        }
+    }
+}
+
+/// A [`Sink`] that gives each frame to any number of other processes, which use a [`Receiver`](super::Receiver) as if it were the source.
+///
+/// No pixel is copied: consumers get the source's buffers once, and then a frame's number by a ring in shared memory. To present a frame
+/// costs some ten loads and stores for each consumer, and a system call for each that sleeps. What consumers do (connect, hang up, release
+/// when the camera waits for it) comes by [`event_fd`](Sink::event_fd) and is handled by [`dispatch`](Sink::dispatch).
+///
+/// A consumer may have a few frames at a time; older ones that it has not taken are skipped for newer ones. It may keep a frame for the
+/// time of its lease; after that the frame is taken back when the source has no buffer left to fill, and the consumer is told so when it
+/// [asks](super::Receiver::holds). Before that, frames are taken back that nobody has taken. A consumer that writes nonsense into its ring
+/// or its socket is disconnected. Nothing here waits for a consumer.
+///
+/// Consumers can read the buffers that they get and not write to them, unless the [request](ServerRequest) says otherwise: so what is
+/// shared must be such that this can be had. A camera's own buffers are, once it was told to
+/// [export them so](crate::endpoint::Source::export_read_only); those of plain memory and udmabufs are. Only processes of the server's own
+/// user may connect, unless the request says otherwise.
+///
+/// Dropping it takes all frames back and tells the consumers that the source has ended. To let them have the frames that are on their way,
+/// [`end`](Server::end) it after the source was stopped.
+#[derive(Debug)]
+pub struct Server {
+    name: String,
+    listener: Listener,
+    epoll: Epoll,
+    timer: TimerFd,
+    request: ServerRequest,
+    source: String,
+    watchdog: Option<Duration>,
+    rate: Option<f64>,
+    generation: Option<Generation>,
+    generations: u32,
+    waiting: Vec<Waiting>,
+    consumers: Vec<Consumer>,
+    departures: VecDeque<Departure>,
+    /// The number of connections so far.
+    connections: u64,
+    /// The number of frames so far.
+    number: u64,
+    /// Those of the newest frame's source.
+    slots: Option<SourceSlots>,
+    /// When connections are accepted again.
+    paused_until_us: Option<u64>,
+    /// What the timer is set to.
+    armed_us: Option<u64>,
+    /// When the descriptors were looked at last.
+    looked_us: u64,
+    ended: bool,
+}
+
+/// The slots of a source, with a `Debug` that says how many are where.
+struct SourceSlots(SlotsArc);
+
+impl std::fmt::Debug for SourceSlots {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.counts().fmt(f)
+    }
+}
+
+fn check(request: &ServerRequest) -> Result<()> {
+    let most = ENTRIES as u32 - 1;
+    if (1..=most).contains(&request.budget) {
+        return Ok(());
+    }
+    let error = Error::new(Kind::Invalid, "share", "a source");
+    Err(error.because(format!("a consumer can have 1 to {most} frames, not {}", request.budget)))
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX / 2)
+}
+
+impl Server {
+    /// Begins to listen at `place`: the path of a socket, or `@name` for one without a file. The file of a server that is gone is replaced;
+    /// it goes with this server.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] if another server listens there; [`Kind::Invalid`] for a budget out of range; what the system says.
+    pub fn bind(place: &str, request: ServerRequest) -> Result<Server> {
+        let place = Place::parse(place);
+        let others = !request.allow_uids.is_empty() || !request.allow_gids.is_empty();
+        let mode = request.mode.unwrap_or(if others { 0o666 } else { 0o600 });
+        check(&request)?;
+        Server::over(Listener::bind(&place, mode, request.group)?, &place, request)
+    }
+
+    /// The same at a socket that listens already, as a service manager passes it (sd_listen_fds(3)): of type `SOCK_SEQPACKET`, with a
+    /// path or an abstract name. Mode and group of its file are not looked at, and it stays.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] for another sort of socket, and for a budget out of range; what the system says.
+    pub fn bind_inherited(socket: OwnedFd, request: ServerRequest) -> Result<Server> {
+        check(&request)?;
+        let (listener, place) = Listener::inherit(socket)?;
+        Server::over(listener, &place, request)
+    }
+
+    fn over(listener: Listener, place: &Place, request: ServerRequest) -> Result<Server> {
+        let name = place.to_string();
+        let about = || name.clone();
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("share at", about)?;
+        let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
+        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags).context("make a timer for", about)?;
+        let input = |token| EpollEvent::new(EpollFlags::EPOLLIN, token);
+        epoll.add(&listener, input(LISTENER)).context("wait for", about)?;
+        epoll.add(timer.as_fd(), input(TIMER)).context("wait for", about)?;
+        Ok(Server {
+            name,
+            listener,
+            epoll,
+            timer,
+            request,
+            source: String::new(),
+            watchdog: None,
+            rate: None,
+            generation: None,
+            generations: 0,
+            waiting: Vec::new(),
+            consumers: Vec::new(),
+            departures: VecDeque::new(),
+            connections: 0,
+            number: 0,
+            slots: None,
+            paused_until_us: None,
+            armed_us: None,
+            looked_us: 0,
+            ended: false,
+        })
+    }
+
+    /// What consumers are told of the source when they connect: its name, and the longest wait for a frame that is no failure (`None` if
+    /// any is right).
+    pub fn describe(&mut self, source: &str, watchdog: Option<Duration>) {
+        (self.source, self.watchdog) = (source.to_owned(), watchdog);
+    }
+
+    /// Who is served now.
+    pub fn consumers(&self) -> Vec<ConsumerInfo> {
+        self.consumers.iter().map(Consumer::info).collect()
+    }
+
+    /// Who was served, and why no longer: the last 64, oldest first.
+    pub fn departures(&self) -> impl Iterator<Item = &Departure> {
+        self.departures.iter()
+    }
+
+    /// How long a consumer may keep a frame at least.
+    pub fn lease(&self) -> Duration {
+        let frames = |rate: f64| Duration::try_from_secs_f64(3.0 / rate).ok();
+        let lease = self.request.lease.or_else(|| self.rate.and_then(frames)).unwrap_or(LEASE);
+        lease.max(Duration::from_millis(1))
+    }
+
+    /// Tells the consumers that the source has ended; they get the frames on their way first. To be called when the source was stopped:
+    /// their buffers are not kept from it any longer when this is dropped. (Not [`Sink::finish`]: that comes also when the source changes
+    /// its format, and its frames go on.)
+    pub fn end(&mut self) {
+        self.part(Reason::Ended, "");
+    }
+
+    /// As [`Server::end`], for a source that has failed; `why` is what consumers are told.
+    pub fn fail(&mut self, why: &str) {
+        self.part(Reason::Failed, why);
+    }
+
+    fn part(&mut self, reason: Reason, text: &str) {
+        if !std::mem::replace(&mut self.ended, true) {
+            let message = Message::End { reason, text: text.to_owned() };
+            self.consumers.iter_mut().for_each(|consumer| consumer.part(&message));
+        }
+    }
+
+    fn welcome(&self) -> Welcome {
+        Welcome {
+            budget: self.request.budget,
+            lease_us: micros(self.lease()),
+            // `as` saturates, and what is no number becomes 0: not known.
+            rate_micro: self.rate.map_or(0, |rate| (rate * 1e6).round() as u64),
+            watchdog_us: self.watchdog.map_or(0, micros),
+            source: self.source.clone(),
+        }
+    }
+
+    /// Gives up all that a consumer has, and forgets it.
+    fn lose(&mut self, token: u64, why: &str, at_fault: bool) {
+        let Some(index) = self.consumers.iter().position(|consumer| consumer.token == token) else { return };
+        let mut consumer = self.consumers.swap_remove(index);
+        let info = consumer.info();
+        // It may still look at the ring: there it finds that it has nothing. One that wrote nonsense finds that.
+        let _ = consumer.ring.take_back(|_| true);
+        if at_fault {
+            consumer.part(&Message::End { reason: Reason::Broken, text: why.to_owned() });
+        }
+        // The consumer has it open too, so it would stay in the list.
+        let _ = self.epoll.delete(&consumer.server_bell);
+        if self.departures.len() >= DEPARTURES {
+            self.departures.pop_front();
+        }
+        self.departures
+            .push_back(Departure { consumer: info, why: why.to_owned(), at_fault });
+    }
+
+    fn lose_broken(&mut self, broken: Vec<(u64, String)>) {
+        for (token, why) in broken {
+            self.lose(token, &why, true);
+        }
+    }
+
+    /// What waits for a time: connections without a hello, the listener, the source.
+    fn tend(&mut self, now: u64) -> Result<()> {
+        self.waiting.retain(|waiting| waiting.until_us > now);
+        if self.paused_until_us.is_some_and(|until| until <= now) {
+            self.paused_until_us = None;
+            self.listen(true);
+        }
+        let short = self.relieve(now);
+        let waiting = self.waiting.iter().map(|waiting| waiting.until_us).min();
+        let next = [short, waiting, self.paused_until_us].into_iter().flatten().min();
+        if next == self.armed_us {
+            return Ok(());
+        }
+        let set = match next {
+            Some(at) => {
+                // A time of 0 would stop it.
+                let at = TimeSpec::from_duration(Duration::from_micros(at.max(1)));
+                self.timer.set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME)
+            }
+            None => self.timer.unset(),
+        };
+        set.context("set the timer of", || self.name.as_str())?;
+        self.armed_us = next;
+        Ok(())
+    }
+
+    fn look(&mut self) -> Result<()> {
+        let mut events = [EpollEvent::empty(); 64];
+        let count = match self.epoll.wait(&mut events, EpollTimeout::ZERO) {
+            Err(Errno::EINTR) => 0,
+            other => other.context("wait for", || self.name.as_str())?,
+        };
+        let now = now_us();
+        self.looked_us = now;
+        for event in events.iter().take(count) {
+            match event.data() {
+                LISTENER => self.accept(now),
+                // It is set anew, or stopped, which also says that it was heard (timerfd_setup in fs/timerfd.c).
+                TIMER => self.armed_us = Some(0),
+                token if token % 2 == 0 => self.hear(token),
+                bell => {
+                    let consumer = self.consumers.iter_mut().find(|consumer| consumer.token + 1 == bell);
+                    let Some(consumer) = consumer else { continue };
+                    let token = consumer.token;
+                    if let Err(why) = consumer.ring.collect() {
+                        self.lose(token, &why.to_string(), true);
+                    }
+                }
+            }
+        }
+        self.tend(now)
+    }
+
+    fn refuse(&self, why: String) -> JoinError {
+        JoinError::Refused(Refusal {
+            rung: Rung::Exported,
+            step: "join",
+            errno: None,
+            why,
+            repair: "give the source 1 to 64 buffers of one layout".to_owned(),
+        })
+    }
+}
+
+impl Sink for Server {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn formats(&self) -> Option<Vec<Format>> {
+        None
+    }
+
+    /// Begins a generation of buffers, of which all consumers are told. Cost: a message for each buffer and consumer.
+    fn join(&mut self, layout: &Layout, rate: Option<f64>, buffers: &[Buffer]) -> Result<Rung, JoinError> {
+        let count = u32::try_from(buffers.len()).unwrap_or(u32::MAX);
+        if !(1..=MAX_SLOTS).contains(&count) {
+            return Err(self.refuse(format!("{count} buffers cannot be shared")));
+        }
+        if let Some(other) = buffers.iter().find(|buffer| buffer.layout() != layout) {
+            return Err(self.refuse(format!("a buffer is laid out as {}, and not as {layout}", other.layout())));
+        }
+        let planes = layout.memory_planes();
+        let least = |plane: usize| {
+            buffers
+                .iter()
+                .filter_map(|buffer| buffer.memory_lens().get(plane).copied())
+                .min()
+        };
+        let lens: Vec<_> = (0..planes).map(|plane| least(plane).unwrap_or(0) as u64).collect();
+        let writable = self.request.writable;
+        let gifts = buffers
+            .iter()
+            .map(|buffer| Gift::new(buffer, writable))
+            .collect::<Result<Vec<_>>>();
+        let gifts = gifts.map_err(|error| match error.kind() {
+            Kind::Unsupported | Kind::Permission => JoinError::Refused(Refusal::from_error(Rung::Exported, &error)),
+            _ => JoinError::Failed(error),
+        })?;
+        self.generations = self.generations.wrapping_add(1);
+        let shape = Shape { generation: self.generations, buffers: count, layout: *layout, lens };
+        self.rate = rate;
+        let generation = Generation { shape, gifts };
+        let welcome = self.welcome();
+        let mut lost = Vec::new();
+        for consumer in &mut self.consumers {
+            if let Err(error) = consumer.greet(&welcome, &generation) {
+                lost.push((consumer.token, format!("it could not be told of new buffers: {error}")));
+            }
+        }
+        self.generation = Some(generation);
+        self.slots = None;
+        for (token, why) in lost {
+            self.lose(token, &why, false);
+        }
+        Ok(Rung::Exported)
+    }
+
+    /// A frame that a device still writes is published when it has been written: no fence goes to the consumers. One that a consumer's
+    /// device still reads is not given back before that either.
+    fn present(&mut self, frame: Frame) -> Result<Option<Shown>> {
+        frame.wait_acquired(self.fence_timeout())?;
+        let now = now_us();
+        let unknown = || Error::new(Kind::Invalid, "share", "a frame").because("it is in a buffer that was not joined");
+        let generation = self.generation.as_ref().ok_or_else(unknown)?;
+        let buffer = generation
+            .gifts
+            .iter()
+            .position(|gift| gift.buffer().same_handle(frame.buffer()));
+        // No more than 64.
+        let buffer = buffer.ok_or_else(unknown)? as u32;
+        let meta = *frame.meta();
+        let entry = Entry { generation: generation.shape.generation, buffer, meta, skipped: 0, published_us: now };
+        self.number += 1;
+        let mut broken = Vec::new();
+        for consumer in &mut self.consumers {
+            if let Err(why) = consumer.publish(&entry, self.number, &frame) {
+                broken.push((consumer.token, why.to_string()));
+            }
+        }
+        self.lose_broken(broken);
+        self.slots = Some(SourceSlots(frame.lease().slots_arc()));
+        drop(frame);
+        match now.saturating_sub(self.looked_us) >= micros(LOOK) {
+            true => self.look()?,
+            false => self.tend(now)?,
+        }
+        Ok(Some(Shown { meta, at_us: now }))
+    }
+
+    /// Readable when a consumer connects, hangs up or releases a frame that is waited for, and when a lease runs out that is in the way.
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.epoll.0.as_fd())
+    }
+
+    fn wants_event(&self) -> bool {
+        true
+    }
+
+    fn dispatch(&mut self) -> Result<Option<Shown>> {
+        self.look()?;
+        Ok(None)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        for consumer in &mut self.consumers {
+            // One that wrote nonsense finds that in its ring.
+            let _ = consumer.take_back(|_| true);
+        }
+        self.end();
+    }
+}

@@ -1,0 +1,425 @@
+//! What server and consumer say to each other over the socket.
+//!
+//! A socket of type `SOCK_SEQPACKET`: a message is a packet, and comes whole or not at all. Numbers are little endian; nothing is aligned.
+//! Every message begins with
+//!
+//! ```text
+//!  0  4  "dmaf"
+//!  4  2  version, 1
+//!  6  2  kind
+//! ```
+//!
+//! and goes on by its kind. Texts are UTF-8 without a zero byte, after a 2-byte length of at most 256.
+//!
+//! | kind | from, fds | fields after the head |
+//! |---|---|---|
+//! | 1 hello | consumer | 4 wishes (bit 0: buffers that it can write to, or none), text: its name |
+//! | 2 welcome | server; the ring, the consumer's bell (an epoll descriptor, to be polled edge-triggered), the server's bell (an eventfd) | 4 frames it may have at a time, 8 µs it may keep one, 8 frames in 1,000,000 s (0: not known), 8 µs without a frame that are too long (0: any time is right), text: the source |
+//! | 3 format | server | 4 generation, 4 buffers, 4 DRM code (0: none), 4 V4L2 code (0: none), 4 width, 4 height, 8 modifier (`DRM_FORMAT_MOD_INVALID`: not stated), 1 encoding, 1 range, 1 colour planes, 1 memory planes, for each colour plane 4 memory plane, 4 offset, 4 stride, for each memory plane 8 bytes |
+//! | 4 buffer | server; one fd for each memory plane | 4 generation, 4 index, 8 identity |
+//! | 5 end | either | 2 reason, text |
+//!
+//! A consumer says hello, and gets a welcome and the format with its buffers, or an end. When the source changes its format there is a new
+//! generation, before the first frame of it is in the ring: a consumer that finds a frame of a generation or a buffer that it does not
+//! know reads the socket first. The buffers of generations before are gone when it has released their last frame.
+//!
+//! Encodings: 0 BT.601, 1 BT.709, 2 BT.2020. Ranges: 0 limited, 1 full. Reasons: 0 the source has ended, 1 the source has failed, 2
+//! refused, 3 the other side has broken the protocol.
+//!
+//! A buffer's descriptors are those of dma-bufs or of memfds that are sealed against shrinking, and are for reading alone unless the server
+//! says otherwise: map them privately, or shared for reading. A consumer that cannot do with that says so by its wish, and is refused.
+//!
+//! The ring's area: see `ring.rs` and `area.rs`; what the words of its entries are: `entry.rs`; the bells: `bell.rs`.
+
+use crate::format::{Colour, Encoding, Format, Fourcc, Layout, MAX_PLANES, Modifier, PlaneLayout, Range};
+use crate::frame::MAX_SLOTS;
+
+/// The version that is spoken here.
+pub(super) const VERSION: u16 = 1;
+/// No message is longer.
+pub(super) const MAX_MESSAGE: usize = 512;
+/// No message carries more fds.
+pub(super) const MAX_FDS: usize = MAX_PLANES;
+const MAX_TEXT: usize = 256;
+const MAGIC: [u8; 4] = *b"dmaf";
+const INVALID_MODIFIER: u64 = 0x00ff_ffff_ffff_ffff;
+
+/// A message, without its fds.
+#[derive(Clone, PartialEq, Debug)]
+pub(super) enum Message {
+    Hello { writable: bool, name: String },
+    Welcome(Welcome),
+    Format(Shape),
+    Buffer { generation: u32, index: u32, identity: u64 },
+    End { reason: Reason, text: String },
+}
+
+#[derive(Clone, PartialEq, Debug)]
+pub(super) struct Welcome {
+    pub budget: u32,
+    pub lease_us: u64,
+    /// Frames in 1,000,000 s; 0 if that is not known.
+    pub rate_micro: u64,
+    /// 0 if any time without a frame is right.
+    pub watchdog_us: u64,
+    pub source: String,
+}
+
+/// What the buffers of a generation are like.
+#[derive(Clone, PartialEq, Debug)]
+pub(super) struct Shape {
+    pub generation: u32,
+    pub buffers: u32,
+    pub layout: Layout,
+    /// Bytes of each memory plane; as many as the layout has.
+    pub lens: Vec<u64>,
+}
+
+/// Why a connection ends.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Reason {
+    Ended,
+    Failed,
+    Refused,
+    Broken,
+}
+
+/// Bytes that are no message.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub(super) enum Malformed {
+    #[error("it ends in the middle")]
+    Short,
+    #[error("{0} bytes are left over")]
+    Long(usize),
+    #[error("it does not begin with \"dmaf\"")]
+    Magic,
+    #[error("it is of version {0}; {VERSION} is spoken here")]
+    Version(u16),
+    #[error("it is of an unknown kind, {0}")]
+    Kind(u16),
+    #[error("its {0} cannot be")]
+    Value(&'static str),
+}
+
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn bytes(&mut self, count: usize) -> Result<&'a [u8], Malformed> {
+        let (bytes, rest) = self.0.split_at_checked(count).ok_or(Malformed::Short)?;
+        self.0 = rest;
+        Ok(bytes)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], Malformed> {
+        let (bytes, rest) = self.0.split_first_chunk().ok_or(Malformed::Short)?;
+        self.0 = rest;
+        Ok(*bytes)
+    }
+
+    fn u8(&mut self) -> Result<u8, Malformed> {
+        self.array().map(u8::from_le_bytes)
+    }
+
+    fn u16(&mut self) -> Result<u16, Malformed> {
+        self.array().map(u16::from_le_bytes)
+    }
+
+    fn u32(&mut self) -> Result<u32, Malformed> {
+        self.array().map(u32::from_le_bytes)
+    }
+
+    fn u64(&mut self) -> Result<u64, Malformed> {
+        self.array().map(u64::from_le_bytes)
+    }
+
+    fn text(&mut self) -> Result<String, Malformed> {
+        let len = usize::from(self.u16()?);
+        if len > MAX_TEXT {
+            return Err(Malformed::Value("text's length"));
+        }
+        let text = str::from_utf8(self.bytes(len)?).ok().filter(|text| !text.contains('\0'));
+        text.map(str::to_owned).ok_or(Malformed::Value("text"))
+    }
+}
+
+/// A text as far as it fits, cut between characters.
+fn put_text(to: &mut Vec<u8>, text: &str) {
+    let end = (0..=MAX_TEXT.min(text.len())).rev().find(|&end| text.is_char_boundary(end));
+    let text = text.get(..end.unwrap_or(0)).unwrap_or_default();
+    // At most 256.
+    to.extend((text.len() as u16).to_le_bytes());
+    to.extend(text.bytes().map(|byte| if byte == 0 { b'?' } else { byte }));
+}
+
+impl Message {
+    /// The message's bytes, [`MAX_MESSAGE`] at most.
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(MAX_MESSAGE);
+        bytes.extend(MAGIC);
+        bytes.extend(VERSION.to_le_bytes());
+        bytes.extend(self.kind().to_le_bytes());
+        match self {
+            Message::Hello { writable, name } => {
+                bytes.extend(u32::from(*writable).to_le_bytes());
+                put_text(&mut bytes, name);
+            }
+            Message::Welcome(welcome) => {
+                bytes.extend(welcome.budget.to_le_bytes());
+                for number in [welcome.lease_us, welcome.rate_micro, welcome.watchdog_us] {
+                    bytes.extend(number.to_le_bytes());
+                }
+                put_text(&mut bytes, &welcome.source);
+            }
+            Message::Format(shape) => shape.encode(&mut bytes),
+            Message::Buffer { generation, index, identity } => {
+                bytes.extend(generation.to_le_bytes());
+                bytes.extend(index.to_le_bytes());
+                bytes.extend(identity.to_le_bytes());
+            }
+            Message::End { reason, text } => {
+                bytes.extend((*reason as u16).to_le_bytes());
+                put_text(&mut bytes, text);
+            }
+        }
+        bytes
+    }
+
+    fn kind(&self) -> u16 {
+        match self {
+            Message::Hello { .. } => 1,
+            Message::Welcome(_) => 2,
+            Message::Format(_) => 3,
+            Message::Buffer { .. } => 4,
+            Message::End { .. } => 5,
+        }
+    }
+
+    /// How many fds belong to it; those of a buffer are by its generation's format.
+    pub(super) fn fds(&self) -> Option<usize> {
+        match self {
+            Message::Welcome(_) => Some(3),
+            Message::Buffer { .. } => None,
+            Message::Hello { .. } | Message::Format(_) | Message::End { .. } => Some(0),
+        }
+    }
+
+    /// A packet's message. Allocates no more than the text has, or the sizes of four memory planes.
+    ///
+    /// # Errors
+    /// [`Malformed`].
+    pub(super) fn decode(bytes: &[u8]) -> Result<Message, Malformed> {
+        let mut from = Reader(bytes);
+        if from.array()? != MAGIC {
+            return Err(Malformed::Magic);
+        }
+        match from.u16()? {
+            VERSION => {}
+            version => return Err(Malformed::Version(version)),
+        }
+        let message = match from.u16()? {
+            1 => {
+                let wishes = from.u32()?;
+                if wishes > 1 {
+                    return Err(Malformed::Value("wish"));
+                }
+                Message::Hello { writable: wishes == 1, name: from.text()? }
+            }
+            2 => Message::Welcome(Welcome {
+                budget: from.u32()?,
+                lease_us: from.u64()?,
+                rate_micro: from.u64()?,
+                watchdog_us: from.u64()?,
+                source: from.text()?,
+            }),
+            3 => Message::Format(Shape::decode(&mut from)?),
+            4 => {
+                let (generation, index, identity) = (from.u32()?, from.u32()?, from.u64()?);
+                if index >= MAX_SLOTS {
+                    return Err(Malformed::Value("buffer's index"));
+                }
+                Message::Buffer { generation, index, identity }
+            }
+            5 => {
+                let reasons = [Reason::Ended, Reason::Failed, Reason::Refused, Reason::Broken];
+                let reason = reasons.get(usize::from(from.u16()?)).copied();
+                Message::End { reason: reason.ok_or(Malformed::Value("reason"))?, text: from.text()? }
+            }
+            kind => return Err(Malformed::Kind(kind)),
+        };
+        match from.0.len() {
+            0 => Ok(message),
+            left => Err(Malformed::Long(left)),
+        }
+    }
+}
+
+impl Shape {
+    fn encode(&self, to: &mut Vec<u8>) {
+        let layout = &self.layout;
+        let drm = layout.format().drm().map_or(0, |code| code.0);
+        let v4l2 = layout.format().v4l2().next().map_or(0, |(code, _)| code.0);
+        for number in [self.generation, self.buffers, drm, v4l2, layout.width(), layout.height()] {
+            to.extend(number.to_le_bytes());
+        }
+        to.extend(layout.modifier().map_or(INVALID_MODIFIER, Modifier::to_drm).to_le_bytes());
+        let encoding = match layout.colour().encoding {
+            Encoding::Bt601 => 0,
+            Encoding::Bt709 => 1,
+            Encoding::Bt2020 => 2,
+        };
+        let range = match layout.colour().range {
+            Range::Limited => 0,
+            Range::Full => 1,
+        };
+        // Neither has more than four.
+        to.extend([encoding, range, layout.planes().len() as u8, self.lens.len() as u8]);
+        for plane in layout.planes() {
+            for number in [plane.memory, plane.offset, plane.stride] {
+                to.extend(number.to_le_bytes());
+            }
+        }
+        for len in &self.lens {
+            to.extend(len.to_le_bytes());
+        }
+    }
+
+    fn decode(from: &mut Reader<'_>) -> Result<Shape, Malformed> {
+        let (generation, buffers) = (from.u32()?, from.u32()?);
+        if !(1..=MAX_SLOTS).contains(&buffers) {
+            return Err(Malformed::Value("number of buffers"));
+        }
+        let (drm, v4l2) = (from.u32()?, from.u32()?);
+        let format = match (drm, v4l2) {
+            (0, v4l2) => Format::from_v4l2(Fourcc(v4l2)).map(|(format, _)| format),
+            (drm, _) => Format::from_drm(Fourcc(drm)),
+        };
+        let format = format.ok_or(Malformed::Value("format"))?;
+        let size = (from.u32()?, from.u32()?);
+        let modifier = Modifier::from_drm(from.u64()?);
+        let encoding = match from.u8()? {
+            0 => Encoding::Bt601,
+            1 => Encoding::Bt709,
+            2 => Encoding::Bt2020,
+            _ => return Err(Malformed::Value("encoding")),
+        };
+        let range = match from.u8()? {
+            0 => Range::Limited,
+            1 => Range::Full,
+            _ => return Err(Malformed::Value("range")),
+        };
+        let (planes, memories) = (usize::from(from.u8()?), usize::from(from.u8()?));
+        if planes > MAX_PLANES || !(1..=MAX_PLANES).contains(&memories) {
+            return Err(Malformed::Value("number of planes"));
+        }
+        let mut places = [PlaneLayout::default(); MAX_PLANES];
+        for place in &mut places[..planes] {
+            *place = PlaneLayout { memory: from.u32()?, offset: from.u32()?, stride: from.u32()? };
+        }
+        let lens = (0..memories).map(|_| from.u64()).collect::<Result<Vec<_>, _>>()?;
+        let layout = Layout::new(format, size, &places[..planes]).map_err(|_| Malformed::Value("layout"))?;
+        let sizes: Vec<usize> = lens.iter().map(|&len| usize::try_from(len).unwrap_or(usize::MAX)).collect();
+        layout.check(&sizes).map_err(|_| Malformed::Value("layout"))?;
+        let layout = layout.with_modifier(modifier).with_colour(Colour { encoding, range });
+        Ok(Shape { generation, buffers, layout, lens })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn shapes() -> impl Strategy<Value = Shape> {
+        let formats: Vec<Format> = Format::all().collect();
+        let sizes = (1u32..5000, 1u32..5000, 1u32..300);
+        let colours = (0usize..3, any::<bool>());
+        let numbers = (any::<u32>(), 1..=MAX_SLOTS, prop::option::of(0u64..1 << 60), 0u64..5000);
+        (prop::sample::select(formats), sizes, colours, numbers).prop_filter_map(
+            "a layout",
+            |(format, (width, height, align), (encoding, full), (generation, buffers, modifier, more))| {
+                let layout = Layout::packed(format, (width, height), align).ok()?;
+                let encoding = [Encoding::Bt601, Encoding::Bt709, Encoding::Bt2020][encoding];
+                let colour = Colour { encoding, range: if full { Range::Full } else { Range::Limited } };
+                let layout = layout.with_colour(colour).with_modifier(modifier.and_then(Modifier::from_drm));
+                let lens = (0..layout.memory_planes() as u32).map(|memory| layout.memory_len(memory) as u64 + more);
+                Some(Shape { generation, buffers, layout, lens: lens.collect() })
+            },
+        )
+    }
+
+    fn messages() -> impl Strategy<Value = Message> {
+        let reasons = vec![Reason::Ended, Reason::Failed, Reason::Refused, Reason::Broken];
+        prop_oneof![
+            (any::<bool>(), "[^\0]{0,60}").prop_map(|(writable, name)| Message::Hello { writable, name }),
+            (any::<u32>(), any::<[u64; 3]>(), "[^\0]{0,60}").prop_map(
+                |(budget, [lease_us, rate_micro, watchdog_us], source)| {
+                    Message::Welcome(Welcome { budget, lease_us, rate_micro, watchdog_us, source })
+                }
+            ),
+            shapes().prop_map(Message::Format),
+            (any::<u32>(), 0..MAX_SLOTS, any::<u64>()).prop_map(|(generation, index, identity)| Message::Buffer {
+                generation,
+                index,
+                identity
+            }),
+            (prop::sample::select(reasons), "[^\0]{0,60}").prop_map(|(reason, text)| Message::End { reason, text }),
+        ]
+    }
+
+    #[test]
+    fn bytes_as_documented() {
+        let buffer = Message::Buffer { generation: 2, index: 3, identity: 0x0102_0304_0506_0708 };
+        assert_eq!(buffer.encode(), b"dmaf\x01\0\x04\0\x02\0\0\0\x03\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01");
+        let hello = Message::Hello { writable: true, name: "me".into() };
+        assert_eq!(hello.encode(), b"dmaf\x01\0\x01\0\x01\0\0\0\x02\0me");
+        let layout = Layout::contiguous(Format::parse("XR24").unwrap().0, (64, 48), 256).unwrap();
+        let shape = Message::Format(Shape { generation: 1, buffers: 4, layout, lens: vec![12288] });
+        let expected = [
+            &b"dmaf\x01\0\x03\0\x01\0\0\0\x04\0\0\0XR24XR24\x40\0\0\0\x30\0\0\0\xff\xff\xff\xff\xff\xff\xff\0\0\0\x01\x01"[..],
+            b"\0\0\0\0\0\0\0\0\0\x01\0\0\0\x30\0\0\0\0\0\0",
+        ];
+        assert_eq!(shape.encode(), expected.concat());
+    }
+
+    #[test]
+    fn long_texts_are_cut_between_characters() {
+        let text = "é".repeat(200) + "\0";
+        let Ok(Message::End { text: cut, .. }) =
+            Message::decode(&Message::End { reason: Reason::Failed, text }.encode())
+        else {
+            unreachable!()
+        };
+        assert_eq!(cut, "é".repeat(128));
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_encoded_is_decoded(message in messages()) {
+            let bytes = message.encode();
+            prop_assert!(bytes.len() <= MAX_MESSAGE);
+            prop_assert_eq!(Message::decode(&bytes), Ok(message));
+        }
+
+        /// A byte more or less is noticed, and nothing that is changed brings it down.
+        #[test]
+        fn what_is_changed_is_refused_or_another_message(message in messages(), at in any::<prop::sample::Index>(), byte in any::<u8>()) {
+            let mut bytes = message.encode();
+            prop_assert_eq!(Message::decode(&bytes[..at.index(bytes.len())]), Err(Malformed::Short));
+            bytes.push(0);
+            prop_assert!(Message::decode(&bytes).is_err());
+            bytes.pop();
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+            if let Ok(other) = Message::decode(&bytes) {
+                prop_assert_eq!(Message::decode(&other.encode()), Ok(other));
+            }
+        }
+
+        #[test]
+        fn anything(bytes in prop::collection::vec(any::<u8>(), 0..600), kind in 0u16..7) {
+            let _ = Message::decode(&bytes);
+            let head = [&MAGIC[..], &VERSION.to_le_bytes(), &kind.to_le_bytes(), &bytes].concat();
+            let _ = Message::decode(&head);
+        }
+    }
+}

@@ -1,0 +1,319 @@
+//! `dmaflow share`: one source for many processes.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use dmaflow::endpoint::{JoinError, Rung, Shown, Sink};
+use dmaflow::error::Result;
+use dmaflow::format::{Format, Layout};
+use dmaflow::frame::{Buffer, Frame};
+use dmaflow::ladder::{NoWay, Path};
+use dmaflow::pipe::{Account, Pipe, Progress};
+use dmaflow::share::{ConsumerInfo, Departure, Server, ServerRequest};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use nix::unistd::Group;
+use serde::Serialize;
+
+use crate::args::ShareArgs;
+use crate::ends::open_source;
+use crate::failure::Usage;
+use crate::output::{self, note};
+use crate::pipe::limits;
+use crate::stop::catch_signals;
+use crate::table;
+
+/// Buffers of the source: what a display keeps (four), what others look at meanwhile, and two for the camera.
+const BUFFERS: u32 = 8;
+
+/// The table on a terminal is written this often at most, in µs.
+const PERIOD_US: u64 = 250_000;
+
+pub fn run(args: &ShareArgs) -> anyhow::Result<ExitCode> {
+    let limits = limits(args.frames, args.seconds)?;
+    let request = request(args)?;
+    output::check()?;
+    // Before any device is opened: from here on an order to stop waits until it can be followed in order.
+    let stop = catch_signals()?;
+    let server = match (&args.at, inherited()?) {
+        (Some(at), _) => open(at, request)?,
+        (None, Some(_)) if args.mode.is_some() || args.group.is_some() => {
+            bail!(Usage(
+                "--mode and --group are for sockets that this makes; say it in the unit (SocketMode=, SocketGroup=)"
+                    .into()
+            ))
+        }
+        (None, Some(socket)) => Server::bind_inherited(socket, request)?,
+        (None, None) => bail!(Usage("share needs --at SOCKET, unless systemd passes a socket".into())),
+    };
+    // What is shared already has the buffers that it has.
+    let own = !args.from.as_deref().is_some_and(|name| name.starts_with("unix:"));
+    let buffers = args.buffers.or(own.then_some(BUFFERS));
+    let mut source = open_source(args.from.as_deref(), &args.shape, buffers, None)?;
+    if !args.writable {
+        source.export_read_only()?;
+    }
+    let at = server.name().to_owned();
+    let mut shared = Shared::new(server);
+    shared.server.describe(source.name(), source.watchdog());
+    let account = match Pipe::join(source.as_mut(), &mut shared, Path::ZeroCopy, limits) {
+        Ok(pipe) => {
+            note(&format!("sharing at {at}"));
+            pipe.run(Some(stop.as_fd()), &mut |_: &Progress<'_>| {})
+        }
+        Err(NoWay::Failed(error)) => Err(error),
+        Err(NoWay::Refused(refusals)) => match refusals.into_iter().next() {
+            Some(refusal) => bail!("cannot share the source: {refusal}"),
+            None => bail!("cannot share the source"),
+        },
+    };
+    shared.live.take().inspect(ProgressBar::finish_and_clear);
+    // The source stands: what consumers have now stays what it is.
+    match &account {
+        Ok(_) => shared.server.end(),
+        Err(error) => shared.server.fail(&error.line()),
+    }
+    let report = Report::new(source.name(), source.layout(), &shared.server, &account?);
+    output::print(&if args.json { serde_json::to_string(&report)? } else { report.table() })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A server at a place given on the command line.
+pub fn open(at: &str, request: ServerRequest) -> anyhow::Result<Server> {
+    if at.is_empty() || at == "@" {
+        bail!(Usage("a share needs the path of a socket, or @NAME".into()));
+    }
+    Ok(Server::bind(at, request)?)
+}
+
+/// The socket that a service manager has passed on, if one has: descriptor 3, said to be for this process by two variables
+/// (sd_listen_fds(3)).
+fn inherited() -> anyhow::Result<Option<OwnedFd>> {
+    const FIRST: RawFd = 3;
+    let variable = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u32>().ok());
+    if variable("LISTEN_PID") != Some(std::process::id()) {
+        return Ok(None);
+    }
+    match variable("LISTEN_FDS") {
+        // By another number: what is open at 3 stays with whoever put it there.
+        // SAFETY: whoever started this process says that the descriptor is open, and nothing in here closes it.
+        Some(1) => Ok(Some(
+            unsafe { BorrowedFd::borrow_raw(FIRST) }
+                .try_clone_to_owned()
+                .context("cannot use the socket passed")?,
+        )),
+        count => bail!(Usage(format!("one socket is shared at, and {} were passed", count.unwrap_or(0)))),
+    }
+}
+
+fn request(args: &ShareArgs) -> anyhow::Result<ServerRequest> {
+    let group = args.group.as_deref().map(|name| match name.parse() {
+        Ok(number) => Ok(number),
+        Err(_) => match Group::from_name(name).context("cannot look the group up")? {
+            Some(group) => Ok(group.gid.as_raw()),
+            None => Err(anyhow::Error::new(Usage(format!("there is no group called \"{name}\"")))),
+        },
+    });
+    Ok(ServerRequest {
+        budget: args.budget,
+        lease: args.lease,
+        mode: args.mode,
+        group: group.transpose()?,
+        allow_uids: args.allow_uid.clone(),
+        allow_gids: args.allow_gid.clone(),
+        writable: args.writable,
+    })
+}
+
+/// The server, and a table of its consumers on a terminal.
+struct Shared {
+    server: Server,
+    live: Option<ProgressBar>,
+    /// When the table was written last, in µs.
+    last_us: u64,
+}
+
+impl Shared {
+    fn new(server: Server) -> Shared {
+        use std::io::IsTerminal;
+        let live = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+            bar.set_style(ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_spinner()));
+            bar
+        });
+        Shared { server, live, last_us: 0 }
+    }
+}
+
+/// A table of consumers; the heading is a row of it.
+fn consumers(infos: &[ConsumerInfo]) -> Vec<Vec<String>> {
+    let heading = ["PID", "NAME", "UID", "FRAMES", "SKIPPED", "LEASES", "STOLEN"]
+        .map(str::to_owned)
+        .to_vec();
+    let row = |info: &ConsumerInfo| {
+        let ConsumerInfo { pid, uid, gid: _, name, frames, skipped, leases, stolen } = info;
+        let pid = if *pid == 0 { table::UNKNOWN.to_owned() } else { pid.to_string() };
+        let numbers = [frames, skipped, &u64::from(*leases), stolen].map(u64::to_string);
+        [pid, table::plain(name), uid.to_string()].into_iter().chain(numbers).collect()
+    };
+    let rows = infos.iter().map(row);
+    if infos.is_empty() { Vec::new() } else { std::iter::once(heading).chain(rows).collect() }
+}
+
+impl Sink for Shared {
+    fn name(&self) -> &str {
+        self.server.name()
+    }
+
+    fn formats(&self) -> Option<Vec<Format>> {
+        self.server.formats()
+    }
+
+    fn join(&mut self, layout: &Layout, rate: Option<f64>, buffers: &[Buffer]) -> Result<Rung, JoinError> {
+        self.server.join(layout, rate, buffers)
+    }
+
+    fn present(&mut self, frame: Frame) -> Result<Option<Shown>> {
+        let shown = self.server.present(frame)?;
+        if let (Some(live), Some(shown)) = (&self.live, &shown)
+            && shown.at_us.saturating_sub(self.last_us) >= PERIOD_US
+        {
+            self.last_us = shown.at_us;
+            let mut lines = Vec::new();
+            table::section(&mut lines, "consumers", consumers(&self.server.consumers()));
+            live.set_message(lines.join("\n"));
+        }
+        Ok(shown)
+    }
+
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.server.event_fd()
+    }
+
+    fn wants_event(&self) -> bool {
+        self.server.wants_event()
+    }
+
+    fn dispatch(&mut self) -> Result<Option<Shown>> {
+        self.server.dispatch()
+    }
+}
+
+/// What `share` prints at its end.
+#[derive(Serialize)]
+struct Report {
+    source: String,
+    at: String,
+    format: String,
+    width: u32,
+    height: u32,
+    path: String,
+    frames: Frames,
+    seconds: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fps: Option<f64>,
+    bytes_copied: u64,
+    consumers: Vec<ConsumerReport>,
+    /// Consumers that are no more, the last 64.
+    gone: Vec<ConsumerReport>,
+}
+
+#[derive(Serialize)]
+struct Frames {
+    captured: u64,
+    dropped_by_camera: u64,
+    errored: u64,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    more_dropped_by_camera: bool,
+}
+
+#[derive(Serialize)]
+struct ConsumerReport {
+    pid: u32,
+    name: String,
+    uid: u32,
+    frames: u64,
+    skipped: u64,
+    leases: u32,
+    stolen: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    why: Option<String>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    disconnected: bool,
+}
+
+impl From<&ConsumerInfo> for ConsumerReport {
+    fn from(info: &ConsumerInfo) -> ConsumerReport {
+        let ConsumerInfo { pid, uid, gid: _, name, frames, skipped, leases, stolen } = info.clone();
+        ConsumerReport { pid, name, uid, frames, skipped, leases, stolen, why: None, disconnected: false }
+    }
+}
+
+impl From<&Departure> for ConsumerReport {
+    fn from(gone: &Departure) -> ConsumerReport {
+        let why = Some(gone.why.clone());
+        ConsumerReport { why, disconnected: gone.at_fault, ..ConsumerReport::from(&gone.consumer) }
+    }
+}
+
+impl Report {
+    fn new(source: &str, layout: &Layout, server: &Server, account: &Account) -> Report {
+        Report {
+            source: source.to_owned(),
+            at: server.name().to_owned(),
+            format: layout.format().to_string(),
+            width: layout.width(),
+            height: layout.height(),
+            path: account.rung.to_string(),
+            frames: Frames {
+                captured: account.captured,
+                dropped_by_camera: account.lost.dropped,
+                errored: account.lost.errored,
+                more_dropped_by_camera: account.lost.uncounted,
+            },
+            seconds: account.duration.as_secs_f64(),
+            fps: account.fps,
+            bytes_copied: account.copies.bytes(),
+            consumers: server.consumers().iter().map(ConsumerReport::from).collect(),
+            gone: server.departures().map(ConsumerReport::from).collect(),
+        }
+    }
+
+    fn table(&self) -> String {
+        let Report { source, at, format, width, height, path, frames, seconds, .. } = self;
+        let more = if frames.more_dropped_by_camera { " or more" } else { "" };
+        let mut lines = vec![
+            format!("{source} at {at}: {format} {width}x{height}, {path}, {} bytes copied", self.bytes_copied),
+            format!(
+                "{} in {seconds:.1} s, {}{more} dropped by the camera, {} errored",
+                table::count(frames.captured, "frame"),
+                frames.dropped_by_camera,
+                frames.errored
+            ),
+        ];
+        let info = |report: &ConsumerReport| ConsumerInfo {
+            pid: report.pid,
+            uid: report.uid,
+            gid: 0,
+            name: report.name.clone(),
+            frames: report.frames,
+            skipped: report.skipped,
+            leases: report.leases,
+            stolen: report.stolen,
+        };
+        let infos: Vec<_> = self.consumers.iter().map(info).collect();
+        table::section(&mut lines, "consumers", consumers(&infos));
+        for gone in &self.gone {
+            let why = gone.why.as_deref().unwrap_or(table::UNKNOWN);
+            lines.push(format!(
+                "gone: {} (process {}) after {}, {} skipped, {} stolen: {why}",
+                table::plain(&gone.name),
+                gone.pid,
+                table::count(gone.frames, "frame"),
+                gone.skipped,
+                gone.stolen
+            ));
+        }
+        lines.join("\n")
+    }
+}
