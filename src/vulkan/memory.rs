@@ -119,7 +119,7 @@ fn refused(call: &'static str, dma_buf: &DmaBuf, result: vk::Result) -> Refusal 
         vk::Result::ERROR_INVALID_EXTERNAL_HANDLE if is_read_only(dma_buf) => refuse(
             call,
             format!("the buffer was exported read-only, and the GPU's driver wants it read-write ({said})"),
-            "export read-write (O_RDWR)",
+            "export read-write (O_RDWR); of a camera that is shared: dmaflow share --writable",
         ),
         vk::Result::ERROR_INVALID_EXTERNAL_HANDLE => {
             refuse(call, format!("the GPU's driver cannot use this memory ({said})"), OTHER_MEMORY)
