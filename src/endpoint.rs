@@ -392,6 +392,11 @@ pub trait Sink {
         None
     }
 
+    /// A failure of a frame before that no call has told yet, since each had something shown to tell. Taken once. No system call.
+    fn untold(&mut self) -> Option<Error> {
+        None
+    }
+
     /// The acquire fences that [`present`](Sink::present) of the frame `next`, or without one [`finish`](Sink::finish), would wait for, and
     /// so be deaf to everything else: who has an order to stop to listen for waits for them beforehand, each
     /// [`fence_timeout`](Sink::fence_timeout) at most. Without one no allocation and no system call.

@@ -405,6 +405,10 @@ impl Sink for Display {
         self.mailbox.fences()
     }
 
+    fn untold(&mut self) -> Option<Error> {
+        self.untold.take()
+    }
+
     fn acquire_time_left(&self) -> Option<Duration> {
         // What has still to be told is to be asked for at once.
         let untold = self.untold.as_ref().map(|_| Duration::ZERO);

@@ -249,6 +249,12 @@ impl<'a> Pipe<'a> {
         }
         let shown = self.pass(&frame, place, until, progress);
         let shown = self.hear(shown)?;
+        // Where each call has something shown to tell, its error would never come.
+        if frame.acquire_fence().is_some()
+            && let Some(error) = self.sink.untold()
+        {
+            self.hear::<()>(Err(error))?;
+        }
         if let Some(news) = self.sink.news() {
             self.moved(self.joined.rung, news);
         }

@@ -75,6 +75,10 @@ impl Sink for Keeper<'_> {
         self.inner.acquire_fences()
     }
 
+    fn untold(&mut self) -> Option<dmaflow::error::Error> {
+        self.inner.untold()
+    }
+
     fn acquire_time_left(&self) -> Option<Duration> {
         self.inner.acquire_time_left()
     }
