@@ -408,8 +408,8 @@ impl Lease {
         self.slots.check(self.index)
     }
 
-    pub(crate) fn slots_arc(&self) -> SlotsArc {
-        Arc::clone(&self.slots)
+    pub(crate) fn slots_arc(&self) -> &SlotsArc {
+        &self.slots
     }
 
     fn slot(&self) -> Option<&Slot> {

@@ -114,7 +114,7 @@ impl HeldFrames {
 
     /// What is known of a frame that came from here and is held.
     pub(super) fn of(&self, frame: &Frame) -> Option<Held> {
-        if !SlotsArc::ptr_eq(&self.slots, &frame.lease().slots_arc()) || frame.lease().stage() == Stage::Free {
+        if !SlotsArc::ptr_eq(&self.slots, frame.lease().slots_arc()) || frame.lease().stage() == Stage::Free {
             return None;
         }
         self.held.get(frame.slot() as usize).copied().flatten()

@@ -26,7 +26,7 @@ use std::fmt;
 use std::ptr::NonNull;
 use std::sync::{Arc, RwLockReadGuard};
 
-use super::{Frame, FrameMeta, Revoked};
+use super::{Frame, FrameMeta, Revoked, SlotsArc};
 use crate::clock::now_us;
 use crate::error::{Error, Kind, Result};
 use crate::fence::PATIENCE;
@@ -89,14 +89,14 @@ impl CowView {
                 .repair("drop views sooner")
         })?;
         // From here on the place is given back, whatever happens.
-        let entered = Entered::new(frame.lease().slots_arc(), place);
+        let entered = Entered::new(SlotsArc::clone(slots), place);
         let shared = match buffer.take_private()? {
             Some(planes) => {
                 let shared = Arc::new(Shared::attached(buffer, frame.lease().clone(), planes, entered)?);
                 slots.views().table.reach(place, Arc::downgrade(&shared));
                 shared
             }
-            None => Arc::new(Shared::snapshot(buffer, slots, frame.slot())?),
+            None => Arc::new(Shared::snapshot(buffer, SlotsArc::clone(slots), frame.slot())?),
         };
         let layout = *buffer.layout();
         let mut rows = [0; MAX_PLANES];

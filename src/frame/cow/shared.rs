@@ -144,7 +144,7 @@ impl Shared {
         for (access, plane) in access.iter_mut().zip(0u32..) {
             *access = buffer.dma_buf(plane).map(OwnedAccess::begin).transpose()?;
         }
-        let (slots, slot) = (lease.slots_arc(), lease.index());
+        let (slots, slot) = (SlotsArc::clone(lease.slots_arc()), lease.index());
         let held = Held { _access: access, _buffer: buffer.clone(), _lease: lease, _entered: entered };
         let planes = planes.into_iter().map(|private| Plane::new(Some(private), None)).collect();
         Ok(Shared::new(buffer, planes, State::Attached { _held: held }, slots, slot))
