@@ -20,6 +20,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <time.h>
 #include <unistd.h>
 #include <linux/dma-buf.h>
 
@@ -35,10 +36,12 @@ struct entry {
 struct area {
 	_Alignas(64) _Atomic uint64_t head;
 	_Alignas(64) _Atomic uint32_t consumer_sleeps;
+	_Atomic uint64_t delays;
 	_Alignas(64) _Atomic uint32_t server_sleeps;
 	_Alignas(64) struct entry entries[ENTRIES];
 };
-_Static_assert(sizeof(struct area) == AREA && offsetof(struct area, entries) == 192, "the documented layout");
+_Static_assert(sizeof(struct area) == AREA && offsetof(struct area, entries) == 192 && offsetof(struct area, delays) == 72,
+	       "the documented layout");
 
 /* Buffers of one format; of the memory planes the first is looked at. */
 struct generation {
@@ -181,6 +184,17 @@ static bool holds(uint64_t position)
 	return atomic_load(&ring->entries[position % ENTRIES].state) == (position << 3 | TAKEN);
 }
 
+/* How late frames are taken, for whoever looks at the server's table. */
+static void tell_delay(uint64_t published_us)
+{
+	static uint64_t frames, sum;
+	struct timespec time;
+	clock_gettime(CLOCK_MONOTONIC, &time);
+	uint64_t us = time.tv_sec * UINT64_C(1000000) + time.tv_nsec / 1000;
+	sum += us > published_us ? us - published_us : 0;
+	atomic_store_explicit(&ring->delays, ++frames << 40 | (sum & ((UINT64_C(1) << 40) - 1)), memory_order_relaxed);
+}
+
 /* The next frame's data, and its position; 0 if there is none. */
 static uint64_t take(uint64_t words[WORDS])
 {
@@ -196,8 +210,10 @@ static uint64_t take(uint64_t words[WORDS])
 			continue;
 		for (int i = 0; i < WORDS; i++)
 			words[i] = atomic_load_explicit(&entry->words[i], memory_order_relaxed);
-		if (holds(position))
+		if (holds(position)) {
+			tell_delay(words[6]);
 			return position;
+		}
 	}
 	return 0;
 }

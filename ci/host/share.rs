@@ -104,6 +104,15 @@ fn expected(count: u32) -> HashMap<u32, Vec<u8>> {
     frames
 }
 
+/// The report of a consumer that has taken so many frames, two at a time at most: of those it took last the server may not know.
+fn assert_told_latency(consumer: &serde_json::Value, frames: u64) {
+    let [p50, p99, max, measured] =
+        ["p50", "p99", "max", "measured"].map(|name| consumer["latency_us"][name].as_u64().unwrap());
+    assert!(p50 <= p99 && p99 <= max && (frames - 2..=128).contains(&measured), "{consumer}");
+    // It was waiting: no frame was there for as long as a lease, but where this machine is slow.
+    assert!(p50 < 5_000_000, "{consumer}");
+}
+
 #[test]
 fn consumers_see_each_frame_as_it_was_drawn() {
     let at = socket_at("frames");
@@ -135,6 +144,9 @@ fn consumers_see_each_frame_as_it_was_drawn() {
     let report = server.json();
     assert_eq!((&report["bytes_copied"], &report["consumers"][0]["name"]), (&0.into(), &"test".into()));
     assert_eq!(report["gone"][0]["disconnected"], serde_json::Value::Null);
+    for consumer in [&report["consumers"][0], &report["gone"][0]] {
+        assert_told_latency(consumer, 20);
+    }
     assert!(!PathBuf::from(at).exists());
 }
 
@@ -356,6 +368,7 @@ fn a_program_in_c_speaks_the_protocol() {
         (&report["gone"][0]["name"], &report["gone"][0]["disconnected"]),
         (&"consume".into(), &serde_json::Value::Null)
     );
+    assert_told_latency(&report["gone"][0], 40);
     std::fs::remove_file(program).unwrap();
 }
 

@@ -7,6 +7,7 @@ use super::area::SharedArea;
 use super::bell::{Bell, BellWatch};
 use super::entry::Entry;
 use super::give::Gift;
+use super::latency::{Latencies, LatencyInfo};
 use super::ring::{self, Broken};
 use super::socket::{Peer, Socket};
 use super::wire::{Message, Shape, Welcome};
@@ -29,6 +30,8 @@ pub struct ConsumerInfo {
     pub skipped: u64,
     /// Frames that it has now, taken or not.
     pub leases: u32,
+    /// How late it takes frames, in µs from when they were published; `None` while it has told of none. What it tells counts from the next frame on.
+    pub latency: Option<LatencyInfo>,
     /// Frames that were taken back after it had taken them, because the camera ran short and their lease had run out.
     pub stolen: u64,
 }
@@ -79,6 +82,7 @@ pub(super) struct Consumer {
     frames: u64,
     skipped: u64,
     stolen: u64,
+    latencies: Latencies,
 }
 
 impl Consumer {
@@ -101,6 +105,7 @@ impl Consumer {
             frames: 0,
             skipped: 0,
             stolen: 0,
+            latencies: Latencies::new(),
         })
     }
 
@@ -147,6 +152,7 @@ impl Consumer {
         let published = self.ring.publish(words, held)?;
         self.skipped += u64::from(published.skipped);
         self.frames += u64::from(published.given);
+        self.latencies.add(self.ring.delays());
         if published.wake {
             // Its own bell, which nobody else has: it cannot fail.
             let _ = self.bell.ring();
@@ -175,6 +181,7 @@ impl Consumer {
             skipped: self.skipped,
             // A ring has few.
             leases: self.ring.leases().count() as u32,
+            latency: self.latencies.info(),
             stolen: self.stolen,
         }
     }

@@ -40,6 +40,8 @@ mod incoming;
 #[cfg(not(loom))]
 mod join;
 #[cfg(not(loom))]
+mod latency;
+#[cfg(not(loom))]
 mod receiver;
 #[cfg_attr(loom, allow(dead_code))]
 mod ring;
@@ -56,6 +58,7 @@ mod wire;
 #[cfg(not(loom))]
 pub use {
     consumer::{ConsumerInfo, Departure},
+    latency::LatencyInfo,
     receiver::Receiver,
     server::{MAX_CONSUMERS, Server, ServerRequest},
 };

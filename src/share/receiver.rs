@@ -281,6 +281,9 @@ impl Receiver {
         let (now, lease) = (now_us(), self.server.welcome.lease_us);
         // The clocks are the same, unless the server is in another time namespace.
         let until_us = entry.published_us.min(now).saturating_add(lease);
+        if let Some(late) = now.checked_sub(entry.published_us) {
+            self.ring.tell_delay(late);
+        }
         if let Some(last) = self.last {
             // A number that is not above the last, as of a camera that started again, is no gap.
             let ahead = meta.sequence.wrapping_sub(last).cast_signed();
@@ -343,8 +346,9 @@ impl Receiver {
         self.give_back()?;
         let until = now_us().saturating_add(u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
         loop {
-            if let Some(frame) = self.found()? {
-                return Ok(Some(frame));
+            match self.found() {
+                Ok(None) => {}
+                found => return found,
             }
             if !self.ring.sleep() {
                 continue;
@@ -428,8 +432,9 @@ impl Source for Receiver {
     fn try_next(&mut self, _: Ready) -> Result<Option<Frame>> {
         self.give_back()?;
         loop {
-            if let Some(frame) = self.found()? {
-                return Ok(Some(frame));
+            match self.found() {
+                Ok(None) => {}
+                found => return found,
             }
             // This also says that the bell was heard: it is an event again only when it is rung again.
             self.listen(EpollTimeout::ZERO)?;

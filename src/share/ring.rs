@@ -16,6 +16,7 @@
 //! |---|---|---|
 //! | 0 | 64 bits: the position after the newest entry (the head); 0 before the first | server |
 //! | 64 | 32 bits: 1 while the consumer sleeps or is about to | consumer; the server writes 0 when it rings |
+//! | 72 | 40 bits: the times from publication to taking of all frames that were taken, in µs, added up; 24 bits: how many these are. Both wrap; 0 of a consumer that does not tell | consumer |
 //! | 128 | 32 bits: 1 while the server waits for a release | server; the consumer writes 0 when it rings |
 //! | 192 | 16 entries of 64 bytes: 64 bits of state, and seven words of data (`entry.rs`) | both the state, the server the data |
 //!
@@ -29,8 +30,8 @@
 //! fence): if not, the frame is not its own. The same look tells at any time whether what it has read of a frame until then was the frame.
 //!
 //! The consumer can write anything anywhere at any time: it has the area mapped. So the server keeps what it needs to know in memory of its
-//! own, and of the area it reads those words alone, each of which can have three values or its consumer is [`Broken`]. No value read there
-//! is ever an index, a length or an address.
+//! own, and of the area it reads those words alone, each of which can have three values or its consumer is [`Broken`]; and the delays, which it
+//! passes on to be shown. No value read there is ever an index, a length or an address.
 //!
 //! Somebody who waits says so in a word of the area, looks once more, and sleeps on an eventfd; the other side rings it only if it reads
 //! that word as 1 and exchanges it for 0. Both sides store and then load with a sequentially consistent fence between, so at least one of
@@ -90,11 +91,32 @@ struct Line<T>(T);
 pub(super) struct Area {
     /// The position after the newest entry. Written by the server.
     head: Line<AtomicU64>,
-    /// 1 while the consumer sleeps or is about to.
-    consumer_sleeps: Line<AtomicU32>,
+    consumer: ConsumerLine,
     /// 1 while the server waits for a release.
     server_sleeps: Line<AtomicU32>,
     entries: [Entry; ENTRIES],
+}
+
+/// What the consumer tells: in one line, because the server looks at both for each frame.
+#[repr(C, align(64))]
+#[derive(Debug)]
+struct ConsumerLine {
+    /// 1 while it sleeps or is about to.
+    sleeps: AtomicU32,
+    /// How late it took frames, added up, and how many: sums, so that none is lost of several that are taken before the server looks.
+    delays: AtomicU64,
+}
+
+/// Bits of the delays' sum; the number of frames has the others.
+const SUM_BITS: u32 = 40;
+const SUM: u64 = (1 << SUM_BITS) - 1;
+
+/// How long after they were published a consumer has taken frames. It is its word: nothing may hang on it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct Delays {
+    pub frames: u64,
+    /// Of all of them together.
+    pub sum_us: u64,
 }
 
 #[repr(C, align(64))]
@@ -111,7 +133,7 @@ impl Area {
         let entry = || Entry { state: AtomicU64::new(0), words: std::array::from_fn(|_| AtomicU64::new(0)) };
         Area {
             head: Line(AtomicU64::new(0)),
-            consumer_sleeps: Line(AtomicU32::new(0)),
+            consumer: ConsumerLine { sleeps: AtomicU32::new(0), delays: AtomicU64::new(0) },
             server_sleeps: Line(AtomicU32::new(0)),
             entries: std::array::from_fn(|_| entry()),
         }
@@ -184,6 +206,8 @@ pub(super) struct Server<A, T> {
     out: [Option<Out<T>>; ENTRIES],
     /// A bit for each place of `out` that may hold one: an empty ring is known by one look. Bits of empty places go when they are met.
     places: u32,
+    /// What the consumer told of its delays at last.
+    delays: u64,
 }
 
 /// The places of the bits that are set.
@@ -205,7 +229,7 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
     /// `budget` is how many frames the consumer may have at a time, taken or not; from 1 to one less than [`ENTRIES`].
     pub(super) fn new(area: A, budget: usize) -> Server<A, T> {
         let budget = budget.clamp(1, ENTRIES - 1);
-        Server { area, next: 1, budget, out: [const { None }; ENTRIES], places: 0 }
+        Server { area, next: 1, budget, out: [const { None }; ENTRIES], places: 0, delays: 0 }
     }
 
     /// Hands a frame over: some ten loads and stores, no system call. What the consumer has released is given up first; if it has all
@@ -243,9 +267,18 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
         published.given = true;
         self.area.head.0.store(self.next, Ordering::Release);
         fence(Ordering::SeqCst);
-        let sleeps = &self.area.consumer_sleeps.0;
+        let sleeps = &self.area.consumer.sleeps;
         published.wake = sleeps.load(Ordering::Relaxed) != 0 && sleeps.swap(0, Ordering::Relaxed) != 0;
         Ok(published)
+    }
+
+    /// The delays of the frames that the consumer has taken since this was asked. One load.
+    pub(super) fn delays(&mut self) -> Delays {
+        let told = self.area.consumer.delays.load(Ordering::Relaxed);
+        let before = std::mem::replace(&mut self.delays, told);
+        // Differences of what wraps; that of the sums in the lower bits alone.
+        let frames = (told >> SUM_BITS).wrapping_sub(before >> SUM_BITS) & (u64::MAX >> SUM_BITS);
+        Delays { frames, sum_us: told.wrapping_sub(before) & SUM }
     }
 
     /// Gives up what the consumer has released, and tells how many frames it has.
@@ -399,11 +432,13 @@ pub(super) struct Consumer<A> {
     area: A,
     /// The position that is looked at next.
     next: u64,
+    /// Of the frames that it has taken.
+    delays: Delays,
 }
 
 impl<A: Deref<Target = Area>> Consumer<A> {
     pub(super) fn new(area: A) -> Consumer<A> {
-        Consumer { area, next: 1 }
+        Consumer { area, next: 1, delays: Delays::default() }
     }
 
     /// The next frame, in the order of capture; none if there is none yet. No system call.
@@ -435,6 +470,14 @@ impl<A: Deref<Target = Area>> Consumer<A> {
         None
     }
 
+    /// Tells the server how long after it was published a frame was taken, in µs. One store.
+    pub(super) fn tell_delay(&mut self, us: u64) {
+        let Delays { frames, sum_us } = &mut self.delays;
+        (*frames, *sum_us) = (frames.wrapping_add(1), sum_us.wrapping_add(us));
+        let told = *frames << SUM_BITS | *sum_us & SUM;
+        self.area.consumer.delays.store(told, Ordering::Relaxed);
+    }
+
     /// See [`Area::release`].
     #[cfg(test)]
     pub(super) fn release(&self, position: u64) -> Result<bool, Revoked> {
@@ -448,7 +491,7 @@ impl<A: Deref<Target = Area>> Consumer<A> {
 
     /// Says that the consumer is about to sleep. `false` if a frame has come: then it must not.
     pub(super) fn sleep(&self) -> bool {
-        let sleeps = &self.area.consumer_sleeps.0;
+        let sleeps = &self.area.consumer.sleeps;
         sleeps.store(1, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         let nothing = self.area.head.0.load(Ordering::Acquire) <= self.next;

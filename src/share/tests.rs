@@ -102,6 +102,37 @@ fn every_consumer_gets_the_sources_own_frames() {
     assert_eq!((receiver.skipped(), receiver.revoked(), receiver.copies().len()), (0, 0, 0));
 }
 
+/// From publication to taking, of each consumer by itself, in µs; known when the next frame is published.
+#[test]
+fn how_late_frames_are_taken_is_told() {
+    let mut source = pattern(200.0, 6);
+    let mut server = serve("latency", two(), &source);
+    let mut receivers = [(); 3].map(|()| connect(&mut server, "latency").unwrap());
+    source.start().unwrap();
+    let late = Duration::from_millis(30);
+    for _ in 0..5 {
+        let (frame, start) = (present(&mut source, &mut server), Instant::now());
+        drop(receivers[0].try_next(Ready::FRAME).unwrap().unwrap());
+        let soon = start.elapsed();
+        thread::sleep(late);
+        drop(receivers[1].try_next(Ready::FRAME).unwrap().unwrap());
+        // The third takes none.
+        drop(frame);
+        receivers.iter_mut().for_each(|receiver| receiver.recycle().unwrap());
+        let infos = server.consumers();
+        // This machine may have stopped between the two clocks of this test: then it knows nothing.
+        if let (Some(first), true) = (infos[0].latency, soon < late) {
+            assert!(first.median_us < 30_000, "{first:?}");
+        }
+    }
+    present(&mut source, &mut server);
+    let infos = server.consumers();
+    let second = infos[1].latency.unwrap();
+    assert!((30_000..20_000_000).contains(&second.median_us), "{second:?}");
+    assert!(second.median_us <= second.p99_us && second.p99_us <= second.max_us, "{second:?}");
+    assert_eq!((infos[0].latency.unwrap().measured, second.measured, infos[2].latency), (5, 5, None));
+}
+
 #[test]
 fn one_that_keeps_all_it_gets_is_stolen_from_and_the_others_go_on() {
     let mut source = pattern(200.0, 3);

@@ -155,7 +155,10 @@ SOURCE  /dev/videoN | a driver or card name (vivid) | pattern (a test card, no d
 SOCKET  a path, or @NAME for a socket without a file
 
 Consumers get the source's own buffers, for reading: nothing is copied, and what one writes into its own view no other sees. One that is
-late gets the newest frame; one that keeps a frame for longer than its lease loses it when the source has no other buffer to fill.";
+late gets the newest frame; one that keeps a frame for longer than its lease loses it when the source has no other buffer to fill.
+
+LATENCY in the table, latency_us in JSON: the time from when a frame was published until the consumer took it, the median of the last 128
+that it took (in JSON also p99 and max), as the consumer itself says; \"?\", or nothing in JSON, while it has said none.";
 
 #[derive(ClapArgs)]
 #[command(after_help = SHARE)]

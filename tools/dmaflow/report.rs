@@ -101,12 +101,12 @@ struct MoveReport {
 }
 
 #[derive(Serialize)]
-struct LatencyReport {
-    p50: u64,
-    p99: u64,
-    max: u64,
+pub struct LatencyReport {
+    pub p50: u64,
+    pub p99: u64,
+    pub max: u64,
     /// How many frames were measured.
-    measured: u64,
+    pub measured: u64,
 }
 
 #[derive(Serialize)]

@@ -10,7 +10,7 @@ use dmaflow::format::{Format, Layout};
 use dmaflow::frame::{Buffer, Frame};
 use dmaflow::ladder::{NoWay, Path};
 use dmaflow::pipe::{Account, Pipe, Progress};
-use dmaflow::share::{ConsumerInfo, Departure, Server, ServerRequest};
+use dmaflow::share::{ConsumerInfo, Departure, LatencyInfo, Server, ServerRequest};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nix::unistd::Group;
 use serde::Serialize;
@@ -20,6 +20,7 @@ use crate::ends::open_source;
 use crate::failure::Usage;
 use crate::output::{self, note};
 use crate::pipe::limits;
+use crate::report::LatencyReport;
 use crate::stop::catch_signals;
 use crate::table;
 
@@ -146,18 +147,19 @@ impl Shared {
 }
 
 /// A table of consumers; the heading is a row of it.
-fn consumers(infos: &[ConsumerInfo]) -> Vec<Vec<String>> {
-    let heading = ["PID", "NAME", "UID", "FRAMES", "SKIPPED", "LEASES", "STOLEN"]
-        .map(str::to_owned)
-        .to_vec();
-    let row = |info: &ConsumerInfo| {
-        let ConsumerInfo { pid, uid, gid: _, name, frames, skipped, leases, stolen } = info;
-        let pid = if *pid == 0 { table::UNKNOWN.to_owned() } else { pid.to_string() };
-        let numbers = [frames, skipped, &u64::from(*leases), stolen].map(u64::to_string);
-        [pid, table::plain(name), uid.to_string()].into_iter().chain(numbers).collect()
+fn consumers(reports: &[ConsumerReport]) -> Vec<Vec<String>> {
+    let heading = ["PID", "NAME", "UID", "FRAMES", "SKIPPED", "LEASES", "LATENCY", "STOLEN"];
+    let row = |report: &ConsumerReport| {
+        let pid = if report.pid == 0 { table::UNKNOWN.to_owned() } else { report.pid.to_string() };
+        let latency = report.latency_us.as_ref();
+        let latency = latency.map_or(table::UNKNOWN.to_owned(), |latency| format!("{} µs", latency.p50));
+        let [frames, skipped, stolen] = [report.frames, report.skipped, report.stolen].map(|count| count.to_string());
+        let (name, uid, leases) = (table::plain(&report.name), report.uid.to_string(), report.leases.to_string());
+        vec![pid, name, uid, frames, skipped, leases, latency, stolen]
     };
-    let rows = infos.iter().map(row);
-    if infos.is_empty() { Vec::new() } else { std::iter::once(heading).chain(rows).collect() }
+    let rows = reports.iter().map(row);
+    let heading = heading.map(str::to_owned).to_vec();
+    if reports.is_empty() { Vec::new() } else { std::iter::once(heading).chain(rows).collect() }
 }
 
 impl Sink for Shared {
@@ -179,8 +181,9 @@ impl Sink for Shared {
             && shown.at_us.saturating_sub(self.last_us) >= PERIOD_US
         {
             self.last_us = shown.at_us;
-            let mut lines = Vec::new();
-            table::section(&mut lines, "consumers", consumers(&self.server.consumers()));
+            let (mut lines, infos) = (Vec::new(), self.server.consumers());
+            let reports: Vec<_> = infos.iter().map(ConsumerReport::from).collect();
+            table::section(&mut lines, "consumers", consumers(&reports));
             live.set_message(lines.join("\n"));
         }
         Ok(shown)
@@ -235,6 +238,9 @@ struct ConsumerReport {
     frames: u64,
     skipped: u64,
     leases: u32,
+    /// From when a frame was published until it was taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    latency_us: Option<LatencyReport>,
     stolen: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     why: Option<String>,
@@ -244,8 +250,12 @@ struct ConsumerReport {
 
 impl From<&ConsumerInfo> for ConsumerReport {
     fn from(info: &ConsumerInfo) -> ConsumerReport {
-        let ConsumerInfo { pid, uid, gid: _, name, frames, skipped, leases, stolen } = info.clone();
-        ConsumerReport { pid, name, uid, frames, skipped, leases, stolen, why: None, disconnected: false }
+        let ConsumerInfo { pid, uid, gid: _, name, frames, skipped, leases, latency, stolen } = info.clone();
+        let latency_us = latency.map(|latency| {
+            let LatencyInfo { median_us, p99_us, max_us, measured } = latency;
+            LatencyReport { p50: median_us, p99: p99_us, max: max_us, measured }
+        });
+        ConsumerReport { pid, name, uid, frames, skipped, leases, latency_us, stolen, why: None, disconnected: false }
     }
 }
 
@@ -291,18 +301,7 @@ impl Report {
                 frames.errored
             ),
         ];
-        let info = |report: &ConsumerReport| ConsumerInfo {
-            pid: report.pid,
-            uid: report.uid,
-            gid: 0,
-            name: report.name.clone(),
-            frames: report.frames,
-            skipped: report.skipped,
-            leases: report.leases,
-            stolen: report.stolen,
-        };
-        let infos: Vec<_> = self.consumers.iter().map(info).collect();
-        table::section(&mut lines, "consumers", consumers(&infos));
+        table::section(&mut lines, "consumers", consumers(&self.consumers));
         for gone in &self.gone {
             let why = gone.why.as_deref().unwrap_or(table::UNKNOWN);
             lines.push(format!(
@@ -315,5 +314,43 @@ impl Report {
             ));
         }
         lines.join("\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_consumer_is_a_row_of_the_table_and_an_object_of_the_json() {
+        let latency = Some(LatencyInfo { median_us: 85, p99_us: 300, max_us: 4000, measured: 128 });
+        let info = |pid, latency| ConsumerInfo {
+            pid,
+            uid: 1000,
+            gid: 100,
+            name: "view er".into(),
+            frames: 600,
+            skipped: 2,
+            leases: 1,
+            latency,
+            stolen: 3,
+        };
+        let reports = [info(42, latency), info(0, None)].map(|info| ConsumerReport::from(&info));
+        let mut lines = Vec::new();
+        table::section(&mut lines, "consumers", consumers(&reports));
+        assert_eq!(
+            lines,
+            [
+                "consumers",
+                "  PID  NAME     UID   FRAMES  SKIPPED  LEASES  LATENCY  STOLEN",
+                "  42   view er  1000  600     2        1       85 µs    3",
+                "  ?    view er  1000  600     2        1       ?        3",
+            ]
+        );
+        let json = |report| serde_json::to_value(report).unwrap();
+        let [told, untold] = reports.each_ref().map(json);
+        assert_eq!(told["latency_us"], serde_json::json!({ "p50": 85, "p99": 300, "max": 4000, "measured": 128 }));
+        assert!(untold.get("latency_us").is_none() && untold["leases"] == 1, "{untold}");
+        assert_eq!(consumers(&[]), Vec::<Vec<String>>::new());
     }
 }

@@ -17,7 +17,8 @@ fn words(number: u64) -> [u64; WORDS] {
 fn the_layout_is_the_documented_one() {
     assert_eq!(size_of::<Area>(), 64 * (3 + ENTRIES));
     assert_eq!((align_of::<Area>(), size_of::<Entry>()), (64, 64));
-    assert_eq!(std::mem::offset_of!(Area, consumer_sleeps), 64);
+    assert_eq!(std::mem::offset_of!(Area, consumer), 64);
+    assert_eq!(std::mem::offset_of!(ConsumerLine, delays), 8);
     assert_eq!(std::mem::offset_of!(Area, server_sleeps), 128);
     assert_eq!(std::mem::offset_of!(Area, entries), 192);
 }
@@ -102,6 +103,27 @@ fn a_bell_is_rung_for_a_sleeper_alone() {
     assert_eq!(server.collect(), Ok(1));
 }
 
+#[test]
+fn delays_are_told_of_every_frame_once() {
+    let (mut server, mut consumer, area) = ends(2);
+    let delays = |frames, sum_us| Delays { frames, sum_us };
+    assert_eq!(server.delays(), delays(0, 0));
+    consumer.tell_delay(70);
+    // As documented.
+    assert_eq!(area.consumer.delays.load(Ordering::Relaxed), 1 << 40 | 70);
+    assert_eq!((server.delays(), server.delays()), (delays(1, 70), delays(0, 0)));
+    [70, 0, 30].into_iter().for_each(|us| consumer.tell_delay(us));
+    assert_eq!(server.delays(), delays(3, 100));
+    // Either half wraps, and the other is as it was.
+    consumer.tell_delay((1 << 40) - 1);
+    assert_eq!(server.delays(), delays(1, (1 << 40) - 1));
+    consumer.delays.frames = (1 << 24) - 1;
+    consumer.tell_delay(0);
+    server.delays();
+    consumer.tell_delay(5);
+    assert_eq!(server.delays(), delays(1, 5));
+}
+
 proptest! {
     /// Whatever a server writes into the area, a consumer takes no more than there are entries, each of them once, and goes on.
     #[test]
@@ -148,14 +170,17 @@ proptest! {
                 _ => {
                     match place {
                         0 => area.head.0.store(value, Ordering::Relaxed),
-                        1 => area.consumer_sleeps.0.store(value as u32, Ordering::Relaxed),
-                        2 => area.entries[place].words[0].store(value, Ordering::Relaxed),
+                        1 => area.consumer.sleeps.store(value as u32, Ordering::Relaxed),
+                        2 => area.consumer.delays.store(value, Ordering::Relaxed),
+                        3 => area.entries[place].words[0].store(value, Ordering::Relaxed),
                         _ => area.entries[place].state.store(value, Ordering::Relaxed),
                     }
                     Ok(())
                 }
             };
             prop_assert!(server.leases().count() <= 3);
+            let Delays { frames, sum_us } = server.delays();
+            prop_assert!(frames < 1 << 24 && sum_us < 1 << 40);
             if result.is_err() {
                 return Ok(());
             }
