@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use crate::Row;
+use crate::handover::{HandOver, Way};
 use crate::programs::Program;
 
 /// GStreamer's start, in instructions, as it was measured when the budget was set.
@@ -78,4 +79,34 @@ pub fn check_copies(rows: &[Row]) -> Vec<Check> {
         Check { what: format!("{}: of {}", program.name(), other.name()), measured, limit, met: measured <= limit }
     };
     pairs.into_iter().map(check).collect()
+}
+
+/// What it may cost that a frame changes hands. What was not measured misses its budget.
+pub fn check_handover(all: &[HandOver]) -> Vec<Check> {
+    let of = |way| all.iter().find(|row| row.way == way);
+    let instructions = |way| of(way).and_then(|row| row.instructions).unwrap_or(f64::NAN);
+    let calls = |way, by| {
+        let calls = of(way).and_then(|row| row.calls.iter().find(|calls| calls.by == by));
+        calls.map_or(f64::NAN, |calls| calls.calls)
+    };
+    let awake = instructions(Way::Awake);
+    let checks = [
+        ("ring: instructions a frame", instructions(Way::Ring), 200.0),
+        ("ring: system calls a frame", calls(Way::Ring, "both"), 0.001),
+        // ci/handover's budget is less: under valgrind the clock is a system call, whose instructions callgrind does not see.
+        ("awake: instructions a frame", awake, 1400.0),
+        // Descriptors are looked at ten times a second.
+        ("awake: system calls a frame", calls(Way::Awake, "both"), 0.02),
+        ("asleep: system calls of the server a frame", calls(Way::Asleep, "server"), 1.05),
+        ("asleep: system calls of the consumer a frame", calls(Way::Asleep, "consumer"), 1.05),
+        ("awake: instructions, of message's", awake / instructions(Way::Message), 0.25),
+        ("awake: instructions, of memcpy's", awake / instructions(Way::Memcpy), 0.01),
+    ];
+    let check = |(what, measured, limit): (&str, f64, f64)| Check {
+        what: format!("hand-over, {what}"),
+        measured,
+        limit,
+        met: measured <= limit,
+    };
+    checks.into_iter().map(check).collect()
 }

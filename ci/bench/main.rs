@@ -4,6 +4,7 @@
 //! of instructions. It must be the only load there, and root.
 
 mod budget;
+mod handover;
 mod measure;
 mod programs;
 mod report;
@@ -17,6 +18,7 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use serde::Serialize;
 
+use handover::{HandOver, Way};
 use programs::{Program, Size};
 
 /// Frames of the long and the short run, for instructions and for system calls alike: the difference leaves the start
@@ -39,7 +41,8 @@ struct Arguments {
     /// Where to write the results as JSON.
     #[arg(long, default_value = "target/vm/out/bench.json")]
     out: PathBuf,
-    /// Measure these alone (by the names of the table, or `copies`, or `gpu`), and check no budget but that of the copies.
+    /// Measure these alone (by the names of the table, or `copies`, `gpu` or `handover`), and check no budgets but those of `copies` and
+    /// `handover`.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Measure these widths alone, and check no budget.
@@ -68,17 +71,40 @@ struct Row {
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
+    let (handed, names): (Vec<_>, Vec<_>) = arguments.only.iter().cloned().partition(|name| name == Way::NAME);
+    let complete = arguments.only.is_empty() && arguments.widths.is_empty();
+    let mut handovers = Vec::new();
+    if complete || !handed.is_empty() {
+        report::progress("how a frame changes hands");
+        handovers = Way::ALL.map(Way::measure).into_iter().collect::<Result<_>>()?;
+    }
+    let rows = if handed.is_empty() || !names.is_empty() { rows(&names, &arguments.widths)? } else { Vec::new() };
+    let copies = complete || names.iter().any(|name| name == Program::COPIES);
+    let mut checks = if complete { budget::check(&rows) } else { Vec::new() };
+    if copies {
+        checks.extend(budget::check_copies(&rows));
+    }
+    if !handovers.is_empty() {
+        checks.extend(budget::check_handover(&handovers));
+    }
+    write_json(&arguments.out, &rows, &handovers, &checks)?;
+    report::all(&rows, &handovers, &checks)?;
+    Ok(if checks.iter().all(|check| check.met) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Programs of these names (all, if there are none) at these widths.
+fn rows(names: &[String], widths: &[u32]) -> Result<Vec<Row>> {
     // Its plug-in registry is made at the first start and is no part of what a user pays each time.
     measure::run(&programs::warm_up()).context("start GStreamer")?;
     let mut rows = Vec::new();
     // Those that copy beside one that is measured in full otherwise.
-    let alone = Program::size_of(&arguments.only);
+    let alone = Program::size_of(names);
     for size in Size::ALL {
         let mode = measure::mode_of(&Program::DmaflowFifo.command(size, None, 2));
         let mode = mode.as_deref();
         for program in Program::ALL {
-            let wanted = arguments.only.is_empty() || arguments.only.iter().any(|name| program.is_called(name));
-            let width = arguments.widths.is_empty() || arguments.widths.contains(&size.width);
+            let wanted = names.is_empty() || names.iter().any(|name| program.is_called(name));
+            let width = widths.is_empty() || widths.contains(&size.width);
             let here = program.measured_at(size) && alone.is_none_or(|alone| alone == size);
             if wanted && width && here {
                 report::progress(&format!("{} {}x{}", program.name(), size.width, size.height));
@@ -89,15 +115,7 @@ fn main() -> Result<ExitCode> {
             }
         }
     }
-    let complete = arguments.only.is_empty() && arguments.widths.is_empty();
-    let copies = complete || arguments.only.iter().any(|name| name == Program::COPIES);
-    let mut checks = if complete { budget::check(&rows) } else { Vec::new() };
-    if copies {
-        checks.extend(budget::check_copies(&rows));
-    }
-    write_json(&arguments.out, &rows, &checks)?;
-    report::table(&rows, &checks)?;
-    Ok(if checks.iter().all(|check| check.met) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(rows)
 }
 
 fn row(program: Program, size: Size, mode: Option<&str>, quick: bool) -> Result<Row> {
@@ -133,7 +151,7 @@ fn row(program: Program, size: Size, mode: Option<&str>, quick: bool) -> Result<
     }
     // The calls do not depend on the size.
     if size == Size::ALL[0] && !quick {
-        let calls = |frames| measure::system_calls(&command(frames));
+        let calls = |frames| measure::system_calls(&command(frames), &[]);
         let (short, long) = (calls(SHORT)? as f64, calls(LONG)? as f64);
         let each = (long - short) / f64::from(LONG - SHORT);
         row.system_calls_per_frame = Some(each);
@@ -157,9 +175,9 @@ fn median_cost(command: &[String], runs: usize) -> Result<(f64, u64)> {
     Ok((costs.get(runs / 2).copied().unwrap_or_default() as f64, peak))
 }
 
-fn write_json(path: &Path, rows: &[Row], checks: &[budget::Check]) -> Result<()> {
+fn write_json(path: &Path, rows: &[Row], handovers: &[HandOver], checks: &[budget::Check]) -> Result<()> {
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
-    let value = serde_json::json!({ "kernel": kernel.trim(), "rows": rows, "budgets": checks });
+    let value = serde_json::json!({ "kernel": kernel.trim(), "rows": rows, "handover": handovers, "budgets": checks });
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder)?;
     }

@@ -48,18 +48,23 @@ pub fn run(command: &[String]) -> Result<Usage> {
     })
 }
 
-/// How many system calls a program makes from its start to its end, all its threads together.
-pub fn system_calls(command: &[String]) -> Result<u64> {
+/// How many system calls a program makes from its start to its end, all its threads together; those of these names alone, if there are any.
+pub fn system_calls(command: &[String], names: &[&str]) -> Result<u64> {
     let table = std::env::temp_dir().join("bench.strace");
     let mut all: Vec<String> = ["strace", "-f", "-c", "-U", "calls,name", "-o"].map(str::to_owned).into();
     all.push(table.display().to_string());
     all.extend_from_slice(command);
     run(&all)?;
     let text = fs::read_to_string(&table)?;
-    let total = text.lines().rev().find_map(|line| line.trim().strip_suffix("total"));
-    total
-        .and_then(|calls| calls.trim().parse().ok())
-        .with_context(|| format!("strace's table has no total:\n{text}"))
+    // "  12 write", and at the end "  34 total".
+    let rows = text.lines().filter_map(|line| {
+        let (calls, name) = line.trim().split_once(char::is_whitespace)?;
+        Some((name.trim(), calls.parse::<u64>().ok()?))
+    });
+    let rows: Vec<_> = rows.collect();
+    let of = |wanted: &str| rows.iter().find(|(name, _)| *name == wanted).map(|(_, calls)| *calls);
+    let total = of("total").with_context(|| format!("strace's table has no total:\n{text}"))?;
+    Ok(if names.is_empty() { total } else { names.iter().filter_map(|name| of(name)).sum() })
 }
 
 /// The size of the display's mode, as in `640x480`, that dmaflow says it has used. `None` if it does not run.

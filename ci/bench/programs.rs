@@ -218,7 +218,7 @@ fn words(line: &str) -> Vec<String> {
 }
 
 /// A program that was built beside this one.
-fn sibling(name: &str) -> String {
+pub fn sibling(name: &str) -> String {
     let path = std::env::current_exe().unwrap_or_default().with_file_name(name);
     path.display().to_string()
 }

@@ -6,15 +6,32 @@ use anyhow::Result;
 
 use crate::Row;
 use crate::budget::Check;
+use crate::handover::HandOver;
 
 /// Tells on stderr what is being measured. A stderr that is gone is no reason to stop.
 pub fn progress(what: &str) {
     let _ = writeln!(io::stderr(), "bench: {what}");
 }
 
-/// Prints all rows, and the budgets.
-pub fn table(rows: &[Row], checks: &[Check]) -> Result<()> {
+/// Prints what was measured, and the budgets.
+pub fn all(rows: &[Row], handovers: &[HandOver], checks: &[Check]) -> Result<()> {
     let mut out = io::stdout().lock();
+    if !rows.is_empty() {
+        table(&mut out, rows)?;
+        writeln!(out)?;
+    }
+    if !handovers.is_empty() {
+        handover(&mut out, handovers)?;
+        writeln!(out)?;
+    }
+    for check in checks {
+        let verdict = if check.met { "met   " } else { "MISSED" };
+        writeln!(out, "{verdict}  {:>7.3} (at most {:.2})  {}", check.measured, check.limit, check.what)?;
+    }
+    Ok(())
+}
+
+fn table(out: &mut impl Write, rows: &[Row]) -> Result<()> {
     writeln!(
         out,
         "{:<15}  {:>9}  {:>8}  {:>13}  {:>10}  {:>10}  {:>11}  {:>9}",
@@ -39,12 +56,24 @@ pub fn table(rows: &[Row], checks: &[Check]) -> Result<()> {
     for program in crate::programs::Program::ALL {
         writeln!(out, "{:<15}  {}", program.name(), program.what())?;
     }
-    if !checks.is_empty() {
-        writeln!(out)?;
+    Ok(())
+}
+
+fn handover(out: &mut impl Write, rows: &[HandOver]) -> Result<()> {
+    writeln!(out, "{:<15}  {:>13}  calls/frame", "hand-over", "instr/frame")?;
+    for row in rows {
+        let instructions = row.instructions.map_or("-".to_owned(), |cost| format!("{cost:.0}"));
+        let calls: Vec<_> = row
+            .calls
+            .iter()
+            .map(|calls| format!("{:.2} by {}", calls.calls, calls.by))
+            .collect();
+        let calls = if calls.is_empty() { "-".to_owned() } else { calls.join(", ") };
+        writeln!(out, "{:<15}  {instructions:>13}  {calls}", row.way.name())?;
     }
-    for check in checks {
-        let verdict = if check.met { "met   " } else { "MISSED" };
-        writeln!(out, "{verdict}  {:>7.3} (at most {:.2})  {}", check.measured, check.limit, check.what)?;
+    writeln!(out)?;
+    for row in rows {
+        writeln!(out, "{:<15}  {}", row.way.name(), row.way.what())?;
     }
     Ok(())
 }

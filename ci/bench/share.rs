@@ -1,14 +1,14 @@
 //! What it costs that a frame changes hands: server and consumer in one process, on one thread, so that all of it is in one count.
 //!
 //! `bench-share HOW N`: so many frames are handed over. Nothing is printed: who counts instructions and system calls does so from outside
-//! (`ci/handover`), and takes the difference of two runs.
+//! (`ci/handover` on the host, `ci/bench/run --only handover` in the virtual machine), and takes the difference of two runs.
 //!
 //! - `ring`: what the ring does, with its own code: a frame's data written into an entry, published, taken, read, released, and the
 //!   server's lease dropped.
 //! - `awake`: the same through [`Server`] and [`Receiver`], with all that they keep of a frame; the consumer finds one each time.
 //! - `asleep`: as `awake`, and the consumer has said that it sleeps each time before a frame comes.
 //! - `message`: a packet of a socket for each frame and one back, as those do who have no ring.
-//! - `memcpy`: a picture of 640x360 in XR24 copied, as those do who have no descriptors.
+//! - `memcpy`: a picture of 1280x720 in XR24 copied, as those do who have no descriptors.
 
 use std::hint::black_box;
 use std::os::fd::AsRawFd;
@@ -151,7 +151,7 @@ fn by_message(count: u32) -> Result<()> {
 }
 
 fn by_memcpy(count: u32) {
-    let (from, mut to) = (vec![7_u8; 640 * 360 * 4], vec![0; 640 * 360 * 4]);
+    let (from, mut to) = (vec![7_u8; 1280 * 720 * 4], vec![0; 1280 * 720 * 4]);
     for _ in 0..count {
         to.copy_from_slice(black_box(&from));
         black_box(&mut to);

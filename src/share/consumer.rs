@@ -30,7 +30,8 @@ pub struct ConsumerInfo {
     pub skipped: u64,
     /// Frames that it has now, taken or not.
     pub leases: u32,
-    /// How late it takes frames, in µs from when they were published; `None` while it has told of none. What it tells counts from the next frame on.
+    /// How late it takes frames, in µs from when they were published; `None` while it has told of none. What it tells counts from the next
+    /// frame on.
     pub latency: Option<LatencyInfo>,
     /// Frames that were taken back after it had taken them, because the camera ran short and their lease had run out.
     pub stolen: u64,
