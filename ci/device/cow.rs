@@ -1,5 +1,6 @@
 //! Copy-on-write views: what they copy, what they leave alone, and what the queue does with them.
 
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -27,7 +28,7 @@ pub const TESTS: &[Test] = &[
     Test { name: "cow::dma_heap_is_a_snapshot", needs: NEEDS, seconds: 60, run: snapshot },
     Test { name: "cow::two_memory_planes", needs: NEEDS, seconds: 60, run: two_memory_planes },
     Test { name: "cow::detached_bytes_stay", needs: NEEDS, seconds: 120, run: detached_bytes_stay },
-    Test { name: "cow::hoarder_is_detached", needs: NEEDS, seconds: 400, run: hoarder_is_detached },
+    Test { name: "cow::hoarder_is_detached", needs: NEEDS, seconds: 120, run: hoarder_is_detached },
     Test { name: "cow::hoarder_is_waited_for", needs: NEEDS, seconds: 60, run: hoarder_is_waited_for },
     Test { name: "cow::hoarder_is_an_error", needs: NEEDS, seconds: 60, run: hoarder_is_an_error },
     Test { name: "cow::holder_beside_the_queue", needs: NEEDS, seconds: 120, run: holder_beside_the_queue },
@@ -202,46 +203,44 @@ fn detached_bytes_stay() -> anyhow::Result<Outcome> {
     PASSED
 }
 
-const TRIES: u32 = 3;
-/// Frames a second of the hoarder's camera: half of what an emulated processor makes and reads beside another such machine.
-const RATE: f64 = 15.0;
+/// Frames a second of the hoarder's camera.
+const RATE: f64 = 30.0;
+/// Buffers that a queue of four leaves to vivid's driver, which needs one: that one and the next.
+const LEFT_TO_THE_DRIVER: usize = 2;
 
-/// One try without a loss shows that the queue does not starve: one that does loses most frames in each. On a host that is too busy vivid
-/// itself, which keeps time by the clock, skips some in any loop: after each loss the same loop runs without keeping views, and if that
-/// never comes without a loss either, the two losses are compared. Less than a tenth of the frames in each try is that host as well, whose
-/// stalls do not come evenly.
-fn hoarder_is_detached() -> anyhow::Result<Outcome> {
-    let mut lost = Vec::new();
-    for _ in 0..TRIES {
-        let with = hoard(true)?;
-        if with == 0 {
-            return PASSED;
-        }
-        lost.push((with, hoard(false)?));
-        note(&format!("frames lost with views and without: {lost:?}"));
+nix::ioctl_readwrite!(querybuf, b'V', 9, v4l::v4l_sys::v4l2_buffer);
+
+/// How many of the camera's buffers the driver has, by its own word: those that it fills or will fill, and those filled that nobody took yet.
+fn with_the_driver(camera: &Camera) -> Result<usize> {
+    let mut count = 0;
+    for index in 0..u32::try_from(camera.buffers().len())? {
+        // SAFETY: integers and a union of integers and pointers, for which zero is a value.
+        let mut buffer: v4l::v4l_sys::v4l2_buffer = unsafe { std::mem::zeroed() };
+        buffer.index = index;
+        buffer.type_ = v4l::v4l_sys::v4l2_buf_type_V4L2_BUF_TYPE_VIDEO_CAPTURE;
+        buffer.memory = v4l::v4l_sys::v4l2_memory_V4L2_MEMORY_MMAP;
+        // SAFETY: the camera's descriptor is open, and of the structure, which has this size and, being single-planar, no array to point
+        // to, the call writes its fields alone.
+        unsafe { querybuf(camera.as_fd().as_raw_fd(), &mut buffer)? };
+        let its_own = v4l::v4l_sys::V4L2_BUF_FLAG_QUEUED | v4l::v4l_sys::V4L2_BUF_FLAG_DONE;
+        count += usize::from(buffer.flags & its_own != 0);
     }
-    // Never in time, then, not even without views: as many as without, and a few that chance puts on one side.
-    let sum = |which: fn(&(u64, u64)) -> u64| lost.iter().map(which).sum::<u64>();
-    let (with, without) = (sum(|both| both.0), sum(|both| both.1));
-    let slow = lost.iter().all(|&(_, without)| without > 0) && with <= 2 * without;
-    let few = lost.iter().all(|&(with, _)| with < 30);
-    ensure!(slow || few, "frames lost in {TRIES} tries with views, and without: {lost:?}");
-    PASSED
+    Ok(count)
 }
 
-/// Takes 300 frames and keeps views of the last 20, or no more than one, and tells how many frames the camera has lost.
-fn hoard(many: bool) -> Result<u64> {
+/// Takes 300 frames and keeps views of the last 20: the queue detaches the oldest, so that the driver never has fewer buffers than it needs.
+/// That is asked of the driver, not of the clock: how many frames a camera loses besides is the host's affair (vivid keeps time by the
+/// clock, and on a host that is busy skips some in any loop).
+fn hoarder_is_detached() -> anyhow::Result<Outcome> {
     let mut camera = camera_at(Pool::Vmalloc, RATE)?;
     let mut views: Vec<(CowView, Vec<u8>)> = Vec::new();
     for number in 0..300_usize {
         let frame = camera.next()?;
+        let left = with_the_driver(&camera)?;
+        ensure!(left >= LEFT_TO_THE_DRIVER, "with frame {number} taken the driver has {left} buffers");
         let view = frame.view(&format!("hoarder {number}"))?;
         drop(frame);
         let bytes = seen(&view);
-        if !many {
-            ensure!(seen(&view) == bytes, "frame {number} changed");
-            continue;
-        }
         // The last 20 are kept; what the oldest shows is what it showed at first.
         if views.len() == 20 {
             let (oldest, then) = views.remove(0);
@@ -250,11 +249,11 @@ fn hoard(many: bool) -> Result<u64> {
         }
         views.push((view, bytes));
     }
-    let lost = camera.counts().dropped;
     let (count, _) = copied(&camera, "detached");
-    ensure!(if many { (290..300).contains(&count) } else { count == 0 }, "{count} views were detached");
+    ensure!((290..300).contains(&count), "{count} views were detached");
+    let lost = camera.counts().dropped;
     note(&format!("300 frames, {lost} lost; {:?}; {} attached", camera.view_copies(), camera.views().len()));
-    Ok(lost)
+    PASSED
 }
 
 /// A camera with a view on every buffer.
@@ -433,6 +432,10 @@ fn on_screen(pool: Pool) -> anyhow::Result<Outcome> {
     ensure!((verdict.checked, verdict.wrong) == (12, 0), "{verdict:?}");
     PASSED
 }
+
+/// A camera whose driver keeps time by the clock loses frames on a host that stalls: one run without a loss shows that the queue does not
+/// starve.
+const TRIES: u32 = 3;
 
 /// `--keep-views`: by policy the camera loses nothing, waits and says for whom, or stops at once and says so.
 fn in_the_command() -> anyhow::Result<Outcome> {

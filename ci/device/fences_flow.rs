@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -274,6 +274,19 @@ fn never(present: Present) -> anyhow::Result<Outcome> {
     PASSED
 }
 
+/// What an order to stop comes by, after so long or never, and the thread that gives it, which keeps the other end open.
+pub fn order_to_stop(after: Option<Duration>) -> Result<(OwnedFd, JoinHandle<OwnedFd>)> {
+    let (order, end) = nix::unistd::pipe()?;
+    let orderer = std::thread::spawn(move || {
+        if let Some(after) = after {
+            std::thread::sleep(after);
+            nix::unistd::write(&end, b"x").expect("the pipe takes a byte");
+        }
+        end
+    });
+    Ok((order, orderer))
+}
+
 /// An order to stop, and the end of the time, are heard while fences are waited for that do not signal: while frames come, and at the end
 /// of a number of them. The account comes at once; what was not shown is in it.
 fn stopped(present: Present) -> anyhow::Result<Outcome> {
@@ -285,14 +298,7 @@ fn stopped(present: Present) -> anyhow::Result<Outcome> {
         let state = State::read();
         let mut source = Fenced::stuck_after(READY)?;
         let mut display = Display::find("vkms", DisplayRequest { present, ..DisplayRequest::default() })?;
-        let (order, end) = nix::unistd::pipe()?;
-        let orderer = std::thread::spawn(move || {
-            if duration.is_none() {
-                std::thread::sleep(AFTER);
-                nix::unistd::write(&end, b"x").expect("the pipe takes a byte");
-            }
-            end
-        });
+        let (order, orderer) = order_to_stop(duration.is_none().then_some(AFTER))?;
         let start = Instant::now();
         let limits = Limits { frames, duration };
         let ran = Pipe::join(&mut source, &mut display, Path::ZeroCopy, limits)?.run(Some(order.as_fd()), &mut |_| {});

@@ -14,7 +14,7 @@ use dmaflow::v4l2::Camera;
 
 use crate::camera::open;
 use crate::crc::{changed_from, crc};
-use crate::fences_flow::{Fate, Fenced, Reader};
+use crate::fences_flow::{Fate, Fenced, Reader, order_to_stop};
 use crate::fences_shown::{NOT_YET, camera, camera_with, fifo_request, lit, signalled, soon_after};
 use crate::harness::{Outcome, PASSED, Test, note};
 use crate::process::State;
@@ -268,14 +268,7 @@ fn before_the_start() -> anyhow::Result<Outcome> {
     let vgem = Vgem::open()?;
     for duration in [None, Some(AFTER)] {
         let (mut camera, signals) = all_read(&vgem)?;
-        let (order, end) = nix::unistd::pipe()?;
-        let orderer = std::thread::spawn(move || {
-            if duration.is_none() {
-                std::thread::sleep(AFTER);
-                nix::unistd::write(&end, b"x").expect("the pipe takes a byte");
-            }
-            end
-        });
+        let (order, orderer) = order_to_stop(duration.is_none().then_some(AFTER))?;
         let start = Instant::now();
         let limits = Limits { frames: None, duration };
         let mut sink = Null::new();

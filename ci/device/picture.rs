@@ -84,9 +84,9 @@ impl Picture {
         let (width, height) = layout.size();
         let mut pixels = Vec::new();
         for y in 0..height {
-            let row = Pixels::at(layout, &memory, y);
+            let mut row = Pixels::at(layout, &memory, y).colours(layout.colour());
             for x in 0..width {
-                let colour = row.rgb(x, layout.colour());
+                let colour = row(x);
                 pixels.push([colour.r, colour.g, colour.b].map(|value| f64::from(value) / 255.0));
             }
         }

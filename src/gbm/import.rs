@@ -134,7 +134,7 @@ impl Device {
         let errno = cause.raw_os_error().filter(|&errno| errno != 0);
         let (name, driver) = (self.name(), &self.info().driver);
         if self.formats().is_some_and(|formats| !formats.contains(&layout.format())) {
-            let why = format!("GBM of {name} ({driver}) imports no {}", layout.format());
+            let why = format!("GBM of {name} ({driver}) does not import {}", layout.format());
             return refuse(Call::GbmImport.name(), errno, why, &self.which_formats());
         }
         let Cause { why, repair } = Call::GbmImport.cause(errno.unwrap_or(0));

@@ -193,15 +193,13 @@ impl Display {
     /// [`Kind::Timeout`].
     pub(super) fn pending_acquired(&mut self) -> Result<()> {
         let timeout = self.fence_timeout();
-        let Some(frame) = &mut self.pending else { return Ok(()) };
+        let Some(frame) = self.pending.as_mut().filter(|frame| frame.acquire_fence().is_some()) else { return Ok(()) };
         match frame.wait_acquired(timeout) {
             Err(late) if late.kind() == Kind::Timeout => Err(late),
             acquired => {
-                if frame.acquire_fence().is_some() {
-                    match &acquired {
-                        Ok(()) => self.fence_use.went_well(),
-                        Err(error) => self.fence_use.lose(error),
-                    }
+                match &acquired {
+                    Ok(()) => self.fence_use.went_well(),
+                    Err(error) => self.fence_use.lose(error),
                 }
                 frame.acquired();
                 self.tell_later(acquired);

@@ -30,12 +30,12 @@ impl Display {
     /// The fences that the next call would wait for: `present` of this frame, or `finish`.
     pub(super) fn fences_before<'a>(&'a self, next: Option<&'a Frame>) -> Vec<&'a SyncFile> {
         let of = |frame: &'a Frame| frame.acquire_fence();
-        let lit = self.way.as_ref().is_some_and(|way| way.lit);
-        let pending = self.pending.as_ref().filter(|_| self.in_turn() && !self.given_up).and_then(of);
+        let pending = self.pending.as_ref().and_then(of).filter(|_| self.in_turn() && !self.given_up);
+        let lit = || self.way.as_ref().is_some_and(|way| way.lit);
         // A frame in a mailbox waits there.
         let by_cpu =
-            !lit || self.request.verify || self.request.present == Present::Fifo && self.waits_by_cpu().is_some();
-        let next = next.filter(|_| by_cpu).and_then(of);
+            || self.request.verify || self.request.present == Present::Fifo && self.waits_by_cpu().is_some() || !lit();
+        let next = next.and_then(of).filter(|_| by_cpu());
         pending.into_iter().chain(next).collect()
     }
 

@@ -89,7 +89,7 @@ mod by_vulkan {
         let takes = |format: &Format| taken.as_ref().is_none_or(|taken| taken.contains(format));
         let targets: Vec<_> = GpuConverter::targets(layout.format()).filter(takes).collect();
         if targets.is_empty() {
-            let why = format!("the GPU conversion makes nothing that {} takes of {}", sink.name(), layout.format());
+            let why = format!("the GPU conversion makes of {1} nothing that {0} takes", sink.name(), layout.format());
             return Ok(Err(refuse("conversion", why, "choose YUV, grey or Bayer, and a sink that takes XRGB or ARGB")));
         }
         if !software && !has_hardware() {

@@ -330,10 +330,11 @@ fn fill(rows: &mut [Vec<u8>; MAX_PLANES], format: Format, y: u32, read: &mut dyn
 /// Whether two rows show the same, each channel within the steps that its own format has.
 fn alike(from: &[Vec<u8>; MAX_PLANES], a: &Layout, to: &[Vec<u8>; MAX_PLANES], b: &Layout) -> bool {
     let (from, to) = (from.each_ref().map(Vec::as_slice), to.each_ref().map(Vec::as_slice));
-    let (before, after) = (Pixels::new(a.format(), &from), Pixels::new(b.format(), &to));
+    let mut before = Pixels::new(a.format(), &from).colours(a.colour());
+    let mut after = Pixels::new(b.format(), &to).colours(b.colour());
     let step = steps(b.format());
     (0..a.width()).all(|x| {
-        let (p, q) = (before.rgb(x, a.colour()), after.rgb(x, b.colour()));
+        let (p, q) = (before(x), after(x));
         p.r.abs_diff(q.r) <= step && p.g.abs_diff(q.g) <= step && p.b.abs_diff(q.b) <= step
     })
 }

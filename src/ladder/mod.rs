@@ -420,7 +420,7 @@ pub fn copied(source: &dyn Source, sink: &mut dyn Sink, demanded: bool) -> Resul
         rung: Rung::Copied,
         step: "conversion",
         errno: None,
-        why: format!("the CPU makes nothing that {} takes of {}", sink.name(), layout.format()),
+        why: format!("the CPU makes of {1} nothing that {0} takes", sink.name(), layout.format()),
         repair: "choose another format of the source".to_owned(),
     })))
 }

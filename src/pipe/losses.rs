@@ -118,16 +118,19 @@ impl Pipe<'_> {
     /// # Errors
     /// As [`SyncFile::wait`](crate::fence::SyncFile::wait); [`Kind::Ended`] if the flow is to end. Either way the frame counts as dropped.
     pub(super) fn acquire(&mut self, frame: &Frame, place: u64, until: &Until<'_>) -> Result<()> {
-        let acquired = self.wait_for_fences(frame, place, until);
-        match &acquired {
-            Ok(true) => self.fences.went_well(),
-            Ok(false) => {}
+        match self.wait_for_fences(frame, place, until) {
+            Ok(own) => {
+                if own {
+                    self.fences.went_well();
+                }
+                Ok(())
+            }
             Err(error) => {
                 self.dropped += 1;
-                self.fences.lose(error);
+                self.fences.lose(&error);
+                Err(error)
             }
         }
-        acquired.map(drop)
     }
 
     /// Whether this frame's own fence is known to have gone well.
@@ -139,6 +142,9 @@ impl Pipe<'_> {
         };
         let mut fences = self.sink.waits_for(next);
         let own = frame.acquire_fence();
+        if own.is_none() && fences.is_empty() && self.joined.copier.is_none() {
+            return Ok(false);
+        }
         let is_own = |fence: &crate::fence::SyncFile| own.is_some_and(|own| std::ptr::eq(own, fence));
         let mut reads = fences.iter().any(|fence| is_own(fence));
         if !reads && (next.is_none() || self.corrupt == Some(place)) {

@@ -143,9 +143,9 @@ pub fn buffer_to_rgb(buffer: &Buffer) -> Result<Vec<u8>> {
                 reader.row(plane, y / vertical, row);
             }
         }
-        let pixels = Pixels::new(format, &rows.each_ref().map(Vec::as_slice));
+        let mut colour = Pixels::new(format, &rows.each_ref().map(Vec::as_slice)).colours(layout.colour());
         for x in 0..width {
-            let pixel = pixels.rgb(x, layout.colour());
+            let pixel = colour(x);
             rgb.extend_from_slice(&[pixel.r, pixel.g, pixel.b]);
         }
     }

@@ -146,7 +146,29 @@ impl<'a> Pixels<'a> {
     /// whatever it says, as V4L2's GREY is. Alpha is not applied. A Bayer format's one sample is taken as grey: for its colour see
     /// [`demosaic`](super::demosaic).
     pub fn rgb(&self, x: u32, colour: Colour) -> Rgb {
-        match self.raw(x) {
+        self.colour_of(self.raw(x), colour)
+    }
+
+    /// [`rgb`](Pixels::rgb) for one pixel after the other: where one has the numbers of the one asked for before it, as in areas of one
+    /// colour, its colour is not computed again.
+    pub fn colours(&self, colour: Colour) -> impl FnMut(u32) -> Rgb + use<'a> {
+        let pixels = *self;
+        let mut last = None;
+        move |x| {
+            let raw = pixels.raw(x);
+            match last {
+                Some((same, rgb)) if same == raw => rgb,
+                _ => {
+                    let rgb = pixels.colour_of(raw, colour);
+                    last = Some((raw, rgb));
+                    rgb
+                }
+            }
+        }
+    }
+
+    fn colour_of(&self, raw: Raw, colour: Colour) -> Rgb {
+        match raw {
             Raw::Rgb { values, widths, .. } => {
                 let channel = |i: usize| {
                     let top = (1 << widths[i]) - 1;
@@ -156,8 +178,8 @@ impl<'a> Pixels<'a> {
             }
             Raw::Yuv { y, u, v, bits } => from_yuv([y, u, v], bits, meaning(self.format, colour)),
             Raw::Hsv { h, s, v } => from_hsv([h, s, v], colour.range),
-            Raw::Bayer { bits, .. } => {
-                let level = self.level(x, bits);
+            Raw::Bayer { value, bits } => {
+                let level = to_level(value, bits);
                 Rgb::new(level, level, level)
             }
         }
@@ -165,8 +187,7 @@ impl<'a> Pixels<'a> {
 
     /// The one sample of pixel `x`, of so many bits, as 8 bits.
     pub(super) fn level(&self, x: u32, bits: u8) -> u8 {
-        // The lowest bits are less than a step.
-        (self.deep(x as usize, bits) >> (bits - 8)).to_le_bytes()[0]
+        to_level(self.deep(x as usize, bits), bits)
     }
 
     /// Pixel `x` as one word.
@@ -392,6 +413,11 @@ fn meaning(format: Format, colour: Colour) -> Colour {
         Kind::Grey | Kind::DeepGrey { .. } | Kind::Bayer { .. } => Colour { range: Range::Full, ..colour },
         _ => colour,
     }
+}
+
+/// A sample of so many bits as 8 bits: the lowest of them are less than a step.
+fn to_level(value: u16, bits: u8) -> u8 {
+    (value >> (bits - 8)).to_le_bytes()[0]
 }
 
 fn from_yuv(yuv: [u16; 3], bits: u8, colour: Colour) -> Rgb {

@@ -91,6 +91,22 @@ fn shared_chroma_is_written_by_the_even_row() {
 }
 
 proptest! {
+    /// Of few different bytes, so that neighbours are often the same; in any order.
+    #[test]
+    fn one_after_the_other_they_are_the_same_colours(
+        index in 0..Format::all().len(),
+        bytes in prop::collection::vec(prop_oneof![Just(0u8), Just(77), Just(255)], 3 * 64),
+        order in prop::collection::vec(0u32..8, 1..32),
+        colour in colours(),
+    ) {
+        let rows: Vec<&[u8]> = bytes.chunks(64).collect();
+        let pixels = Pixels::new(Format::all().nth(index).unwrap(), &rows);
+        let mut next = pixels.colours(colour);
+        for x in order {
+            prop_assert_eq!(next(x), pixels.rgb(x, colour));
+        }
+    }
+
     /// A whole picture, through `at`, in every format: the error is no more than the format's step, and YUV's
     /// rounding of three numbers, allow.
     #[test]

@@ -100,8 +100,9 @@ impl Layer {
                 reader.row(plane, y / vertical, row);
             }
             let row = Pixels::new(format, &rows.each_ref().map(|row| row.as_slice()));
+            let mut colour = row.colours(layout.colour());
             pixels.extend((left..left + width).map(|x| {
-                let Rgb { r, g, b } = row.rgb(x, layout.colour());
+                let Rgb { r, g, b } = colour(x);
                 [r, g, b, alpha_of(row.raw(x))]
             }));
         }
