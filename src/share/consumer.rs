@@ -154,12 +154,16 @@ impl Consumer {
         Ok(())
     }
 
-    /// Takes the frames back whose lease is `like` that, taken or not.
+    /// Takes the frames back whose lease is `like` that: those that it has not taken, or those as well that it has.
     ///
     /// # Errors
     /// [`Broken`].
-    pub(super) fn take_back(&mut self, like: impl Fn(&Held) -> bool) -> std::result::Result<(), Broken> {
-        let taken_back = self.ring.take_back(like)?;
+    pub(super) fn take_back(
+        &mut self,
+        like: impl Fn(&Held) -> bool,
+        taken_too: bool,
+    ) -> std::result::Result<(), Broken> {
+        let taken_back = if taken_too { self.ring.take_back(like)? } else { self.ring.skip(like)? };
         self.skipped += u64::from(taken_back.skipped);
         self.stolen += u64::from(taken_back.revoked);
         Ok(())

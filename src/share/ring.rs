@@ -173,6 +173,16 @@ pub(super) struct TakenBack {
     pub revoked: u32,
 }
 
+impl TakenBack {
+    fn count(&mut self, ended: Option<Stage>) {
+        match ended {
+            Some(Stage::Skipped) => self.skipped += 1,
+            Some(Stage::Revoked) => self.revoked += 1,
+            _ => {}
+        }
+    }
+}
+
 /// The server's end. `T` is what is kept while a frame is with the consumer: its lease.
 #[derive(Debug)]
 pub(super) struct Server<A, T> {
@@ -233,6 +243,9 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
         }
         let position = self.next;
         let entry = self.area.entry(position);
+        // Who still reads the words of this entry's last frame, which was taken back, and finds one of these, finds that it was taken back
+        // too: with this fence before the words and its own after them, that comes first also where stores pass each other (`take`).
+        fence(Ordering::Release);
         for (to, word) in entry.words.iter().zip(words(published.skipped)) {
             to.store(word, Ordering::Relaxed);
         }
@@ -304,19 +317,41 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
     /// # Errors
     /// [`Broken`].
     pub(super) fn take_back(&mut self, like: impl Fn(&T) -> bool) -> Result<TakenBack, Broken> {
+        self.end_all(like, true)
+    }
+
+    /// The same for frames that the consumer has not taken. One that it is just taking is its own, however close that was.
+    ///
+    /// # Errors
+    /// [`Broken`].
+    pub(super) fn skip(&mut self, like: impl Fn(&T) -> bool) -> Result<TakenBack, Broken> {
+        self.end_all(like, false)
+    }
+
+    fn end_all(&mut self, like: impl Fn(&T) -> bool, taken_too: bool) -> Result<TakenBack, Broken> {
         let mut taken_back = TakenBack::default();
-        for out in self
-            .out
-            .iter_mut()
-            .filter(|out| out.as_ref().is_some_and(|out| like(&out.lease)))
-        {
-            match end(&self.area, out, true)? {
-                Some(Stage::Skipped) => taken_back.skipped += 1,
-                Some(Stage::Revoked) => taken_back.revoked += 1,
-                _ => {}
-            }
+        for out in self.out.iter_mut().filter(|out| out.as_ref().is_some_and(|out| like(&out.lease))) {
+            taken_back.count(end(&self.area, out, taken_too)?);
         }
         Ok(taken_back)
+    }
+
+    /// Takes everything back, also from a consumer that is [`Broken`]: all its entries say so, whatever they held.
+    pub(super) fn take_all_back(&mut self) -> TakenBack {
+        let mut taken_back = TakenBack::default();
+        for out in &mut self.out {
+            let Some(position) = out.as_ref().map(|out| out.position) else { continue };
+            match end(&self.area, out, true) {
+                Ok(stage) => taken_back.count(stage),
+                Err(Broken { .. }) => {
+                    // As if it had taken it: perhaps it has, and something else there can still be one that it looks at.
+                    self.area.entry(position).state.store(word(position, Stage::Revoked), Ordering::Release);
+                    *out = None;
+                    taken_back.revoked += 1;
+                }
+            }
+        }
+        taken_back
     }
 
     /// Whether the consumer has taken a frame whose lease is `like` that, and not released it.

@@ -263,8 +263,8 @@ impl Server {
         let Some(index) = self.consumers.iter().position(|consumer| consumer.token == token) else { return };
         let mut consumer = self.consumers.swap_remove(index);
         let info = consumer.info();
-        // It may still look at the ring: there it finds that it has nothing. One that wrote nonsense finds that.
-        let _ = consumer.ring.take_back(|_| true);
+        // It may still look at the ring: there it finds that it has nothing.
+        consumer.ring.take_all_back();
         if at_fault {
             consumer.part(&Message::End { reason: Reason::Broken, text: why.to_owned() });
         }
@@ -454,8 +454,7 @@ impl Drop for Server {
             return;
         }
         for consumer in &mut self.consumers {
-            // One that wrote nonsense finds that in its ring.
-            let _ = consumer.take_back(|_| true);
+            consumer.ring.take_all_back();
         }
         self.end();
     }
