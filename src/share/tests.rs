@@ -1,3 +1,5 @@
+mod taken_back;
+
 use std::os::fd::AsFd;
 use std::thread;
 use std::time::{Duration, Instant};
