@@ -23,7 +23,7 @@ pub struct ConsumerInfo {
     pub gid: u32,
     /// What it calls itself.
     pub name: String,
-    /// Frames that were given to it.
+    /// Frames that were published to it, also those that were [skipped](ConsumerInfo::skipped) for newer ones before it took them.
     pub frames: u64,
     /// Frames that it did not get, or that were taken back before it took them.
     pub skipped: u64,

@@ -29,8 +29,9 @@
 //! fence): if not, the frame is not its own. The same look tells at any time whether what it has read of a frame until then was the frame.
 //!
 //! The consumer can write anything anywhere at any time: it has the area mapped. So the server keeps what it needs to know in memory of its
-//! own, and of the area it reads those words alone, each of which can have three values or its consumer is [`Broken`]. No value read there
-//! is ever an index, a length or an address.
+//! own, and of the area it reads two sorts of words alone: the states of entries that are out, each of which can have three values or its
+//! consumer is [`Broken`], and whether the consumer sleeps, where anything but 0 means that it does and costs a ring of its bell. No value
+//! read there is ever an index, a length or an address.
 //!
 //! Somebody who waits says so in a word of the area, looks once more, and sleeps on an eventfd; the other side rings it only if it reads
 //! that word as 1 and exchanges it for 0. Both sides store and then load with a sequentially consistent fence between, so at least one of
@@ -330,7 +331,11 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
 
     fn end_all(&mut self, like: impl Fn(&T) -> bool, taken_too: bool) -> Result<TakenBack, Broken> {
         let mut taken_back = TakenBack::default();
-        for out in self.out.iter_mut().filter(|out| out.as_ref().is_some_and(|out| like(&out.lease))) {
+        for out in self
+            .out
+            .iter_mut()
+            .filter(|out| out.as_ref().is_some_and(|out| like(&out.lease)))
+        {
             taken_back.count(end(&self.area, out, taken_too)?);
         }
         Ok(taken_back)
@@ -345,7 +350,10 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
                 Ok(stage) => taken_back.count(stage),
                 Err(Broken { .. }) => {
                     // As if it had taken it: perhaps it has, and something else there can still be one that it looks at.
-                    self.area.entry(position).state.store(word(position, Stage::Revoked), Ordering::Release);
+                    self.area
+                        .entry(position)
+                        .state
+                        .store(word(position, Stage::Revoked), Ordering::Release);
                     *out = None;
                     taken_back.revoked += 1;
                 }

@@ -155,7 +155,9 @@ SOURCE  /dev/videoN | a driver or card name (vivid) | pattern (a test card, no d
 SOCKET  a path, or @NAME for a socket without a file
 
 Consumers get the source's own buffers, for reading: nothing is copied, and what one writes into its own view no other sees. One that is
-late gets the newest frame; one that keeps a frame for longer than its lease loses it when the source has no other buffer to fill.";
+late gets the newest frame; one that keeps a frame for longer than its lease loses it when the source has no other buffer to fill.
+They map the buffers for reading alone. A device of theirs that writes into dma-bufs (a V4L2 node, a GPU) is not held back by that: let in
+by --allow-uid and --allow-gid whom you trust that far.";
 
 #[derive(ClapArgs)]
 #[command(after_help = SHARE)]
