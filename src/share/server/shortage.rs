@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::frame::MAX_SLOTS;
+use crate::frame::{MAX_SLOTS, Slots};
 
 use super::{Server, micros};
 
@@ -16,6 +16,23 @@ impl Server {
     /// Whether the source has too few buffers to fill.
     fn is_short(&self) -> bool {
         self.slots.as_ref().is_some_and(|slots| slots.0.are_short())
+    }
+
+    /// Whether the consumers that there are can leave the source hardly a buffer to fill, for as long as a lease, by keeping what they may
+    /// keep: each its budget of different frames. So it is where buffers are few and the lease is long; it can be otherwise by a shorter
+    /// lease, a smaller budget, or more buffers of the source. False while nothing is joined.
+    pub fn may_starve(&self) -> bool {
+        let Some(generation) = &self.generation else { return false };
+        let buffers = generation.gifts.len();
+        let kept = self.consumers.len() as u64 * u64::from(self.request.budget);
+        // No more frames are within their lease than come in that time; the first is just at its end when the last comes.
+        let within = self.rate.map(|rate| self.lease().as_secs_f64() * rate);
+        // `as` saturates.
+        // Three frame times are three, whatever is lost in dividing by the rate.
+        let within = within
+            .map_or(u64::MAX, |frames| (frames - 1e-3).ceil() as u64)
+            .saturating_add(1);
+        kept.min(within).saturating_add(Slots::least(buffers) as u64) > buffers as u64
     }
 
     /// If the source has too few buffers to fill: takes a frame back that nobody has taken, else the oldest whose lease has run out. If

@@ -65,6 +65,23 @@ fn nobody_loses_a_frame_within_its_lease() {
     assert_eq!(stolen, 0);
 }
 
+/// Consumers that keep to a long lease can have all buffers; those of the usual one only where there are few.
+#[test]
+fn whether_consumers_may_starve_the_source_is_known() {
+    let may = |lease: Option<u64>, buffers, consumers| {
+        let source = pattern(100.0, buffers);
+        let request = ServerRequest { lease: lease.map(Duration::from_millis), ..two() };
+        let mut server = serve("starve", request, &source);
+        let _receivers: Vec<_> = (0..consumers).map(|_| connect(&mut server, "starve").unwrap()).collect();
+        server.may_starve()
+    };
+    // Three frame times: four frames at most are within their lease.
+    assert_eq!([1, 2, 8].map(|consumers| may(None, 8, consumers)), [false; 3]);
+    assert_eq!([1, 2].map(|consumers| may(None, 5, consumers)), [false, true]);
+    assert_eq!([3, 4].map(|consumers| may(Some(1000), 8, consumers)), [false, true]);
+    assert_eq!([1, 2].map(|consumers| may(Some(1000), 3, consumers)), [false, true]);
+}
+
 /// One that takes longer for a frame than it may keep it.
 struct Slow;
 
@@ -82,7 +99,7 @@ impl Sink for Slow {
     }
 
     fn present(&mut self, frame: Frame) -> crate::Result<Option<Shown>> {
-        thread::sleep(Duration::from_millis(if frame.meta().sequence % 2 == 0 { 50 } else { 0 }));
+        thread::sleep(Duration::from_millis(if frame.meta().sequence.is_multiple_of(2) { 50 } else { 0 }));
         frame.check()?;
         Ok(Some(Shown { meta: *frame.meta(), at_us: crate::clock::now_us() }))
     }
