@@ -6,7 +6,9 @@
  * For each frame it prints the sequence number and a sum (64-bit FNV-1a) of the pixels of the first memory plane, or "lost" if the server
  * took the frame back meanwhile. SOCKET may be @NAME. It ends with the server, or after that many frames.
  */
+#define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -19,10 +21,13 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/statfs.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 #include <linux/dma-buf.h>
+#include <linux/magic.h>
 
 enum { HELLO = 1, WELCOME, FORMAT, BUFFER, END };
 enum { PUBLISHED = 1, TAKEN, RELEASED };
@@ -74,6 +79,21 @@ static uint64_t number(const uint8_t *from, int bytes)
 	return value;
 }
 
+/* The length of the text that a message ends with, from its own length on: all that is left of it. */
+static int text(const uint8_t *fields, size_t len, size_t at)
+{
+	if (len < at + 2 || number(fields + at, 2) != len - at - 2)
+		fail("a text has another length than it says");
+	return (int)(len - at - 2);
+}
+
+/* Whether memory keeps the size that it has: what could be cut off would end this process with SIGBUS. */
+static bool stays(int fd, int seals)
+{
+	int has = fcntl(fd, F_GET_SEALS);
+	return has >= 0 && (has & seals) == seals;
+}
+
 static void forget(struct generation *old)
 {
 	for (uint32_t i = 0; i < old->here; i++) {
@@ -85,25 +105,33 @@ static void forget(struct generation *old)
 
 static void on_format(const uint8_t *fields, size_t len)
 {
-	if (len < 36)
+	if (len < 60)
 		fail("a format is too short");
-	unsigned colour = fields[34], memory = fields[35];
-	if (len != 36 + 12 * colour + 8 * memory || memory < 1 || memory > MAX_FDS)
+	unsigned colour = fields[58], memory = fields[59];
+	if (len != 60 + 12 * colour + 8 * memory || memory < 1 || memory > MAX_FDS)
 		fail("a format has another length than it says");
 	forget(&coming);
 	coming.number = number(fields, 4);
 	coming.count = number(fields + 4, 4);
-	coming.len = number(fields + 36 + 12 * colour, 8);
+	coming.len = number(fields + 60 + 12 * colour, 8);
 	if (coming.count < 1 || coming.count > MAX_BUFFERS)
 		fail("a format has too many buffers");
-	printf("format %u: %u buffers of %ux%u, %.4s\n", coming.number, coming.count, (unsigned)number(fields + 16, 4),
-	       (unsigned)number(fields + 20, 4), (const char *)fields + 8);
+	printf("format %u: %u buffers of %ux%u, %.4s, each frame for %u us\n", coming.number, coming.count,
+	       (unsigned)number(fields + 40, 4), (unsigned)number(fields + 44, 4), (const char *)fields + 32, (unsigned)number(fields + 8, 8));
 }
 
 static void on_buffer(const uint8_t *fields, size_t len, int fd)
 {
 	if (len != 16 || fd < 0 || number(fields, 4) != coming.number || number(fields + 4, 4) != coming.here || coming.here >= coming.count)
 		fail("a buffer comes out of turn");
+	struct statfs where;
+	struct stat is;
+	if (fstatfs(fd, &where) || fstat(fd, &is))
+		fail("a buffer cannot be looked at");
+	if (where.f_type != DMA_BUF_MAGIC && !stays(fd, F_SEAL_SHRINK))
+		fail("a buffer is neither a dma-buf nor a memfd that is sealed against shrinking");
+	if (is.st_ino != number(fields + 8, 8) || lseek(fd, 0, SEEK_END) < (off_t)coming.len)
+		fail("a buffer is another than is said, or smaller");
 	const void *map = mmap(NULL, coming.len, PROT_READ, MAP_SHARED, fd, 0);
 	if (map == MAP_FAILED)
 		fail("a buffer cannot be mapped");
@@ -127,12 +155,16 @@ static bool hear(void)
 	} control;
 	struct iovec part = { bytes, sizeof bytes };
 	struct msghdr head = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control };
-	ssize_t len = recvmsg(server, &head, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-	/* A server that has hung up without reading all: what it sent comes next. */
-	if (len < 0 && errno == ECONNRESET)
+	ssize_t len;
+	int resets = 0;
+	do
 		len = recvmsg(server, &head, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+	/* A server that has hung up without reading all resets once: what it sent comes next. */
+	while (len < 0 && (errno == EINTR || (errno == ECONNRESET && resets++ == 0)));
 	if (len < 0 && errno == EAGAIN)
 		return false;
+	if (len < 0)
+		fail("the socket");
 	errno = 0;
 	if (len == 0) {
 		printf("the server is gone\n");
@@ -148,18 +180,26 @@ static bool hear(void)
 	}
 	const uint8_t *fields = bytes + 8;
 	len -= 8;
-	switch (number(bytes + 6, 2)) {
+	uint64_t kind = number(bytes + 6, 2);
+	if (kind != WELCOME && kind != BUFFER && count)
+		fail("descriptors come with a message that has none");
+	struct stat area;
+	int said;
+	switch (kind) {
 	case WELCOME:
-		if (len < 30 || count != 3 || ring)
+		said = text(fields, len, 4);
+		if (count != 3 || ring)
 			fail("the welcome is not right");
+		/* The size after the seals: until they are there, it changes. */
+		if (!stays(fds[0], F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) || fstat(fds[0], &area) || area.st_size < (off_t)sizeof *ring)
+			fail("the ring is not sealed as it must be, or too small");
 		ring = mmap(NULL, sizeof *ring, PROT_READ | PROT_WRITE, MAP_SHARED, fds[0], 0);
 		if (ring == MAP_FAILED)
 			fail("the ring cannot be mapped");
 		close(fds[0]);
 		watch_fd = fds[1];
 		bell = fds[2];
-		printf("welcome: %u frames at a time, each for %u us, of %.*s\n", (unsigned)number(fields, 4), (unsigned)number(fields + 4, 8),
-		       (int)number(fields + 28, 2), (const char *)fields + 30);
+		printf("welcome: %u frames at a time, of %.*s\n", (unsigned)number(fields, 4), said, (const char *)fields + 6);
 		break;
 	case FORMAT:
 		on_format(fields, len);
@@ -170,7 +210,8 @@ static bool hear(void)
 			close(fds[i]);
 		break;
 	case END:
-		printf("the server ends: reason %u, %.*s\n", (unsigned)number(fields, 2), (int)number(fields + 2, 2), (const char *)fields + 4);
+		said = text(fields, len, 2);
+		printf("the server ends: reason %u, %.*s\n", (unsigned)number(fields, 2), said, (const char *)fields + 4);
 		exit(number(fields, 2) == 0 ? 0 : 1);
 	default:
 		fail("a message is of another kind");
@@ -224,8 +265,12 @@ static void release(uint64_t position)
 	atomic_compare_exchange_strong_explicit(&ring->entries[position % ENTRIES].state, &taken, position << 3 | RELEASED,
 						memory_order_release, memory_order_relaxed);
 	atomic_thread_fence(memory_order_seq_cst);
-	if (atomic_load(&ring->server_sleeps) && atomic_exchange(&ring->server_sleeps, 0) && write(bell, &one, sizeof one) < 0)
-		fail("the bell cannot be rung");
+	if (!atomic_load(&ring->server_sleeps) || !atomic_exchange(&ring->server_sleeps, 0))
+		return;
+	/* One that is full (EAGAIN) was rung before. */
+	while (write(bell, &one, sizeof one) < 0 && errno != EAGAIN)
+		if (errno != EINTR)
+			fail("the bell cannot be rung");
 }
 
 static void look_at(uint64_t position, const uint64_t words[WORDS])

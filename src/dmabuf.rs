@@ -92,13 +92,16 @@ impl DmaBuf {
         self.0.memfd.as_ref().map(AsFd::as_fd)
     }
 
-    /// A descriptor of the same memory through which nobody can write to it: the one that this is, if it was exported so (`O_RDONLY`), else
+    /// A descriptor of the same memory by which no CPU mapping can write to it: the one that this is, if it was exported so (`O_RDONLY`), else
     /// the one that its exporter has made besides ([`Source::export_read_only`](crate::endpoint::Source::export_read_only)), which to the
     /// kernel is another dma-buf. `None` if there is none.
     ///
     /// A shared mapping for writing of such a descriptor is refused with `EACCES` (do_mmap in mm/mmap.c), and it cannot be opened anew
     /// through `/proc` (dma-bufs have no `open`: `ENXIO`). A private mapping can be written, and what is written stays with its process.
-    /// Drivers import it as any other, but for those that map it for writing, as Mesa's lavapipe. Cost: one system call.
+    ///
+    /// Devices are not bound by that: drivers import it as any other (`dma_buf_get` in drivers/dma-buf/dma-buf.c looks at no mode), but for
+    /// those that map it for writing, as Mesa's lavapipe. So who also has a device that writes (a V4L2 node that captures into dma-bufs, a
+    /// GPU that renders into them) can have that write to it. Cost: one system call.
     pub fn read_only(&self) -> Option<BorrowedFd<'_>> {
         if is_read_only(self.0.fd.as_fd()) { Some(self.0.fd.as_fd()) } else { self.0.read_only.get().map(AsFd::as_fd) }
     }

@@ -1,6 +1,7 @@
 //! Where frames come from and go to: the traits that devices implement, and an importer's reasoned no.
 
 mod import;
+mod predicted;
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -16,6 +17,7 @@ use crate::ledger::{Copies, Ledger};
 
 pub use crate::error::errno_name;
 pub use import::{ImportCache, Importer};
+pub(crate) use predicted::Predicted;
 
 /// What `poll` said of a source's descriptor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -289,7 +291,7 @@ pub struct Shown {
 /// The result of comparing what a display showed with what was captured.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Verdict {
-    /// Frames compared.
+    /// Frames compared: not those that who shares them has taken back meanwhile.
     pub checked: u64,
     /// Frames that were shown wrong.
     pub wrong: u64,
@@ -351,7 +353,7 @@ pub trait Sink {
     /// must show. `place` is the frame's among all that were captured, counted from 0.
     ///
     /// # Errors
-    /// If the frame cannot be read.
+    /// If the frame cannot be read; [`Kind::Revoked`] as from [`present`](Sink::present).
     fn inspect(&mut self, frame: &Frame, place: u64) -> Result<()> {
         let _ = (frame, place);
         Ok(())
@@ -367,6 +369,8 @@ pub trait Sink {
     /// fence](Error::is_of_fence), which has failed or taken too long, is of one frame alone: the sink takes the next. It may be that of a
     /// frame before: the frame given now is taken all the same, unless it cannot be while that fence is open. So that nothing shown goes
     /// untold, such an error may come with a later call; which of several frames it is of, [`fence_use`](Sink::fence_use) counts.
+    /// [`Kind::Revoked`] is of this frame alone as well: who shares it has [taken it back](Frame::check), before the sink has used it or
+    /// while it did. Who presents it counts it as lost.
     fn present(&mut self, frame: Frame) -> Result<Option<Shown>>;
 
     /// What to poll for input, if the sink has something to say between two frames.
@@ -453,7 +457,8 @@ pub trait Sink {
         None
     }
 
-    /// Frames taken and never shown, because a newer one came first, or because their fences failed or took too long.
+    /// Frames taken and never shown, because a newer one came first, because their fences failed or took too long, or because who shares
+    /// them took them back meanwhile.
     fn dropped(&self) -> u64 {
         0
     }

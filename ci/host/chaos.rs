@@ -77,6 +77,9 @@ impl Random {
     }
 }
 
+/// Bytes of a ring's area, by the protocol's documentation: three lines and 16 entries of 64 each.
+const AREA: u64 = 64 * (3 + 16);
+
 /// Consumers at once, besides the one that watches.
 const VICTIMS: u64 = 4;
 
@@ -286,7 +289,7 @@ impl Watcher {
 }
 
 /// Resident memory that is the process's own, in KiB.
-fn memory(pid: Pid) -> Result<u64> {
+pub fn memory(pid: Pid) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status
         .lines()
@@ -324,9 +327,9 @@ fn nonsense(at: &str, random: &mut Random) -> Result<()> {
     let Some(ring) = fds.first() else { bail!("there is no ring") };
     let mut ring = Mapping::new(ring.as_fd(), 4096, Access::ReadWrite)?;
     for _ in 0..1 + random.below(20) {
-        let at = random.below(4096 - 64) as usize;
-        let len = 1 + random.below(64) as usize;
-        ring.write(at, &random.bytes(len));
+        let at = random.below(AREA);
+        let len = 1 + random.below((AREA - at).min(64)) as usize;
+        ring.write(at as usize, &random.bytes(len));
         std::thread::sleep(random.millis(0, 8));
     }
     if random.below(2) == 0 {

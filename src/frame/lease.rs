@@ -246,11 +246,16 @@ impl Slots {
         }
     }
 
+    /// So many a queue of this size needs so as not to starve, see [`Slots::are_short`].
+    pub(crate) const fn least(slots: usize) -> usize {
+        if slots < 4 { 1 } else { 2 }
+    }
+
     /// Whether fewer are free or with the driver than it needs so as not to starve before somebody looks again: one to fill, and the next
     /// where there are so many.
     pub(crate) fn are_short(&self) -> bool {
         let leased = |slot: &&Slot| slot.stage.load(Ordering::Relaxed) == Stage::Dequeued as u8;
-        let least = if self.slots.len() < 4 { 1 } else { 2 };
+        let least = Slots::least(self.slots.len());
         self.slots.iter().filter(|slot| !leased(slot)).take(least).count() < least
     }
 

@@ -383,6 +383,7 @@ impl Sink for Display {
 
     fn present(&mut self, frame: Frame) -> Result<Option<Shown>> {
         self.given_up = false;
+        frame.check()?;
         if !joined(&mut self.way, &self.name)?.lit {
             return self.light(frame).map(Some);
         }

@@ -19,7 +19,7 @@ use super::setup::Setup;
 use crate::endpoint::{Shown, Sink};
 use crate::error::{Error, Kind, Result};
 use crate::fence::{CpuWait, SyncFile};
-use crate::frame::{Frame, FrameMeta};
+use crate::frame::{Frame, FrameMeta, Revoked};
 use crate::memory::Access;
 
 /// The commit of every frame after the first: the plane's framebuffer, and its fences.
@@ -302,21 +302,29 @@ impl Display {
         if self.pending.is_none()
             && let Some(frame) = self.mailbox.take_ready()
         {
-            let had_fence = frame.acquire_fence().is_some();
-            let submitted = self.submit(frame);
-            if submitted.is_ok() {
-                self.fence_use.went_well();
-                if had_fence {
-                    self.fence_use.waited(match self.request.verify {
-                        true => CpuWait::Verified,
-                        false => CpuWait::Mailbox,
-                    });
-                }
+            match frame.check() {
+                Ok(()) => self.submit_newest(frame),
+                // Who shares it has taken it back while it waited here.
+                Err(Revoked) => self.lost += 1,
             }
-            self.tell_later(submitted);
         }
         let late = self.mailbox.check_time(self.fence_timeout());
         self.tell_of_dropped(late);
+    }
+
+    fn submit_newest(&mut self, frame: Frame) {
+        let had_fence = frame.acquire_fence().is_some();
+        let submitted = self.submit(frame);
+        if submitted.is_ok() {
+            self.fence_use.went_well();
+            if had_fence {
+                self.fence_use.waited(match self.request.verify {
+                    true => CpuWait::Verified,
+                    false => CpuWait::Mailbox,
+                });
+            }
+        }
+        self.tell_later(submitted);
     }
 
     /// In mailbox: waits for the next frame that is on its way or held, until it is on screen. Failures come after the last of them.

@@ -11,10 +11,10 @@ use super::crc::CrcStream;
 use super::flip::Flip;
 use super::predict::{Flavour, Predictor};
 use super::route::Route;
-use crate::endpoint::Verdict;
+use crate::endpoint::{Predicted, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::format::Layout;
-use crate::frame::{Frame, MAX_SLOTS};
+use crate::frame::Frame;
 
 /// Longest wait for a CRC, in ms. Under emulation a large picture takes vkms more than a second.
 const CRC_TIMEOUT_MS: u16 = 20_000;
@@ -23,21 +23,12 @@ const CRC_TIMEOUT_MS: u16 = 20_000;
 pub(super) struct Verifier {
     predictor: Predictor,
     stream: Option<CrcStream>,
-    /// For each slot, of which a source may have more than buffers, the frame captured into it last: sequence number, place among all captured, predicted CRC.
-    expected: Vec<Option<Expected>>,
-    verdict: Verdict,
-}
-
-#[derive(Clone, Copy)]
-struct Expected {
-    sequence: u32,
-    place: u64,
-    crc: u32,
+    predicted: Predicted,
 }
 
 impl std::fmt::Debug for Verifier {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Verifier({:?})", self.verdict)
+        write!(f, "Verifier({:?})", self.verdict())
     }
 }
 
@@ -63,22 +54,17 @@ impl Verifier {
             flavour.ok_or_else(|| no(format!("how vkms of Linux {release} composes pictures is not known")))?;
         let predictor =
             Predictor::new(flavour, route.mode_size(), layout, route.at).map_err(|why| no(why.to_string()))?;
-        Ok(Verifier { predictor, stream: None, expected: vec![None; MAX_SLOTS as usize], verdict: Verdict::default() })
+        Ok(Verifier { predictor, stream: None, predicted: Predicted::new() })
     }
 
     /// Predicts what the display must report for this frame, which has this place among all captured.
     ///
     /// # Errors
-    /// If the frame cannot be read.
+    /// If the frame cannot be read; [`Kind::Revoked`].
     pub(super) fn expect(&mut self, frame: &Frame, place: u64) -> Result<()> {
         let reader = frame.read()?;
         let crc = self.predictor.crc(&mut |plane, row, out| reader.row(plane, row, out));
-        let expected = Expected { sequence: frame.meta().sequence, place, crc };
-        match self.expected.get_mut(frame.slot() as usize) {
-            Some(slot) => *slot = Some(expected),
-            None => return Err(Error::new(Kind::Invalid, "verify", format!("a frame of slot {}", frame.slot()))),
-        }
-        Ok(())
+        self.predicted.expect(frame, place, crc)
     }
 
     /// Starts the stream of CRCs with the first picture on screen, and checks that picture: it is there already, so any CRC
@@ -127,22 +113,15 @@ impl Verifier {
 
     /// The result so far.
     pub(super) fn verdict(&self) -> Verdict {
-        self.verdict
+        self.predicted.verdict()
     }
 
     fn compare(&mut self, frame: &Frame, reported: u32) -> Result<()> {
-        let sequence = frame.meta().sequence;
-        let slot = self.expected.get(frame.slot() as usize).copied().flatten();
-        let expected = slot.filter(|expected| expected.sequence == sequence).ok_or_else(|| {
-            let error = Error::new(Kind::Invalid, "verify", format!("frame {sequence}"));
-            error.because("nothing was predicted for it: it was presented without being inspected")
-        })?;
-        self.verdict.checked += 1;
-        if expected.crc != reported {
-            self.verdict.wrong += 1;
-            self.verdict.first_wrong.get_or_insert((expected.place, sequence));
+        match self.predicted.compare(frame, reported) {
+            // It is on screen, and what is there may be another picture: that is nothing to judge the display by.
+            Err(error) if error.kind() == Kind::Revoked => Ok(()),
+            compared => compared,
         }
-        Ok(())
     }
 }
 

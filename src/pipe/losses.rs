@@ -37,6 +37,32 @@ impl Pipe<'_> {
         }
     }
 
+    /// What a sink says of a frame, where one that was taken back by who shares it is no reason to end the flow either. It counts as dropped,
+    /// which is told less and less often.
+    ///
+    /// # Errors
+    /// As [`hear`](Pipe::hear).
+    pub(super) fn hear_of_frame<T: Default>(&mut self, said: Result<T>) -> Result<T> {
+        match said {
+            Err(error) if error.kind() == Kind::Revoked => {
+                self.dropped += 1;
+                self.revoked += 1;
+                if self.revoked.is_power_of_two() {
+                    let frames = self.revoked;
+                    self.moved(
+                        self.joined.rung,
+                        format!(
+                            "frames taken back before the sink was done with them: {frames} so far; {}",
+                            error.line()
+                        ),
+                    );
+                }
+                Ok(T::default())
+            }
+            other => self.hear(other),
+        }
+    }
+
     fn go_on_after(&mut self, error: Error) -> Result<()> {
         let now = now_us();
         self.look_for_recovery();

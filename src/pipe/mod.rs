@@ -67,6 +67,8 @@ pub struct Pipe<'a> {
     failing: Option<Failing>,
     /// How many had when that was last told.
     told_lost: u64,
+    /// Frames that who shares them took back before the sink was done with them.
+    revoked: u64,
     latency: Latency,
 }
 
@@ -118,6 +120,7 @@ impl<'a> Pipe<'a> {
             fences: FenceUse::default(),
             failing: None,
             told_lost: 0,
+            revoked: 0,
             latency: Latency::new()?,
         };
         pipe.check_copies();
@@ -147,6 +150,9 @@ impl<'a> Pipe<'a> {
     /// [`Account::fences`], and [`Account::moves`] tells of them now and then. It ends when none goes well for twice the sink's
     /// [`fence_timeout`](Sink::fence_timeout) after the first, three at least, or when fences keep every buffer of the source for
     /// that long; and when a flow that was not told to stop ends without having shown anything for that reason.
+    ///
+    /// A frame that who shares it takes back before the sink is done with it ([`Kind::Revoked`]) counts as dropped by the sink, and the flow
+    /// goes on.
     ///
     /// # Errors
     /// The first failure of source or sink; of fences as above, naming the last. The source is stopped either way; a display goes on showing the last frame.
@@ -248,7 +254,7 @@ impl<'a> Pipe<'a> {
             self.step_up(until, progress)?;
         }
         let shown = self.pass(&frame, place, until, progress);
-        let shown = self.hear(shown)?;
+        let shown = self.hear_of_frame(shown)?;
         // Where each call has something shown to tell, its error would never come.
         if frame.acquire_fence().is_some()
             && let Some(error) = self.sink.untold()

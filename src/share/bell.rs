@@ -4,8 +4,12 @@
 //! while the count is above zero (`eventfd_write` wakes its waiters every time).
 //!
 //! Whoever holds a descriptor of an eventfd can make its writers block: `O_NONBLOCK` is a property of what both sides have open, and can be
-//! cleared by either, and a count that is full lets nobody write. So the side that rings keeps the eventfd to itself and gives away a
-//! [`BellWatch`]: an epoll descriptor that is readable when the bell was rung. Through it nobody gets at the eventfd.
+//! cleared by either, and a count that is full lets nobody write. So the server, which may wait for no consumer, keeps the eventfds that it
+//! rings to itself and gives away a [`BellWatch`] of each: an epoll descriptor that is readable when the bell was rung. Through it nobody
+//! gets at the eventfd.
+//!
+//! Of the bell that consumers ring the server has made the eventfd, and each consumer gets that: a hostile server can make its consumers
+//! wait when they ring. They depend on it for their frames in any case; who cannot afford that writes to it from a thread of its own.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -24,7 +24,7 @@ pub struct ConsumerInfo {
     pub gid: u32,
     /// What it calls itself.
     pub name: String,
-    /// Frames that were given to it.
+    /// Frames that were published to it, also those that were [skipped](ConsumerInfo::skipped) for newer ones before it took them.
     pub frames: u64,
     /// Frames that it did not get, or that were taken back before it took them.
     pub skipped: u64,
@@ -161,12 +161,16 @@ impl Consumer {
         Ok(())
     }
 
-    /// Takes the frames back whose lease is `like` that, taken or not.
+    /// Takes the frames back whose lease is `like` that: those that it has not taken, or those as well that it has.
     ///
     /// # Errors
     /// [`Broken`].
-    pub(super) fn take_back(&mut self, like: impl Fn(&Held) -> bool) -> std::result::Result<(), Broken> {
-        let taken_back = self.ring.take_back(like)?;
+    pub(super) fn take_back(
+        &mut self,
+        like: impl Fn(&Held) -> bool,
+        taken_too: bool,
+    ) -> std::result::Result<(), Broken> {
+        let taken_back = if taken_too { self.ring.take_back(like)? } else { self.ring.skip(like)? };
         self.skipped += u64::from(taken_back.skipped);
         self.stolen += u64::from(taken_back.revoked);
         Ok(())

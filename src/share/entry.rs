@@ -9,7 +9,7 @@
 //! | 2 | 32 sequence number, 2 clock of word 1 (0 unknown, 1 `CLOCK_MONOTONIC`, 2 copied), 1 damaged, 1 last, 1 stamped at the start of the exposure | as of the source; the other bits are 0 |
 //! | 3 | 32, 32 | bytes used of memory planes 0 and 1 |
 //! | 4 | 32, 32 | bytes used of memory planes 2 and 3 |
-//! | 5 | 64 | frames before this one that this consumer did not get |
+//! | 5 | 64 | frames before this one that this consumer did not get, all since its welcome |
 //! | 6 | 64 | when it was published, in µs of `CLOCK_MONOTONIC`: its lease counts from here |
 //!
 //! The receiver checks generation and index against what it was told, and takes bytes used for no more than a buffer has.

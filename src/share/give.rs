@@ -1,4 +1,4 @@
-//! Which descriptors of a buffer consumers get: such that they can read by them and not write, unless its owner wants otherwise.
+//! Which descriptors of a buffer consumers get: such that they can map it for reading and not for writing, unless its owner wants otherwise.
 //!
 //! - Of a dma-buf: one that was exported for reading alone ([`DmaBuf::read_only`](crate::dmabuf::DmaBuf::read_only)).
 //! - Of memory that is a memfd, or that a memfd lies under: the memfd, opened anew for reading. Whoever has it could open it for writing
@@ -6,6 +6,10 @@
 //!   maps it shared for writing or writes to it from then on, the server's own process neither (shmem_mmap, shmem_write_begin in
 //!   mm/shmem.c).
 //! - Others cannot be given so. Who has a descriptor for reading and writing has both.
+//!
+//! That holds for the CPU. A device to which a consumer gives a dma-buf that is for reading alone may write to it all the same: no importer
+//! looks at the mode (`dma_buf_get` in drivers/dma-buf/dma-buf.c), so a V4L2 node captures into it and a GPU renders into it. Of a memfd
+//! that cannot be done: no udmabuf is made of one that is sealed so (`SEALS_DENIED` in drivers/dma-buf/udmabuf.c).
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 

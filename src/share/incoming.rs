@@ -101,13 +101,14 @@ fn make_buffer(shape: &Shape, fds: Vec<OwnedFd>) -> Result<Buffer> {
 mod tests {
     use super::*;
     use crate::format::Format;
-    use crate::share::wire::Reason;
+    use crate::share::wire::{Reason, Timing};
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use proptest::prelude::*;
 
     fn shape(generation: u32, buffers: u32) -> Shape {
         let layout = crate::format::Layout::packed(Format::parse("GREY").unwrap().0, (64, 64), 1).unwrap();
-        Shape { generation, buffers, layout, lens: vec![4096] }
+        let timing = Timing { lease_us: 1000, rate_micro: 0, watchdog_us: 0 };
+        Shape { generation, buffers, timing, layout, lens: vec![4096] }
     }
 
     fn memfd(len: i64, seals: SealFlag) -> OwnedFd {

@@ -3,7 +3,7 @@
 //! Over a Unix socket each consumer gets the source's buffers once. From then on a frame changes hands by a ring in memory that both map: a
 //! few loads and stores, and a system call only to wake who sleeps. A consumer may have a few frames at a time (the budget), each for three
 //! frame times (the lease); it is skipped while it is late, and when the source would run short, frames whose lease has run out are taken
-//! back from who has them. Who is stopped, hostile or gone hurts nobody else.
+//! back from who has them. Who is stopped or gone, or writes nonsense, takes no frame from anybody else.
 //!
 //! ```no_run
 //! use dmaflow::endpoint::{Ready, Source};

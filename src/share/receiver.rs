@@ -18,7 +18,7 @@ use super::incoming::{Generation, learn};
 use super::join::{ANSWER, Hello, Joined, Joining};
 use super::ring::{Consumer, Taken};
 use super::socket::{Place, Received};
-use super::wire::{Message, Reason};
+use super::wire::{Message, Reason, Timing};
 use crate::clock::now_us;
 use crate::endpoint::{Ready, Source, SourceCounts};
 use crate::error::{Context, Error, Kind, Result};
@@ -172,9 +172,14 @@ impl Receiver {
         &self.server.welcome.source
     }
 
-    /// How long a frame may be kept at least, counted from when the server published it.
+    /// How long a frame may be kept at least, counted from when the server published it. It may be another after each
+    /// [`follow`](Source::follow).
     pub fn lease(&self) -> Duration {
-        Duration::from_micros(self.server.welcome.lease_us)
+        Duration::from_micros(self.timing().lease_us)
+    }
+
+    fn timing(&self) -> &Timing {
+        &self.server.generation.shape.timing
     }
 
     /// How many frames may be held at a time; more come when one is dropped.
@@ -205,7 +210,7 @@ impl Receiver {
         if self.view_policy == ViewPolicy::Wait {
             return Ok(());
         }
-        let early = self.server.welcome.lease_us / 4;
+        let early = self.timing().lease_us / 4;
         let due = |now: u64| now.saturating_add(early);
         let viewed = |frames: &HeldFrames| !frames.slots().views().is_empty();
         if !viewed(&self.frames) && !self.old.iter().any(viewed) {
@@ -278,7 +283,7 @@ impl Receiver {
         for (used, len) in meta.bytes_used.iter_mut().zip(lens(&buffer)) {
             *used = (*used).min(len);
         }
-        let (now, lease) = (now_us(), self.server.welcome.lease_us);
+        let (now, lease) = (now_us(), self.timing().lease_us);
         // The clocks are the same, unless the server is in another time namespace.
         let until_us = entry.published_us.min(now).saturating_add(lease);
         if let Some(late) = now.checked_sub(entry.published_us) {
@@ -410,7 +415,7 @@ impl Source for Receiver {
     }
 
     fn rate(&self) -> Option<f64> {
-        Some(self.server.welcome.rate_micro as f64 / 1e6).filter(|rate| *rate > 0.0)
+        Some(self.timing().rate_micro as f64 / 1e6).filter(|rate| *rate > 0.0)
     }
 
     fn buffers(&self) -> &[Buffer] {
@@ -492,7 +497,7 @@ impl Source for Receiver {
     }
 
     fn watchdog(&self) -> Option<Duration> {
-        let time = Duration::from_micros(self.server.welcome.watchdog_us);
+        let time = Duration::from_micros(self.timing().watchdog_us);
         // While the server is away, nobody knows when it comes back.
         (!time.is_zero() && !self.is_away()).then_some(time)
     }

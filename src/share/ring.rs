@@ -30,8 +30,9 @@
 //! fence): if not, the frame is not its own. The same look tells at any time whether what it has read of a frame until then was the frame.
 //!
 //! The consumer can write anything anywhere at any time: it has the area mapped. So the server keeps what it needs to know in memory of its
-//! own, and of the area it reads those words alone, each of which can have three values or its consumer is [`Broken`]; and the delays, which it
-//! passes on to be shown. No value read there is ever an index, a length or an address.
+//! own, and of the area it reads three sorts of words alone: the states of entries that are out, each of which can have three values or its
+//! consumer is [`Broken`]; whether the consumer sleeps, where anything but 0 means that it does and costs a ring of its bell; and the delays,
+//! which it passes on to be shown. No value read there is ever an index, a length or an address.
 //!
 //! Somebody who waits says so in a word of the area, looks once more, and sleeps on an eventfd; the other side rings it only if it reads
 //! that word as 1 and exchanges it for 0. Both sides store and then load with a sequentially consistent fence between, so at least one of
@@ -195,6 +196,16 @@ pub(super) struct TakenBack {
     pub revoked: u32,
 }
 
+impl TakenBack {
+    fn count(&mut self, ended: Option<Stage>) {
+        match ended {
+            Some(Stage::Skipped) => self.skipped += 1,
+            Some(Stage::Revoked) => self.revoked += 1,
+            _ => {}
+        }
+    }
+}
+
 /// The server's end. `T` is what is kept while a frame is with the consumer: its lease.
 #[derive(Debug)]
 pub(super) struct Server<A, T> {
@@ -257,6 +268,9 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
         }
         let position = self.next;
         let entry = self.area.entry(position);
+        // Who still reads the words of this entry's last frame, which was taken back, and finds one of these, finds that it was taken back
+        // too: with this fence before the words and its own after them, that comes first also where stores pass each other (`take`).
+        fence(Ordering::Release);
         for (to, word) in entry.words.iter().zip(words(published.skipped)) {
             to.store(word, Ordering::Relaxed);
         }
@@ -337,19 +351,48 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
     /// # Errors
     /// [`Broken`].
     pub(super) fn take_back(&mut self, like: impl Fn(&T) -> bool) -> Result<TakenBack, Broken> {
+        self.end_all(like, true)
+    }
+
+    /// The same for frames that the consumer has not taken. One that it is just taking is its own, however close that was.
+    ///
+    /// # Errors
+    /// [`Broken`].
+    pub(super) fn skip(&mut self, like: impl Fn(&T) -> bool) -> Result<TakenBack, Broken> {
+        self.end_all(like, false)
+    }
+
+    fn end_all(&mut self, like: impl Fn(&T) -> bool, taken_too: bool) -> Result<TakenBack, Broken> {
         let mut taken_back = TakenBack::default();
         for out in self
             .out
             .iter_mut()
             .filter(|out| out.as_ref().is_some_and(|out| like(&out.lease)))
         {
-            match end(&self.area, out, true)? {
-                Some(Stage::Skipped) => taken_back.skipped += 1,
-                Some(Stage::Revoked) => taken_back.revoked += 1,
-                _ => {}
-            }
+            taken_back.count(end(&self.area, out, taken_too)?);
         }
         Ok(taken_back)
+    }
+
+    /// Takes everything back, also from a consumer that is [`Broken`]: all its entries say so, whatever they held.
+    pub(super) fn take_all_back(&mut self) -> TakenBack {
+        let mut taken_back = TakenBack::default();
+        for out in &mut self.out {
+            let Some(position) = out.as_ref().map(|out| out.position) else { continue };
+            match end(&self.area, out, true) {
+                Ok(stage) => taken_back.count(stage),
+                Err(Broken { .. }) => {
+                    // As if it had taken it: perhaps it has, and something else there can still be one that it looks at.
+                    self.area
+                        .entry(position)
+                        .state
+                        .store(word(position, Stage::Revoked), Ordering::Release);
+                    *out = None;
+                    taken_back.revoked += 1;
+                }
+            }
+        }
+        taken_back
     }
 
     /// Whether the consumer has taken a frame whose lease is `like` that, and not released it.

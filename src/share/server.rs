@@ -17,7 +17,7 @@ use super::entry::Entry;
 use super::give::Gift;
 use super::ring::ENTRIES;
 use super::socket::{Listener, Place};
-use super::wire::{Message, Reason, Shape, Welcome};
+use super::wire::{Message, Reason, Shape, Timing, Welcome};
 use crate::clock::now_us;
 use crate::endpoint::{JoinError, Refusal, Rung, Shown, Sink};
 use crate::error::{Context, Error, Kind, Result};
@@ -53,10 +53,12 @@ pub struct ServerRequest {
     pub mode: Option<u32>,
     /// The group of the socket's file; `None` for the process's own.
     pub group: Option<u32>,
-    /// Users that may connect, besides the server's own.
+    /// Users that may connect, besides the server's own. They can have the buffers written to by any device that they may use which writes
+    /// into dma-bufs; see [`Server`].
     pub allow_uids: Vec<u32>,
     /// Consumers can write into the buffers, as some importers must be able to (Mesa's lavapipe maps what it imports for writing).
-    /// Otherwise they can read, and what they write into a [view](crate::frame::CowView) nobody else sees.
+    /// Otherwise they can map them for reading, and what they write into a [view](crate::frame::CowView) nobody else sees. A device that
+    /// writes is not held back by that; see [`Server`].
     pub writable: bool,
     /// Groups whose processes may connect: the process's own group, not those that it is in besides (`SO_PEERCRED`).
     pub allow_gids: Vec<u32>,
@@ -88,9 +90,11 @@ impl Default for ServerRequest {
 /// [asks](super::Receiver::holds). Before that, frames are taken back that nobody has taken. A consumer that writes nonsense into its ring
 /// or its socket is disconnected. Nothing here waits for a consumer.
 ///
-/// Consumers can read the buffers that they get and not write to them, unless the [request](ServerRequest) says otherwise: so what is
-/// shared must be such that this can be had. A camera's own buffers are, once it was told to
-/// [export them so](crate::endpoint::Source::export_read_only); those of plain memory and udmabufs are. Only processes of the server's own
+/// Consumers can map the buffers that they get for reading and not for writing, unless the [request](ServerRequest) says otherwise: so what
+/// is shared must be such that this can be had. A camera's own buffers are, once it was told to
+/// [export them so](crate::endpoint::Source::export_read_only); those of plain memory and udmabufs are. This binds the CPU alone: a consumer
+/// that has a device which writes into dma-bufs (a V4L2 node, a GPU) can have it write into these, and the kernel knows no dma-buf of which
+/// that is not so. Who is let in is trusted that far. Only processes of the server's own
 /// user may connect, unless the request says otherwise.
 ///
 /// Dropping it takes all frames back and tells the consumers that the source has ended. To let them have the frames that are on their way,
@@ -108,7 +112,7 @@ pub struct Server {
     generation: Option<Generation>,
     generations: u32,
     waiting: Vec<Waiting>,
-    consumers: Vec<Consumer>,
+    pub(super) consumers: Vec<Consumer>,
     departures: VecDeque<Departure>,
     /// The number of connections so far.
     connections: u64,
@@ -205,8 +209,8 @@ impl Server {
         })
     }
 
-    /// What consumers are told of the source when they connect: its name, and the longest wait for a frame that is no failure (`None` if
-    /// any is right).
+    /// What consumers are told of the source: when they connect its name, and with each format that is joined the longest wait for a frame
+    /// that is no failure (`None` if any is right).
     pub fn describe(&mut self, source: &str, watchdog: Option<Duration>) {
         (self.source, self.watchdog) = (source.to_owned(), watchdog);
     }
@@ -221,7 +225,7 @@ impl Server {
         self.departures.iter()
     }
 
-    /// How long a consumer may keep a frame at least.
+    /// How long a consumer may keep a frame at least, of the format that was joined last.
     pub fn lease(&self) -> Duration {
         let frames = |rate: f64| Duration::try_from_secs_f64(3.0 / rate).ok();
         let lease = self.request.lease.or_else(|| self.rate.and_then(frames)).unwrap_or(LEASE);
@@ -248,13 +252,16 @@ impl Server {
     }
 
     fn welcome(&self) -> Welcome {
-        Welcome {
-            budget: self.request.budget,
+        Welcome { budget: self.request.budget, source: self.source.clone() }
+    }
+
+    /// As it is for what is joined now.
+    fn timing(&self) -> Timing {
+        Timing {
             lease_us: micros(self.lease()),
             // `as` saturates, and what is no number becomes 0: not known.
             rate_micro: self.rate.map_or(0, |rate| (rate * 1e6).round() as u64),
             watchdog_us: self.watchdog.map_or(0, micros),
-            source: self.source.clone(),
         }
     }
 
@@ -263,8 +270,8 @@ impl Server {
         let Some(index) = self.consumers.iter().position(|consumer| consumer.token == token) else { return };
         let mut consumer = self.consumers.swap_remove(index);
         let info = consumer.info();
-        // It may still look at the ring: there it finds that it has nothing. One that wrote nonsense finds that.
-        let _ = consumer.ring.take_back(|_| true);
+        // It may still look at the ring: there it finds that it has nothing.
+        consumer.ring.take_all_back();
         if at_fault {
             consumer.part(&Message::End { reason: Reason::Broken, text: why.to_owned() });
         }
@@ -387,8 +394,9 @@ impl Sink for Server {
             _ => JoinError::Failed(error),
         })?;
         self.generations = self.generations.wrapping_add(1);
-        let shape = Shape { generation: self.generations, buffers: count, layout: *layout, lens };
         self.rate = rate;
+        let timing = self.timing();
+        let shape = Shape { generation: self.generations, buffers: count, timing, layout: *layout, lens };
         let generation = Generation { shape, gifts };
         let welcome = self.welcome();
         let mut lost = Vec::new();
@@ -463,8 +471,7 @@ impl Drop for Server {
             return;
         }
         for consumer in &mut self.consumers {
-            // One that wrote nonsense finds that in its ring.
-            let _ = consumer.take_back(|_| true);
+            consumer.ring.take_all_back();
         }
         self.end();
     }

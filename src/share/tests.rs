@@ -1,3 +1,5 @@
+mod taken_back;
+
 use std::os::fd::AsFd;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -260,20 +262,24 @@ fn a_change_of_format_is_followed_and_frames_of_before_stay() {
     drop(present(&mut source, &mut server));
     let request = PatternRequest {
         size: (320, 240),
-        rate: 200.0,
+        rate: 50.0,
         buffers: 5,
         allocator: Some(Allocator::Plain),
         ..PatternRequest::default()
     };
     let mut other = Pattern::new(&request).unwrap();
+    server.describe("pattern", Some(Duration::from_secs(7)));
     server.join(other.layout(), other.rate(), other.buffers()).unwrap();
     other.start().unwrap();
     let first = present(&mut other, &mut server);
     // What was on its way comes first.
     assert_eq!(receiver.try_next(Ready::FRAME).unwrap().unwrap().buffer().layout(), source.layout());
     assert_eq!(receiver.try_next(Ready::FRAME).unwrap_err().kind(), Kind::FormatChanged);
-    assert_eq!(receiver.layout(), source.layout());
+    assert_eq!((receiver.layout(), receiver.lease()), (source.layout(), Duration::from_millis(15)));
     receiver.follow().unwrap();
+    // What depends on the rate follows as well.
+    assert_eq!((receiver.lease(), receiver.lease()), (server.lease(), Duration::from_millis(60)));
+    assert_eq!((receiver.rate(), receiver.watchdog()), (Some(50.0), Some(Duration::from_secs(7))));
     assert_eq!((receiver.layout(), receiver.buffers().len()), (other.layout(), 5));
     assert!(receiver.holds(&before));
     let got = receiver.try_next(Ready::FRAME).unwrap().unwrap();
@@ -429,7 +435,7 @@ fn a_server_that_lies_is_refused() {
     // A ring that could be cut off.
     let memfd = memfd_create("x", MFdFlags::MFD_CLOEXEC).unwrap();
     nix::unistd::ftruncate(&memfd, 4096).unwrap();
-    let welcome = super::wire::Welcome { budget: 2, lease_us: 1, rate_micro: 0, watchdog_us: 0, source: String::new() };
+    let welcome = super::wire::Welcome { budget: 2, source: String::new() };
     socket.send(&Message::Welcome(welcome), &[memfd.as_fd(); 3]).unwrap();
     let error = connecting.join().unwrap().unwrap_err();
     assert_eq!(error.kind(), Kind::Invalid);

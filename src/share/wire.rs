@@ -14,9 +14,9 @@
 //! | kind | from, fds | fields after the head |
 //! |---|---|---|
 //! | 1 hello | consumer | 4 wishes (bit 0: buffers that it can write to, or none), text: its name |
-//! | 2 welcome | server; the ring, the consumer's bell (an epoll descriptor, to be polled edge-triggered), the server's bell (an eventfd) | 4 frames it may have at a time, 8 µs it may keep one, 8 frames in 1,000,000 s (0: not known), 8 µs without a frame that are too long (0: any time is right), text: the source |
-//! | 3 format | server | 4 generation, 4 buffers, 4 DRM code (0: none), 4 V4L2 code (0: none), 4 width, 4 height, 8 modifier (`DRM_FORMAT_MOD_INVALID`: not stated), 1 encoding, 1 range, 1 colour planes, 1 memory planes, for each colour plane 4 memory plane, 4 offset, 4 stride, for each memory plane 8 bytes |
-//! | 4 buffer | server; one fd for each memory plane | 4 generation, 4 index, 8 identity |
+//! | 2 welcome | server; the ring, the consumer's bell (an epoll descriptor, to be polled edge-triggered), the server's bell (an eventfd) | 4 frames it may have at a time, text: the source |
+//! | 3 format | server | 4 generation, 4 buffers, 8 µs it may keep a frame of this generation (the lease), 8 frames in 1,000,000 s (0: not known), 8 µs without a frame that are too long (0: any time is right), 4 DRM code (0: none), 4 V4L2 code (0: none), 4 width, 4 height, 8 modifier (`DRM_FORMAT_MOD_INVALID`: not stated), 1 encoding, 1 range, 1 colour planes, 1 memory planes, for each colour plane 4 memory plane, 4 offset, 4 stride, for each memory plane 8 bytes |
+//! | 4 buffer | server; one fd for each memory plane | 4 generation, 4 index, 8 identity: the inode (`st_ino` of fstat(2)) of the first memory plane's descriptor |
 //! | 5 end | either | 2 reason, text |
 //!
 //! A consumer says hello, and gets a welcome and the format with its buffers, or an end. When the source changes its format there is a new
@@ -57,12 +57,18 @@ pub(super) enum Message {
 #[derive(Clone, PartialEq, Debug)]
 pub(super) struct Welcome {
     pub budget: u32,
+    pub source: String,
+}
+
+/// What the times of a generation's frames are, which may change with their format.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Timing {
+    /// How long a frame may be kept at least.
     pub lease_us: u64,
     /// Frames in 1,000,000 s; 0 if that is not known.
     pub rate_micro: u64,
     /// 0 if any time without a frame is right.
     pub watchdog_us: u64,
-    pub source: String,
 }
 
 /// What the buffers of a generation are like.
@@ -70,6 +76,7 @@ pub(super) struct Welcome {
 pub(super) struct Shape {
     pub generation: u32,
     pub buffers: u32,
+    pub timing: Timing,
     pub layout: Layout,
     /// Bytes of each memory plane; as many as the layout has.
     pub lens: Vec<u64>,
@@ -165,9 +172,6 @@ impl Message {
             }
             Message::Welcome(welcome) => {
                 bytes.extend(welcome.budget.to_le_bytes());
-                for number in [welcome.lease_us, welcome.rate_micro, welcome.watchdog_us] {
-                    bytes.extend(number.to_le_bytes());
-                }
                 put_text(&mut bytes, &welcome.source);
             }
             Message::Format(shape) => shape.encode(&mut bytes),
@@ -224,13 +228,7 @@ impl Message {
                 }
                 Message::Hello { writable: wishes == 1, name: from.text()? }
             }
-            2 => Message::Welcome(Welcome {
-                budget: from.u32()?,
-                lease_us: from.u64()?,
-                rate_micro: from.u64()?,
-                watchdog_us: from.u64()?,
-                source: from.text()?,
-            }),
+            2 => Message::Welcome(Welcome { budget: from.u32()?, source: from.text()? }),
             3 => Message::Format(Shape::decode(&mut from)?),
             4 => {
                 let (generation, index, identity) = (from.u32()?, from.u32()?, from.u64()?);
@@ -258,7 +256,13 @@ impl Shape {
         let layout = &self.layout;
         let drm = layout.format().drm().map_or(0, |code| code.0);
         let v4l2 = layout.format().v4l2().next().map_or(0, |(code, _)| code.0);
-        for number in [self.generation, self.buffers, drm, v4l2, layout.width(), layout.height()] {
+        let Timing { lease_us, rate_micro, watchdog_us } = self.timing;
+        to.extend(self.generation.to_le_bytes());
+        to.extend(self.buffers.to_le_bytes());
+        for number in [lease_us, rate_micro, watchdog_us] {
+            to.extend(number.to_le_bytes());
+        }
+        for number in [drm, v4l2, layout.width(), layout.height()] {
             to.extend(number.to_le_bytes());
         }
         to.extend(layout.modifier().map_or(INVALID_MODIFIER, Modifier::to_drm).to_le_bytes());
@@ -288,6 +292,7 @@ impl Shape {
         if !(1..=MAX_SLOTS).contains(&buffers) {
             return Err(Malformed::Value("number of buffers"));
         }
+        let timing = Timing { lease_us: from.u64()?, rate_micro: from.u64()?, watchdog_us: from.u64()? };
         let (drm, v4l2) = (from.u32()?, from.u32()?);
         let format = match (drm, v4l2) {
             (0, v4l2) => Format::from_v4l2(Fourcc(v4l2)).map(|(format, _)| format),
@@ -320,7 +325,7 @@ impl Shape {
         let sizes: Vec<usize> = lens.iter().map(|&len| usize::try_from(len).unwrap_or(usize::MAX)).collect();
         layout.check(&sizes).map_err(|_| Malformed::Value("layout"))?;
         let layout = layout.with_modifier(modifier).with_colour(Colour { encoding, range });
-        Ok(Shape { generation, buffers, layout, lens })
+        Ok(Shape { generation, buffers, timing, layout, lens })
     }
 }
 
@@ -333,16 +338,21 @@ mod tests {
         let formats: Vec<Format> = Format::all().collect();
         let sizes = (1u32..5000, 1u32..5000, 1u32..300);
         let colours = (0usize..3, any::<bool>());
-        let numbers = (any::<u32>(), 1..=MAX_SLOTS, prop::option::of(0u64..1 << 60), 0u64..5000);
+        let times = any::<[u64; 3]>().prop_map(|[lease_us, rate_micro, watchdog_us]| Timing {
+            lease_us,
+            rate_micro,
+            watchdog_us,
+        });
+        let numbers = (any::<u32>(), 1..=MAX_SLOTS, times, prop::option::of(0u64..1 << 60), 0u64..5000);
         (prop::sample::select(formats), sizes, colours, numbers).prop_filter_map(
             "a layout",
-            |(format, (width, height, align), (encoding, full), (generation, buffers, modifier, more))| {
+            |(format, (width, height, align), (encoding, full), (generation, buffers, timing, modifier, more))| {
                 let layout = Layout::packed(format, (width, height), align).ok()?;
                 let encoding = [Encoding::Bt601, Encoding::Bt709, Encoding::Bt2020][encoding];
                 let colour = Colour { encoding, range: if full { Range::Full } else { Range::Limited } };
                 let layout = layout.with_colour(colour).with_modifier(modifier.and_then(Modifier::from_drm));
                 let lens = (0..layout.memory_planes() as u32).map(|memory| layout.memory_len(memory) as u64 + more);
-                Some(Shape { generation, buffers, layout, lens: lens.collect() })
+                Some(Shape { generation, buffers, timing, layout, lens: lens.collect() })
             },
         )
     }
@@ -351,11 +361,7 @@ mod tests {
         let reasons = vec![Reason::Ended, Reason::Failed, Reason::Refused, Reason::Broken];
         prop_oneof![
             (any::<bool>(), "[^\0]{0,60}").prop_map(|(writable, name)| Message::Hello { writable, name }),
-            (any::<u32>(), any::<[u64; 3]>(), "[^\0]{0,60}").prop_map(
-                |(budget, [lease_us, rate_micro, watchdog_us], source)| {
-                    Message::Welcome(Welcome { budget, lease_us, rate_micro, watchdog_us, source })
-                }
-            ),
+            (any::<u32>(), "[^\0]{0,60}").prop_map(|(budget, source)| Message::Welcome(Welcome { budget, source })),
             shapes().prop_map(Message::Format),
             (any::<u32>(), 0..MAX_SLOTS, any::<u64>()).prop_map(|(generation, index, identity)| Message::Buffer {
                 generation,
@@ -373,9 +379,11 @@ mod tests {
         let hello = Message::Hello { writable: true, name: "me".into() };
         assert_eq!(hello.encode(), b"dmaf\x01\0\x01\0\x01\0\0\0\x02\0me");
         let layout = Layout::contiguous(Format::parse("XR24").unwrap().0, (64, 48), 256).unwrap();
-        let shape = Message::Format(Shape { generation: 1, buffers: 4, layout, lens: vec![12288] });
+        let timing = Timing { lease_us: 50_000, rate_micro: 60_000_000, watchdog_us: 2_000_000 };
+        let shape = Message::Format(Shape { generation: 1, buffers: 4, timing, layout, lens: vec![12288] });
         let expected = [
-            &b"dmaf\x01\0\x03\0\x01\0\0\0\x04\0\0\0XR24XR24\x40\0\0\0\x30\0\0\0\xff\xff\xff\xff\xff\xff\xff\0\0\0\x01\x01"[..],
+            &b"dmaf\x01\0\x03\0\x01\0\0\0\x04\0\0\0\x50\xc3\0\0\0\0\0\0\0\x87\x93\x03\0\0\0\0\x80\x84\x1e\0\0\0\0\0"[..],
+            &b"XR24XR24\x40\0\0\0\x30\0\0\0\xff\xff\xff\xff\xff\xff\xff\0\0\0\x01\x01"[..],
             b"\0\0\0\0\0\0\0\0\0\x01\0\0\0\x30\0\0\0\0\0\0",
         ];
         assert_eq!(shape.encode(), expected.concat());

@@ -71,6 +71,11 @@ impl Sink for Raw {
         self.0.send(&[], &[], frame).map(Some)
     }
 
+    /// Frames that who shares them took back after they had gone into the pipe and before all of them was read.
+    fn dropped(&self) -> u64 {
+        self.0.torn()
+    }
+
     fn imports(&self) -> u64 {
         self.0.imports()
     }

@@ -45,6 +45,8 @@ pub(super) struct Stream {
     images: ImportCache<Vec<Mapping>>,
     /// Frames in the pipe, each with the count of bytes at its end.
     held: VecDeque<(u64, Frame)>,
+    /// See [`Stream::torn`].
+    torn: u64,
     ledger: Ledger,
 }
 
@@ -58,6 +60,7 @@ impl Stream {
             how: How::Write,
             images: ImportCache::new(),
             held: VecDeque::new(),
+            torn: 0,
             ledger: Ledger::new(),
         }
     }
@@ -162,9 +165,11 @@ impl Stream {
     ///
     /// # Errors
     /// [`Kind::Ended`] when nobody reads any more, or an order to stop came and the reader did not take the rest of a frame soon;
-    /// [`Kind::Revoked`] if who shares a frame took it back before all of it was read: what went out is of two pictures perhaps.
+    /// [`Kind::Revoked`] if who shares the frame has taken it back: then nothing was sent; or took it back while it was written: then all of
+    /// it was sent, of two pictures perhaps, and the next can follow.
     pub(super) fn send(&mut self, head: &[u8], mark: &'static [u8], frame: Frame) -> Result<Shown> {
-        self.release()?;
+        self.release();
+        frame.check()?;
         // SAFETY: borrowed for longer than the call that uses it, which copies it, and not changed meanwhile.
         let head = unsafe { Span::new(NonNull::from(head).cast(), head.len()) };
         let sent = head.is_empty() || self.output.send(&[head], How::Write)?;
@@ -180,12 +185,12 @@ impl Stream {
         match self.how {
             How::Splice => {
                 self.held.push_back((self.output.sent(), frame));
-                self.release()?;
+                self.release();
             }
             How::Write => {
-                frame.check()?;
                 let cause = if self.output.takes_all() { INTO_FILE } else { INTO_PIPE };
                 self.ledger.enter(cause, frame.buffer().layout().pixel_bytes());
+                frame.check()?;
             }
         }
         Ok(shown)
@@ -230,15 +235,20 @@ impl Stream {
     }
 
     /// Lets go of the frames that the reader has taken.
-    fn release(&mut self) -> Result<()> {
+    fn release(&mut self) {
         if self.held.is_empty() {
-            return Ok(());
+            return;
         }
         let taken = self.output.taken();
         while self.held.front().is_some_and(|&(end, _)| end <= taken) {
-            self.held.pop_front().map_or(Ok(()), |(_, frame)| frame.check())?;
+            let torn = self.held.pop_front().is_some_and(|(_, frame)| frame.check().is_err());
+            self.torn += u64::from(torn);
         }
-        Ok(())
+    }
+
+    /// Frames that who shares them took back while their pages were in the pipe. They were told as shown before that was known.
+    pub(super) fn torn(&self) -> u64 {
+        self.torn
     }
 
     fn ended_unless(&self, sent: bool) -> Result<()> {

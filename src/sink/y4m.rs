@@ -87,6 +87,11 @@ impl Sink for Y4m {
         self.stream.send(head.as_bytes(), FRAME, frame).map(Some)
     }
 
+    /// Frames that who shares them took back after they had gone into the pipe and before all of them was read.
+    fn dropped(&self) -> u64 {
+        self.stream.torn()
+    }
+
     fn imports(&self) -> u64 {
         self.stream.imports()
     }

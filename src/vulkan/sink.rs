@@ -12,7 +12,7 @@ use super::messages::Messages;
 use super::pass::Pass;
 use super::sampled::{Sampled, Sampler};
 use crate::clock::now_us;
-use crate::endpoint::{ImportCache, JoinError, Refusal, Rung, Shown, Sink, Verdict};
+use crate::endpoint::{ImportCache, JoinError, Predicted, Refusal, Rung, Shown, Sink, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::format::{Format, Layout, Modifier};
 use crate::frame::{Buffer, Frame, FrameMeta, Room};
@@ -54,12 +54,10 @@ pub struct Vulkan {
 }
 
 /// What was predicted, and how it was met.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Verifier {
     scratch: Vec<u8>,
-    /// For each slot the frame captured into it last: sequence number, place among all captured, checksum.
-    expected: Vec<Option<(u32, u64, u32)>>,
-    verdict: Verdict,
+    predicted: Predicted,
 }
 
 impl Vulkan {
@@ -75,7 +73,8 @@ impl Vulkan {
             .map(|offer| offer.format)
             .collect();
         let sampler = Sampler::new(Pass::new(&gpu)?);
-        let (messages, verifier) = (gpu.messages(), verify.then(Verifier::default));
+        let (messages, verifier) =
+            (gpu.messages(), verify.then(|| Verifier { scratch: Vec::new(), predicted: Predicted::new() }));
         Ok(Vulkan {
             gpu,
             sampler,
@@ -138,8 +137,7 @@ impl Sink for Vulkan {
             self.cache.get(&mut self.sampler, buffer)?;
         }
         if let Some(verifier) = &mut self.verifier {
-            verifier.expected.clear();
-            verifier.expected.resize(buffers.len(), None);
+            verifier.predicted.forget();
             // The longest row is the first plane's; reserved now, for a flow without allocations.
             let format = layout.format();
             let longest = (0..format.planes()).map(|plane| format.row_bytes(plane, layout.width())).max();
@@ -178,6 +176,7 @@ impl Sink for Vulkan {
         if self.failed {
             return Err(gone(&self.gpu));
         }
+        frame.check()?;
         // By the CPU: the checksum is waited for here in any case, and a fence that never signals is not to take the GPU with it.
         frame.wait_acquired(self.fence_timeout())?;
         let sampled = self.cache.get(&mut self.sampler, frame.buffer()).map_err(|refusal| {
@@ -192,13 +191,15 @@ impl Sink for Vulkan {
                 return Err(error);
             }
         };
+        // What was read of it may be of two pictures, if it was taken back meanwhile.
+        frame.check()?;
         let at_us = now_us();
         if self.newest.len() == KEPT {
             self.newest.pop_front();
         }
         self.newest.push_back(Checksum { meta: *frame.meta(), checksum });
         if let Some(verifier) = &mut self.verifier {
-            verifier.compare(&frame, checksum)?;
+            verifier.predicted.compare(&frame, checksum)?;
         }
         self.check_messages()?;
         Ok(Some(Shown { meta: *frame.meta(), at_us }))
@@ -209,7 +210,7 @@ impl Sink for Vulkan {
     }
 
     fn verdict(&self) -> Option<Verdict> {
-        self.verifier.as_ref().map(|verifier| verifier.verdict)
+        self.verifier.as_ref().map(|verifier| verifier.predicted.verdict())
     }
 }
 
@@ -226,24 +227,7 @@ impl Verifier {
         let format = GpuFormat::of(layout.format()).ok_or_else(|| no(format!("Vulkan has no {}", layout.format())))?;
         let reader = frame.read()?;
         let sum = predict(&format, layout, &mut self.scratch, &mut |plane, row, out| reader.row(plane, row, out));
-        let slot = self.expected.get_mut(frame.slot() as usize);
-        *slot.ok_or_else(|| no(format!("it is of slot {}", frame.slot())))? = Some((frame.meta().sequence, place, sum));
-        Ok(())
-    }
-
-    fn compare(&mut self, frame: &Frame, checksum: u32) -> Result<()> {
-        let sequence = frame.meta().sequence;
-        let expected = self.expected.get(frame.slot() as usize).copied().flatten();
-        let (_, place, sum) = expected.filter(|(of, ..)| *of == sequence).ok_or_else(|| {
-            let error = Error::new(Kind::Invalid, "verify", format!("frame {sequence}"));
-            error.because("nothing was predicted for it: it was presented without being inspected")
-        })?;
-        self.verdict.checked += 1;
-        if sum != checksum {
-            self.verdict.wrong += 1;
-            self.verdict.first_wrong.get_or_insert((place, sequence));
-        }
-        Ok(())
+        self.predicted.expect(frame, place, sum)
     }
 }
 

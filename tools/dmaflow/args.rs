@@ -156,6 +156,8 @@ SOCKET  a path, or @NAME for a socket without a file
 
 Consumers get the source's own buffers, for reading: nothing is copied, and what one writes into its own view no other sees. One that is
 late gets the newest frame; one that keeps a frame for longer than its lease loses it when the source has no other buffer to fill.
+They map the buffers for reading alone. A device of theirs that writes into dma-bufs (a V4L2 node, a GPU) is not held back by that: let in
+by --allow-uid and --allow-gid whom you trust that far.
 
 LATENCY in the table, latency_us in JSON: the time from when a frame was published until the consumer took it, the median of the last 128
 that it took (in JSON also p99 and max), as the consumer itself says; \"?\", or nothing in JSON, while it has said none.";

@@ -132,6 +132,8 @@ struct Shared {
     live: Option<ProgressBar>,
     /// When the table was written last, in µs.
     last_us: u64,
+    /// Whether it was told that consumers may starve the source.
+    warned: bool,
 }
 
 impl Shared {
@@ -142,7 +144,27 @@ impl Shared {
             bar.set_style(ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_spinner()));
             bar
         });
-        Shared { server, live, last_us: 0 }
+        Shared { server, live, last_us: 0, warned: false }
+    }
+}
+
+impl Shared {
+    /// Says once that consumers which do nothing wrong can starve the source: its losses would seem to be its own.
+    fn warn(&mut self) {
+        if self.warned || !self.server.may_starve() {
+            return;
+        }
+        self.warned = true;
+        let line = format!(
+            "{} may keep frames for {} ms each, which can leave the source no buffer to fill for as long: a shorter --lease, a smaller \
+             --budget or more --buffers would do",
+            table::count(self.server.consumers().len() as u64, "consumer"),
+            self.server.lease().as_millis()
+        );
+        match &self.live {
+            Some(live) => live.suspend(|| note(&line)),
+            None => note(&line),
+        }
     }
 }
 
@@ -177,6 +199,7 @@ impl Sink for Shared {
 
     fn present(&mut self, frame: Frame) -> Result<Option<Shown>> {
         let shown = self.server.present(frame)?;
+        self.warn();
         if let (Some(live), Some(shown)) = (&self.live, &shown)
             && shown.at_us.saturating_sub(self.last_us) >= PERIOD_US
         {

@@ -74,17 +74,52 @@ fn loom_a_lease_ends_once() {
         server.publish(|_| [7; WORDS], ()).unwrap();
         let other = thread::spawn(move || {
             let mut consumer = Consumer::new(area);
-            // The words of a frame that is taken back, and of the one that comes after it, are never mixed.
             let first = consumer.take();
-            first.map(|taken| {
-                assert_eq!(taken.words, [taken.position + 6; WORDS]);
-                (taken.position, consumer.release(taken.position).is_ok())
-            })
+            first.map(|taken| (taken.position, consumer.release(taken.position).is_ok()))
         });
         let revoked = server.take_back(|()| true).unwrap().revoked > 0;
         server.publish(|_| [8; WORDS], ()).unwrap();
         let released = other.join().unwrap();
         // What was released was not revoked. (One that is revoked while it is being taken is never seen.)
         assert!(!revoked || released != Some((1, true)));
+    });
+}
+
+/// The words of a frame that is taken back, and of the one that comes into its entry after it, are never mixed.
+#[test]
+fn loom_words_are_those_of_their_frame() {
+    loom::model(|| {
+        let area = Arc::new(Area::new());
+        let mut server = Server::new(Arc::clone(&area), 1);
+        server.publish(|_| [7; WORDS], ()).unwrap();
+        let other = thread::spawn(move || {
+            let taken = Consumer::new(area).take();
+            taken.inspect(|taken| assert_eq!(taken.words, [taken.position + 6; WORDS]))
+        });
+        server.take_back(|()| true).unwrap();
+        // The first entry is used again with the third frame.
+        for number in [8, 9] {
+            server.publish(|_| [number; WORDS], ()).unwrap();
+            server.take_back(|()| true).unwrap();
+        }
+        other.join().unwrap();
+    });
+}
+
+/// A frame that nobody seems to have is skipped; who takes it at that moment keeps it, or never had it.
+#[test]
+fn loom_who_has_just_taken_a_frame_keeps_it() {
+    loom::model(|| {
+        let area = Arc::new(Area::new());
+        let mut server = Server::new(Arc::clone(&area), 1);
+        server.publish(|_| [7; WORDS], ()).unwrap();
+        let other = thread::spawn(move || {
+            let mut consumer = Consumer::new(area);
+            consumer.take().map(|taken| consumer.release(taken.position))
+        });
+        if !server.has_taken(|()| true) {
+            server.skip(|()| true).unwrap();
+        }
+        assert!(matches!(other.join().unwrap(), None | Some(Ok(_))));
     });
 }

@@ -80,6 +80,39 @@ fn what_is_taken_back_is_told() {
     assert_eq!((consumer.take(), server.leases().count()), (None, 0));
 }
 
+/// Whoever has a frame in hand keeps it where only those that nobody took are wanted.
+#[test]
+fn what_was_taken_is_not_skipped() {
+    let (mut server, mut consumer, _area) = ends(2);
+    for number in 1..=2 {
+        server.publish(|_| words(number), number).unwrap();
+    }
+    let taken = consumer.take().unwrap();
+    assert_eq!(server.skip(|_| true), Ok(TakenBack { revoked: 0, skipped: 1 }));
+    assert!(consumer.holds(taken.position) && consumer.take().is_none());
+    assert_eq!(server.leases().copied().collect::<Vec<_>>(), [1]);
+    assert_eq!(consumer.release(taken.position), Ok(false));
+    assert_eq!(server.skip(|_| true), Ok(TakenBack::default()));
+    assert_eq!(server.leases().count(), 0);
+}
+
+/// One broken entry does not leave the others to who may still read them.
+#[test]
+fn from_who_is_broken_everything_is_taken_back() {
+    let (mut server, mut consumer, area) = ends(3);
+    for number in 1..=3 {
+        server.publish(|_| words(number), number).unwrap();
+    }
+    let taken = [(); 2].map(|()| consumer.take().unwrap());
+    area.entries[1].state.store(u64::MAX, Ordering::Relaxed);
+    assert!(server.take_back(|_| true).is_err());
+    assert_eq!(server.take_all_back(), TakenBack { revoked: 2, skipped: 1 });
+    assert!(!taken.iter().any(|taken| consumer.holds(taken.position)));
+    let states = [1, 2, 3].map(|place| area.entries[place].state.load(Ordering::Relaxed));
+    assert_eq!(states, [word(1, Stage::Revoked), word(2, Stage::Revoked), word(3, Stage::Skipped)]);
+    assert_eq!((server.leases().count(), consumer.take()), (0, None));
+}
+
 #[test]
 fn the_words_are_told_what_was_skipped() {
     let (mut server, mut consumer, _area) = ends(1);

@@ -1,0 +1,118 @@
+//! `examples/consume.c`, a consumer that knows the protocol by its documentation alone.
+
+use super::*;
+
+/// The program in C, compiled for this test.
+fn consume_c(test: &str) -> PathBuf {
+    let program = std::env::temp_dir().join(format!("dmaflow-consume-{test}-{}", std::process::id()));
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/consume.c");
+    let compiled = Command::new("cc")
+        .args(["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-o"])
+        .arg(&program)
+        .arg(source)
+        .output()
+        .unwrap();
+    assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+    program
+}
+
+/// A program in another language, that has nothing but the protocol's documentation, sees the same.
+#[test]
+fn a_program_in_c_speaks_the_protocol() {
+    let program = consume_c("speaks");
+    let at = socket_at("c");
+    let server = Process::start(&format!("share --from pattern --size 64x48 --fps 25 --at {at} --json"));
+    let mut receiver = connect(&at);
+    let run = |frames: &str| {
+        let output = Command::new(&program).args([&at, frames]).output().unwrap();
+        let (stdout, stderr) =
+            (String::from_utf8(output.stdout).unwrap(), String::from_utf8_lossy(&output.stderr).into_owned());
+        assert!(output.status.success(), "{stderr}\n{stdout}");
+        stdout
+    };
+    let (said, expected) = (run("40"), expected(400));
+    assert!(said.contains("welcome: 2 frames at a time, of pattern\n"), "{said}");
+    assert!(said.contains("8 buffers of 64x48, XR24\n") && said.contains("writable no\n"), "{said}");
+    let fnv = |bytes: &[u8]| {
+        bytes
+            .iter()
+            .fold(0xcbf2_9ce4_8422_2325, |sum: u64, &byte| (sum ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+    };
+    let mut compared = 0;
+    for line in said.lines().filter_map(|line| line.strip_prefix("frame ")) {
+        let (sequence, sum) = line.split_once(' ').unwrap();
+        if let Some(bytes) = expected.get(&sequence.parse().unwrap()) {
+            assert_eq!(sum, format!("{:016x}", fnv(bytes)), "{line}");
+            compared += 1;
+        }
+    }
+    assert!(compared >= 30, "{said}");
+    // It goes when the server does, and is told why.
+    let mut waiting = Command::new(&program).arg(&at).stdout(Stdio::piped()).spawn().unwrap();
+    for _ in 0..10 {
+        drop(next(&mut receiver).unwrap());
+    }
+    server.signal(Signal::SIGINT);
+    let mut last = String::new();
+    std::io::Read::read_to_string(waiting.stdout.as_mut().unwrap(), &mut last).unwrap();
+    assert!(waiting.wait().unwrap().success() && last.contains("the server ends: reason 0"), "{last}");
+    let report = server.json();
+    assert_eq!(
+        (&report["gone"][0]["name"], &report["gone"][0]["disconnected"]),
+        (&"consume".into(), &serde_json::Value::Null)
+    );
+    assert_told_latency(&report["gone"][0], 40);
+    std::fs::remove_file(program).unwrap();
+}
+
+/// It does not believe a server either: no length that is not there, no memory that could be cut off under it.
+#[test]
+fn a_program_in_c_checks_what_it_is_told() {
+    use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use nix::sys::socket::*;
+    use std::io::IoSlice;
+    use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+    let program = consume_c("checks");
+    let at = socket_at("c-checks");
+    let listener = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    bind(listener.as_raw_fd(), &UnixAddr::new(at.as_str()).unwrap()).unwrap();
+    listen(&listener, Backlog::new(1).unwrap()).unwrap();
+    let ring = |len, seals| {
+        let memfd = memfd_create("test", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap();
+        nix::unistd::ftruncate(&memfd, len).unwrap();
+        fcntl(&memfd, FcntlArg::F_ADD_SEALS(seals)).unwrap();
+        memfd
+    };
+    let sealed = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    let welcome = b"dmaf\x01\0\x02\0\x02\0\0\0\x01\0x";
+    let cases: [(&[u8], Option<OwnedFd>, &str); 7] = [
+        (b"dmaf\x01\0\x05\0\0\0\xff\xffx", None, "a text has another length"),
+        (b"dmaf\x01\0\x05\0\0\0", None, "a text has another length"),
+        (b"dmaf\x01\0\x02\0\x02\0\0\0\xff\xffx", Some(ring(4096, sealed)), "a text has another length"),
+        (welcome, None, "the welcome is not right"),
+        (welcome, Some(ring(4096, SealFlag::F_SEAL_GROW)), "the ring is not sealed"),
+        (welcome, Some(ring(512, sealed)), "too small"),
+        (b"dmaf\x01\0\x03\0", Some(ring(4096, sealed)), "descriptors come with a message that has none"),
+    ];
+    for (bytes, fd, why) in cases {
+        let mut running = Command::new(&program)
+            .arg(&at)
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // SAFETY: the kernel has just made it for this process, and nobody else owns it.
+        let peer = unsafe { OwnedFd::from_raw_fd(accept(listener.as_raw_fd()).unwrap()) };
+        let fds: Vec<_> = fd.iter().flat_map(|fd| [fd.as_raw_fd(); 3]).collect();
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let control = if fds.is_empty() { &[][..] } else { &rights[..] };
+        sendmsg::<UnixAddr>(peer.as_raw_fd(), &[IoSlice::new(bytes)], control, MsgFlags::empty(), None).unwrap();
+        let mut said = String::new();
+        std::io::Read::read_to_string(running.stderr.as_mut().unwrap(), &mut said).unwrap();
+        assert!(running.wait().unwrap().code() == Some(1) && said.contains(why), "{why}: {said}");
+    }
+    std::fs::remove_file(at).unwrap();
+    std::fs::remove_file(program).unwrap();
+}
