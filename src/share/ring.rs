@@ -58,7 +58,7 @@ use crate::frame::Revoked;
 use atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// Entries of a ring; more than any [budget](Server::new). loom's models have fewer, because each word counts.
-pub(super) const ENTRIES: usize = if cfg!(loom) { 2 } else { 16 };
+pub(super) const ENTRIES: usize = if cfg!(loom) { 3 } else { 16 };
 
 /// Words of data that an entry carries.
 pub(super) const WORDS: usize = if cfg!(loom) { 1 } else { 7 };

@@ -90,18 +90,19 @@ fn loom_a_lease_ends_once() {
 fn loom_words_are_those_of_their_frame() {
     loom::model(|| {
         let area = Arc::new(Area::new());
-        let mut server = Server::new(Arc::clone(&area), 1);
-        server.publish(|_| [7; WORDS], ()).unwrap();
+        let mut server = Server::new(Arc::clone(&area), 2);
+        // The next entry is that of the first frame: the second is gone, and the third is in the entry after it.
+        for position in 1..=3u64 {
+            server.publish(|_| [position + 6; WORDS], position).unwrap();
+            server.skip(|&other| other == 2).unwrap();
+        }
         let other = thread::spawn(move || {
             let taken = Consumer::new(area).take();
             taken.inspect(|taken| assert_eq!(taken.words, [taken.position + 6; WORDS]))
         });
-        server.take_back(|()| true).unwrap();
-        // The first entry is used again with the third frame.
-        for number in [8, 9] {
-            server.publish(|_| [number; WORDS], ()).unwrap();
-            server.take_back(|()| true).unwrap();
-        }
+        server.take_back(|&position| position == 1).unwrap();
+        server.publish(|_| [4 + 6; WORDS], 4).unwrap();
+        assert_eq!(server.next, 5, "it has used the entry again");
         other.join().unwrap();
     });
 }

@@ -38,6 +38,12 @@ impl Server {
     /// If the source has too few buffers to fill: takes a frame back that nobody has taken, else the oldest whose lease has run out. If
     /// there is none, consumers ring when they release one; tells when the next lease runs out.
     pub(super) fn relieve(&mut self, now: u64) -> Option<u64> {
+        // Mostly there is nothing to do, which is to cost next to nothing.
+        if self.is_short() { self.relieve_now(now) } else { None }
+    }
+
+    #[cold]
+    fn relieve_now(&mut self, now: u64) -> Option<u64> {
         for _ in 0..TRIES {
             if !self.is_short() {
                 return None;
