@@ -13,6 +13,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use super::area::SharedArea;
 use super::bell::Bell;
 use super::entry::Entry;
+use super::fences::sync_file;
 use super::held::{HELD, Held, HeldFrames};
 use super::incoming::{Generation, learn};
 use super::join::{ANSWER, Hello, Joined, Joining};
@@ -33,6 +34,9 @@ const SOCKET: u64 = 0;
 const BELL: u64 = 1;
 const AGAIN: u64 = 2;
 const BACK: u64 = 3;
+
+/// So many fences at once are more than a server sends to somebody who does not read them.
+const UNREAD: u32 = 256;
 
 fn edge(name: u64) -> EpollEvent {
     EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, name)
@@ -98,7 +102,7 @@ pub struct Receiver {
     /// Of generations before, and of servers before.
     old: Vec<HeldFrames>,
     /// The first frame of a generation that is not followed yet.
-    next: Option<(Taken, Entry)>,
+    next: Option<Came>,
     view_policy: ViewPolicy,
     last: Option<u32>,
     dropped: u64,
@@ -108,6 +112,14 @@ pub struct Receiver {
     end: Option<End>,
     /// How to come back when the server has ended.
     back: Option<Back>,
+}
+
+/// A frame that was taken, and its acquire fence.
+#[derive(Debug)]
+struct Came {
+    taken: Taken,
+    entry: Entry,
+    fence: Option<SyncFile>,
 }
 
 /// How the server has ended.
@@ -223,9 +235,10 @@ impl Receiver {
     fn release(&mut self) -> Result<()> {
         let mut wake = false;
         for frames in std::iter::once(&mut self.frames).chain(&mut self.old) {
-            let released = frames.release();
+            let here = frames.is_of(&self.server.area);
+            let released = frames.release(here.then_some(&self.server.socket));
             // What is left of a server that is gone is nobody's loss.
-            if frames.is_of(&self.server.area) {
+            if here {
                 wake |= released.wake;
                 self.revoked += released.revoked;
             }
@@ -238,11 +251,22 @@ impl Receiver {
 
     /// Reads what the socket has. Once the server has ended there is nothing more.
     fn hear(&mut self) {
+        let mut fences = 0;
         while self.end.is_none() {
             match self.server.socket.receive() {
                 Ok(Received::Nothing) => return,
                 Ok(Received::Closed) => self.end = Some(End::HungUp),
                 Ok(Received::Message(Message::End { reason, text }, _)) => self.end = Some(End::Said(reason, text)),
+                Ok(Received::Message(Message::Fence { position }, fds)) => {
+                    fences += 1;
+                    let added = match fences {
+                        0..=UNREAD => sync_file(fds).and_then(|fence| self.server.fences.add(position, fence)),
+                        _ => Err("it sends fences without an end".to_owned()),
+                    };
+                    if let Err(why) = added {
+                        self.end = Some(End::Nonsense(why));
+                    }
+                }
                 Ok(Received::Message(message, fds)) => {
                     if let Err(why) = learn(&mut self.server.coming, message, fds) {
                         self.end = Some(End::Nonsense(why));
@@ -268,7 +292,7 @@ impl Receiver {
     }
 
     /// The frame of an entry, if it is of the generation that is followed.
-    fn frame(&mut self, taken: Taken, entry: Entry) -> Result<Frame> {
+    fn frame(&mut self, Came { taken, entry, fence }: Came) -> Result<Frame> {
         let lost = |why: &str| Error::new(Kind::Disconnected, "read frames from", &self.name).because(why.to_owned());
         let buffer = self.server.generation.buffers.get(entry.buffer as usize);
         let buffer = buffer
@@ -288,23 +312,28 @@ impl Receiver {
         }
         self.last = Some(meta.sequence);
         self.skipped.1 = entry.skipped;
-        let frame = self.frames.hold(Held { position: taken.position, until_us }, buffer, meta);
+        let held = Held { position: taken.position, until_us };
+        let frame = match fence {
+            None => self.frames.hold(held, buffer, meta),
+            Some(fence) => self.frames.hold_fenced(held, buffer, meta, fence),
+        };
         frame.ok_or_else(|| lost("too many of its frames are held"))
     }
 
     /// The next frame that is there; no system call if there is none.
     fn found(&mut self) -> Result<Option<Frame>> {
-        let Some((taken, entry)) = self.take()? else { return Ok(None) };
-        if entry.generation == self.server.generation.shape.generation {
-            return self.frame(taken, entry).map(Some);
+        let Some(came) = self.take()? else { return Ok(None) };
+        let generation = came.entry.generation;
+        if generation == self.server.generation.shape.generation {
+            return self.frame(came).map(Some);
         }
         self.hear();
-        let known = |coming: &Generation| coming.shape.generation == entry.generation && coming.is_whole();
+        let known = |coming: &Generation| coming.shape.generation == generation && coming.is_whole();
         if !self.server.coming.iter().any(known) {
             let error = Error::new(Kind::Disconnected, "read frames from", self.name.clone());
             return Err(error.because("its server breaks the protocol: a frame is in buffers that it has not sent"));
         }
-        self.next = Some((taken, entry));
+        self.next = Some(came);
         let error = Error::new(Kind::FormatChanged, "read frames from", self.name.clone());
         Err(error
             .because("the source that is shared has changed")
@@ -367,7 +396,7 @@ impl Receiver {
     }
 
     /// The next entry of the ring.
-    fn take(&mut self) -> Result<Option<(Taken, Entry)>> {
+    fn take(&mut self) -> Result<Option<Came>> {
         if let Some(next) = self.next.take() {
             return Ok(Some(next));
         }
@@ -379,7 +408,14 @@ impl Receiver {
         }
         let Some(taken) = self.ring.take() else { return Ok(None) };
         match Entry::decode(taken.words) {
-            Ok(entry) => Ok(Some((taken, entry))),
+            Ok(entry) if entry.fenced => {
+                let fence = self.fence_of(taken.position)?;
+                Ok(Some(Came { taken, entry, fence: Some(fence) }))
+            }
+            Ok(entry) => {
+                self.server.fences.pass(taken.position);
+                Ok(Some(Came { taken, entry, fence: None }))
+            }
             // It was not ours any more when it was read.
             Err(_) if !self.ring.holds(taken.position) => Ok(None),
             Err(why) => {
@@ -387,6 +423,24 @@ impl Receiver {
                 Err(gone.because(format!("its server breaks the protocol: {why}")))
             }
         }
+    }
+}
+
+impl Receiver {
+    /// The acquire fence of a frame that was taken: it was sent before.
+    fn fence_of(&mut self, position: u64) -> Result<SyncFile> {
+        if let Some(fence) = self.server.fences.take(position) {
+            return Ok(fence);
+        }
+        self.hear();
+        if let Some(fence) = self.server.fences.take(position) {
+            return Ok(fence);
+        }
+        let gone = Error::new(Kind::Disconnected, "read frames from", self.name.clone());
+        Err(match &self.end {
+            Some(End::Nonsense(why)) => gone.because(format!("its server breaks the protocol: {why}")),
+            _ => gone.because("its server breaks the protocol: the fence of a frame has not come"),
+        })
     }
 }
 
@@ -470,7 +524,7 @@ impl Source for Receiver {
 
     fn follow(&mut self) -> Result<()> {
         self.follow_back()?;
-        let Some((_, entry)) = &self.next else { return Ok(()) };
+        let Some(Came { entry, .. }) = &self.next else { return Ok(()) };
         // Those before it had no frame that came here.
         while let Some(generation) = self.server.coming.pop_front() {
             if generation.shape.generation == entry.generation {

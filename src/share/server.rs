@@ -12,7 +12,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
-use super::consumer::{Consumer, ConsumerInfo, Departure, Generation};
+use super::consumer::{Consumer, ConsumerInfo, Departure, Generation, Lost};
 use super::entry::Entry;
 use super::give::Gift;
 use super::ring::ENTRIES;
@@ -21,6 +21,7 @@ use super::wire::{Message, Reason, Shape, Welcome};
 use crate::clock::now_us;
 use crate::endpoint::{JoinError, Refusal, Rung, Shown, Sink};
 use crate::error::{Context, Error, Kind, Result};
+use crate::fence::{FenceUse, SyncFile};
 use crate::format::{Format, Layout};
 use crate::frame::{Buffer, Frame, MAX_SLOTS, SlotsArc};
 use door::Waiting;
@@ -122,6 +123,7 @@ pub struct Server {
     armed_us: Option<u64>,
     /// When the descriptors were looked at last.
     looked_us: u64,
+    fences: FenceUse,
     ended: bool,
 }
 
@@ -201,6 +203,7 @@ impl Server {
             paused_until_us: None,
             armed_us: None,
             looked_us: 0,
+            fences: FenceUse::default(),
             ended: false,
         })
     }
@@ -259,27 +262,26 @@ impl Server {
     }
 
     /// Gives up all that a consumer has, and forgets it.
-    fn lose(&mut self, token: u64, why: &str, at_fault: bool) {
+    fn lose(&mut self, token: u64, Lost { why, at_fault }: Lost) {
         let Some(index) = self.consumers.iter().position(|consumer| consumer.token == token) else { return };
         let mut consumer = self.consumers.swap_remove(index);
         let info = consumer.info();
         // It may still look at the ring: there it finds that it has nothing. One that wrote nonsense finds that.
         let _ = consumer.ring.take_back(|_| true);
         if at_fault {
-            consumer.part(&Message::End { reason: Reason::Broken, text: why.to_owned() });
+            consumer.part(&Message::End { reason: Reason::Broken, text: why.clone() });
         }
         // The consumer has it open too, so it would stay in the list.
         let _ = self.epoll.delete(&consumer.server_bell);
         if self.departures.len() >= DEPARTURES {
             self.departures.pop_front();
         }
-        self.departures
-            .push_back(Departure { consumer: info, why: why.to_owned(), at_fault });
+        self.departures.push_back(Departure { consumer: info, why, at_fault });
     }
 
-    fn lose_broken(&mut self, broken: Vec<(u64, String)>) {
-        for (token, why) in broken {
-            self.lose(token, &why, true);
+    fn lose_all(&mut self, all: Vec<(u64, Lost)>) {
+        for (token, lost) in all {
+            self.lose(token, lost);
         }
     }
 
@@ -327,8 +329,8 @@ impl Server {
                     let consumer = self.consumers.iter_mut().find(|consumer| consumer.token + 1 == bell);
                     let Some(consumer) = consumer else { continue };
                     let token = consumer.token;
-                    if let Err(why) = consumer.ring.collect() {
-                        self.lose(token, &why.to_string(), true);
+                    if let Err(lost) = consumer.collect() {
+                        self.lose(token, lost);
                     }
                 }
             }
@@ -390,21 +392,31 @@ impl Sink for Server {
         let mut lost = Vec::new();
         for consumer in &mut self.consumers {
             if let Err(error) = consumer.greet(&welcome, &generation) {
-                lost.push((consumer.token, format!("it could not be told of new buffers: {error}")));
+                lost.push((consumer.token, Lost::left(&format!("it could not be told of new buffers: {error}"))));
             }
         }
         self.generation = Some(generation);
         self.slots = None;
-        for (token, why) in lost {
-            self.lose(token, &why, false);
-        }
+        self.lose_all(lost);
         Ok(Rung::Exported)
     }
 
-    /// A frame that a device still writes is published when it has been written: no fence goes to the consumers. One that a consumer's
-    /// device still reads is not given back before that either.
+    /// A frame that a device still writes is published at once, with its [acquire fence](Frame::acquire_fence), which consumers' frames have
+    /// then; that costs two system calls for each consumer. One that a consumer's device still reads when the consumer has dropped it has
+    /// that [release fence](Frame::release_after) here as well, as a sink of this process would leave it.
+    ///
+    /// # Errors
+    /// [Of a fence](Error::is_of_fence) that has signalled with an error: there is no picture, and the frame is not published.
     fn present(&mut self, frame: Frame) -> Result<Option<Shown>> {
-        frame.wait_acquired(self.fence_timeout())?;
+        let fence = match frame.acquire_fence().map_or(Ok(true), SyncFile::check) {
+            Ok(true) => None,
+            Ok(false) => frame.acquire_fence(),
+            Err(error) => {
+                self.fences.lose(&error);
+                return Err(error);
+            }
+        };
+        self.fences.went_well();
         let now = now_us();
         let unknown = || Error::new(Kind::Invalid, "share", "a frame").because("it is in a buffer that was not joined");
         let generation = self.generation.as_ref().ok_or_else(unknown)?;
@@ -415,15 +427,16 @@ impl Sink for Server {
         // No more than 64.
         let buffer = buffer.ok_or_else(unknown)? as u32;
         let meta = *frame.meta();
-        let entry = Entry { generation: generation.shape.generation, buffer, meta, skipped: 0, published_us: now };
+        let (generation, fenced) = (generation.shape.generation, fence.is_some());
+        let entry = Entry { generation, buffer, meta, skipped: 0, published_us: now, fenced };
         self.number += 1;
-        let mut broken = Vec::new();
+        let mut lost = Vec::new();
         for consumer in &mut self.consumers {
-            if let Err(why) = consumer.publish(&entry, self.number, &frame) {
-                broken.push((consumer.token, why.to_string()));
+            if let Err(why) = consumer.publish(&entry, self.number, &frame, fence) {
+                lost.push((consumer.token, why));
             }
         }
-        self.lose_broken(broken);
+        self.lose_all(lost);
         self.slots = Some(SourceSlots(frame.lease().slots_arc()));
         drop(frame);
         match now.saturating_sub(self.looked_us) >= micros(LOOK) {
@@ -440,6 +453,16 @@ impl Sink for Server {
 
     fn wants_event(&self) -> bool {
         true
+    }
+
+    /// None: consumers wait, or have their devices wait.
+    fn waits_for<'a>(&'a self, _: Option<&'a Frame>) -> Vec<&'a SyncFile> {
+        Vec::new()
+    }
+
+    /// Of frames that were published with their fences it is not known here how those went on.
+    fn fence_use(&self) -> FenceUse {
+        self.fences
     }
 
     fn dispatch(&mut self) -> Result<Option<Shown>> {

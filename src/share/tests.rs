@@ -1,3 +1,5 @@
+mod fences;
+
 use std::os::fd::AsFd;
 use std::thread;
 use std::time::{Duration, Instant};
