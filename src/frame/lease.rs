@@ -270,12 +270,21 @@ impl Slots {
     /// Whether fewer are free or with the driver than it needs so as not to starve before somebody looks again: one to fill, and the next
     /// where there are so many. One that a release fence keeps is not free. Without release fences no system call.
     pub(crate) fn are_short(&self) -> bool {
-        let fenced = self.releases.among(self.free.load(Ordering::Relaxed));
-        let there = |&(index, slot): &(u32, &Slot)| {
-            slot.stage.load(Ordering::Relaxed) != Stage::Dequeued as u8
-                && (fenced & (1 << index) == 0 || self.releases.is_done(index))
-        };
+        let leased = |slot: &&Slot| slot.stage.load(Ordering::Relaxed) == Stage::Dequeued as u8;
         let least = if self.slots.len() < 4 { 1 } else { 2 };
+        if self.releases.among(u64::MAX) != 0 {
+            return self.are_short_for_fences(least);
+        }
+        self.slots.iter().filter(|slot| !leased(slot)).take(least).count() < least
+    }
+
+    #[cold]
+    fn are_short_for_fences(&self, least: usize) -> bool {
+        let free = self.free.load(Ordering::Acquire);
+        let there = |&(index, slot): &(u32, &Slot)| match free & (1 << index) {
+            0 => slot.stage.load(Ordering::Relaxed) == Stage::Queued as u8,
+            _ => self.releases.is_done(index),
+        };
         (0u32..).zip(&self.slots).filter(there).take(least).count() < least
     }
 

@@ -241,7 +241,8 @@ impl Consumer {
             // Its own bell, which nobody else has: it cannot fail.
             let _ = self.bell.ring();
         }
-        Ok(())
+        // Those that were found just now.
+        if self.ring.has_fenced() { self.settle() } else { Ok(()) }
     }
 
     /// Sends the acquire fence of the next frame. `false` if it does not read its messages, or has hung up, or if too many descriptors

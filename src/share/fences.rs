@@ -58,11 +58,13 @@ impl Coming {
         }
     }
 
-    /// Closes those of frames before this position. One look if there are none.
-    pub(super) fn pass(&mut self, position: u64) {
-        if !self.fences.is_empty() {
-            self.fences.retain(|&(other, _)| other >= position);
-        }
+    pub(super) fn is_empty(&self) -> bool {
+        self.fences.is_empty()
+    }
+
+    /// Closes those of frames before this position.
+    fn pass(&mut self, position: u64) {
+        self.fences.retain(|&(other, _)| other >= position);
     }
 }
 

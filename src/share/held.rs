@@ -124,6 +124,7 @@ impl HeldFrames {
     }
 
     /// The same for a frame that is there when this fence has signalled.
+    #[cold]
     pub(super) fn hold_fenced(
         &mut self,
         held: Held,
@@ -153,18 +154,23 @@ impl HeldFrames {
         }
         let fenced = free.has_kept();
         drop(free);
-        if let Some(socket) = socket.filter(|_| fenced) {
+        if fenced || !self.acquires.is_empty() {
             self.release_fenced(socket, &mut released);
-        }
-        if !self.acquires.is_empty() {
-            let held = &self.held;
-            self.acquires
-                .retain(|&(slot, _)| held.get(slot as usize).is_some_and(Option::is_some));
         }
         released
     }
 
-    fn release_fenced(&mut self, socket: &Socket, released: &mut Released) {
+    #[cold]
+    fn release_fenced(&mut self, socket: Option<&Socket>, released: &mut Released) {
+        if let Some(socket) = socket {
+            self.send_fenced(socket, released);
+        }
+        let held = &self.held;
+        self.acquires
+            .retain(|&(slot, _)| held.get(slot as usize).is_some_and(Option::is_some));
+    }
+
+    fn send_fenced(&mut self, socket: &Socket, released: &mut Released) {
         for (slot, mut fences) in self.slots.take_fenced() {
             let index = slot.index();
             let Some(place) = self.held.get_mut(index as usize) else { continue };

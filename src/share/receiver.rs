@@ -102,7 +102,9 @@ pub struct Receiver {
     /// Of generations before, and of servers before.
     old: Vec<HeldFrames>,
     /// The first frame of a generation that is not followed yet.
-    next: Option<Came>,
+    next: Option<(Taken, Entry)>,
+    /// The acquire fence of the frame that was taken last, until that is handed out.
+    fence: Option<SyncFile>,
     view_policy: ViewPolicy,
     last: Option<u32>,
     dropped: u64,
@@ -112,14 +114,6 @@ pub struct Receiver {
     end: Option<End>,
     /// How to come back when the server has ended.
     back: Option<Back>,
-}
-
-/// A frame that was taken, and its acquire fence.
-#[derive(Debug)]
-struct Came {
-    taken: Taken,
-    entry: Entry,
-    fence: Option<SyncFile>,
 }
 
 /// How the server has ended.
@@ -169,6 +163,7 @@ impl Receiver {
             again,
             old: Vec::new(),
             next: None,
+            fence: None,
             view_policy: ViewPolicy::default(),
             last: None,
             dropped: 0,
@@ -292,7 +287,7 @@ impl Receiver {
     }
 
     /// The frame of an entry, if it is of the generation that is followed.
-    fn frame(&mut self, Came { taken, entry, fence }: Came) -> Result<Frame> {
+    fn frame(&mut self, taken: Taken, entry: Entry) -> Result<Option<Frame>> {
         let lost = |why: &str| Error::new(Kind::Disconnected, "read frames from", &self.name).because(why.to_owned());
         let buffer = self.server.generation.buffers.get(entry.buffer as usize);
         let buffer = buffer
@@ -313,27 +308,29 @@ impl Receiver {
         self.last = Some(meta.sequence);
         self.skipped.1 = entry.skipped;
         let held = Held { position: taken.position, until_us };
-        let frame = match fence {
+        let frame = match &self.fence {
             None => self.frames.hold(held, buffer, meta),
-            Some(fence) => self.frames.hold_fenced(held, buffer, meta, fence),
+            Some(_) => self
+                .fence
+                .take()
+                .and_then(|fence| self.frames.hold_fenced(held, buffer, meta, fence)),
         };
-        frame.ok_or_else(|| lost("too many of its frames are held"))
+        if frame.is_some() { Ok(frame) } else { Err(lost("too many of its frames are held")) }
     }
 
     /// The next frame that is there; no system call if there is none.
     fn found(&mut self) -> Result<Option<Frame>> {
-        let Some(came) = self.take()? else { return Ok(None) };
-        let generation = came.entry.generation;
-        if generation == self.server.generation.shape.generation {
-            return self.frame(came).map(Some);
+        let Some((taken, entry)) = self.take()? else { return Ok(None) };
+        if entry.generation == self.server.generation.shape.generation {
+            return self.frame(taken, entry);
         }
         self.hear();
-        let known = |coming: &Generation| coming.shape.generation == generation && coming.is_whole();
+        let known = |coming: &Generation| coming.shape.generation == entry.generation && coming.is_whole();
         if !self.server.coming.iter().any(known) {
             let error = Error::new(Kind::Disconnected, "read frames from", self.name.clone());
             return Err(error.because("its server breaks the protocol: a frame is in buffers that it has not sent"));
         }
-        self.next = Some(came);
+        self.next = Some((taken, entry));
         let error = Error::new(Kind::FormatChanged, "read frames from", self.name.clone());
         Err(error
             .because("the source that is shared has changed")
@@ -396,7 +393,7 @@ impl Receiver {
     }
 
     /// The next entry of the ring.
-    fn take(&mut self) -> Result<Option<Came>> {
+    fn take(&mut self) -> Result<Option<(Taken, Entry)>> {
         if let Some(next) = self.next.take() {
             return Ok(Some(next));
         }
@@ -408,13 +405,11 @@ impl Receiver {
         }
         let Some(taken) = self.ring.take() else { return Ok(None) };
         match Entry::decode(taken.words) {
-            Ok(entry) if entry.fenced => {
-                let fence = self.fence_of(taken.position)?;
-                Ok(Some(Came { taken, entry, fence: Some(fence) }))
-            }
             Ok(entry) => {
-                self.server.fences.pass(taken.position);
-                Ok(Some(Came { taken, entry, fence: None }))
+                if entry.fenced || !self.server.fences.is_empty() {
+                    self.find_fence(taken.position, entry.fenced)?;
+                }
+                Ok(Some((taken, entry)))
             }
             // It was not ours any more when it was read.
             Err(_) if !self.ring.holds(taken.position) => Ok(None),
@@ -427,20 +422,24 @@ impl Receiver {
 }
 
 impl Receiver {
-    /// The acquire fence of a frame that was taken: it was sent before.
-    fn fence_of(&mut self, position: u64) -> Result<SyncFile> {
-        if let Some(fence) = self.server.fences.take(position) {
-            return Ok(fence);
+    /// The acquire fence of a frame that was taken, if it has one: it was sent before. Those of frames before are closed.
+    #[cold]
+    fn find_fence(&mut self, position: u64, fenced: bool) -> Result<()> {
+        self.fence = self.server.fences.take(position);
+        if fenced && self.fence.is_none() {
+            self.hear();
+            self.fence = self.server.fences.take(position);
         }
-        self.hear();
-        if let Some(fence) = self.server.fences.take(position) {
-            return Ok(fence);
+        if fenced == self.fence.is_some() {
+            return Ok(());
         }
         let gone = Error::new(Kind::Disconnected, "read frames from", self.name.clone());
-        Err(match &self.end {
-            Some(End::Nonsense(why)) => gone.because(format!("its server breaks the protocol: {why}")),
-            _ => gone.because("its server breaks the protocol: the fence of a frame has not come"),
-        })
+        let why = match &self.end {
+            Some(End::Nonsense(why)) => why,
+            _ if fenced => "the fence of a frame has not come",
+            _ => "a fence is of a frame that has none",
+        };
+        Err(gone.because(format!("its server breaks the protocol: {why}")))
     }
 }
 
@@ -482,8 +481,9 @@ impl Source for Receiver {
     fn try_next(&mut self, _: Ready) -> Result<Option<Frame>> {
         self.give_back()?;
         loop {
-            if let Some(frame) = self.found()? {
-                return Ok(Some(frame));
+            match self.found() {
+                Ok(None) => {}
+                found => return found,
             }
             // This also says that the bell was heard: it is an event again only when it is rung again.
             self.listen(EpollTimeout::ZERO)?;
@@ -524,7 +524,7 @@ impl Source for Receiver {
 
     fn follow(&mut self) -> Result<()> {
         self.follow_back()?;
-        let Some(Came { entry, .. }) = &self.next else { return Ok(()) };
+        let Some((_, entry)) = &self.next else { return Ok(()) };
         // Those before it had no frame that came here.
         while let Some(generation) = self.server.coming.pop_front() {
             if generation.shape.generation == entry.generation {

@@ -279,14 +279,22 @@ impl Server {
         self.departures.push_back(Departure { consumer: info, why, at_fault });
     }
 
+    #[cold]
     fn lose_all(&mut self, all: Vec<(u64, Lost)>) {
         for (token, lost) in all {
             self.lose(token, lost);
         }
     }
 
-    /// What waits for a time: connections without a hello, the listener, the source.
+    /// What waits for a time: connections without a hello, the listener, the source. Nothing does with nearly every frame.
+    #[inline]
     fn tend(&mut self, now: u64) -> Result<()> {
+        let nothing = self.waiting.is_empty() && self.paused_until_us.is_none() && self.armed_us.is_none();
+        if nothing && !self.is_short() { Ok(()) } else { self.tend_what_waits(now) }
+    }
+
+    #[cold]
+    fn tend_what_waits(&mut self, now: u64) -> Result<()> {
         self.waiting.retain(|waiting| waiting.until_us > now);
         if self.paused_until_us.is_some_and(|until| until <= now) {
             self.paused_until_us = None;
@@ -436,7 +444,9 @@ impl Sink for Server {
                 lost.push((consumer.token, why));
             }
         }
-        self.lose_all(lost);
+        if !lost.is_empty() {
+            self.lose_all(lost);
+        }
         self.slots = Some(SourceSlots(frame.lease().slots_arc()));
         drop(frame);
         match now.saturating_sub(self.looked_us) >= micros(LOOK) {

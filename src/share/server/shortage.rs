@@ -4,7 +4,7 @@ use super::{Server, micros};
 
 impl Server {
     /// Whether the source has too few buffers to fill.
-    fn is_short(&self) -> bool {
+    pub(super) fn is_short(&self) -> bool {
         self.slots.as_ref().is_some_and(|slots| slots.0.are_short())
     }
 
