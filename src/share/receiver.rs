@@ -80,6 +80,12 @@ fn join(hello: &Hello) -> Result<Joined> {
 /// [`copies`](Source::copies)), unless the [policy](ViewPolicy) is to wait; one that was not, and whose frame was taken back, reports
 /// [`Revoked`](crate::frame::Revoked) at its next access.
 ///
+/// A frame that a device still writes comes with its [acquire fence](Frame::acquire_fence), as a camera's does; its lease counts from when it
+/// was published all the same. One that is dropped while a device here still reads it is given back with its
+/// [release fence](Frame::release_after), and counts against the budget until that has signalled. If that takes longer than the lease, the
+/// buffer may be filled while it is read, and nobody here is told. Where the fence cannot be sent, since the server has not read those
+/// before, the frame is given back when it has signalled. With a fence a frame costs some system calls each way.
+///
 /// Frames come in order; a receiver that is late gets the newest, and [counts](Source::counts) the others as dropped. When the source
 /// changes its format, [`FormatChanged`](Kind::FormatChanged) comes and [`follow`](Source::follow) goes on; frames of before stay valid.
 /// There is one format for all who share the source, so other strides or buffers are refused.

@@ -89,6 +89,10 @@ impl Default for ServerRequest {
 /// [asks](super::Receiver::holds). Before that, frames are taken back that nobody has taken. A consumer that writes nonsense into its ring
 /// or its socket is disconnected. Nothing here waits for a consumer.
 ///
+/// Fences go along: [`present`](Sink::present). A consumer that leaves the messages unread by which they come is skipped, as one that is late.
+/// Its own release fences it may have no more than frames, and a fence that has not signalled when the lease has run out is not waited for
+/// when the source runs short; nor are those of a consumer that has gone.
+///
 /// Consumers can read the buffers that they get and not write to them, unless the [request](ServerRequest) says otherwise: so what is
 /// shared must be such that this can be had. A camera's own buffers are, once it was told to
 /// [export them so](crate::endpoint::Source::export_read_only); those of plain memory and udmabufs are. Only processes of the server's own
