@@ -5,6 +5,10 @@
  *
  * For each frame it prints the sequence number and a sum (64-bit FNV-1a) of the pixels of the first memory plane, or "lost" if the server
  * took the frame back meanwhile. SOCKET may be @NAME. It ends with the server, or after that many frames.
+ *
+ * A frame that a device still writes comes with a fence, for which it waits with poll(); it prints "fenced" and the sequence number then,
+ * or "late" if that takes more than five seconds, and does not look at the frame. It trusts the server that what comes as a fence is one:
+ * it polls it and no more. Its own reading is done when it gives a frame back, so it has no fence to send.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -29,7 +33,7 @@
 #include <linux/dma-buf.h>
 #include <linux/magic.h>
 
-enum { HELLO = 1, WELCOME, FORMAT, BUFFER, END };
+enum { HELLO = 1, WELCOME, FORMAT, BUFFER, END, FENCE };
 enum { PUBLISHED = 1, TAKEN, RELEASED };
 enum { ENTRIES = 16, WORDS = 7, MAX_MESSAGE = 512, MAX_FDS = 4, MAX_BUFFERS = 64, AREA = 192 + 64 * ENTRIES };
 
@@ -59,6 +63,11 @@ struct generation {
 static struct area *ring;
 static int server, watch_fd, bell;
 static uint64_t next = 1;
+/* Those of frames to come, at the place of their entry in the ring. */
+static struct fence {
+	uint64_t position;
+	int fd;
+} fences[ENTRIES];
 /* What is used, and what is announced. */
 static struct generation now, coming;
 
@@ -145,6 +154,19 @@ static void on_buffer(const uint8_t *fields, size_t len, int fd)
 	coming.maps[coming.here++] = map;
 }
 
+/* Of an earlier frame there may be one at this place, which was skipped. */
+static void on_fence(const uint8_t *fields, size_t len, int fd)
+{
+	uint64_t position = len == 8 ? number(fields, 8) : 0;
+	struct fence *place = &fences[position % ENTRIES];
+	if (fd < 0 || position <= place->position)
+		fail("a fence comes out of turn");
+	if (place->fd > 0)
+		close(place->fd);
+	place->position = position;
+	place->fd = fd;
+}
+
 /* Takes one message, if there is one; false if there is none. */
 static bool hear(void)
 {
@@ -170,7 +192,7 @@ static bool hear(void)
 		printf("the server is gone\n");
 		exit(0);
 	}
-	if (len < 8 || memcmp(bytes, "dmaf", 4) || number(bytes + 4, 2) != 1 || (head.msg_flags & (MSG_TRUNC | MSG_CTRUNC)))
+	if (len < 8 || memcmp(bytes, "dmaf", 4) || number(bytes + 4, 2) != 2 || (head.msg_flags & (MSG_TRUNC | MSG_CTRUNC)))
 		fail("what came is no message");
 	int fds[MAX_FDS] = { -1, -1, -1, -1 }, count = 0;
 	struct cmsghdr *rights = CMSG_FIRSTHDR(&head);
@@ -208,6 +230,11 @@ static bool hear(void)
 		on_buffer(fields, len, fds[0]);
 		for (int i = 1; i < count; i++)
 			close(fds[i]);
+		break;
+	case FENCE:
+		if (count != 1)
+			fail("a fence has one descriptor");
+		on_fence(fields, len, fds[0]);
 		break;
 	case END:
 		said = text(fields, len, 2);
@@ -273,6 +300,21 @@ static void release(uint64_t position)
 			fail("the bell cannot be rung");
 }
 
+/* Waits until the frame is written. */
+static bool acquire(uint64_t position, unsigned sequence)
+{
+	struct fence *place = &fences[position % ENTRIES];
+	while (place->position != position)
+		if (!hear())
+			fail("the fence of a frame has not come");
+	struct pollfd fd = { .fd = place->fd, .events = POLLIN };
+	bool written = poll(&fd, 1, 5000) == 1;
+	printf("%s %u\n", written ? "fenced" : "late", sequence);
+	close(place->fd);
+	place->fd = 0;
+	return written;
+}
+
 static void look_at(uint64_t position, const uint64_t words[WORDS])
 {
 	uint32_t generation = words[0], index = words[0] >> 32;
@@ -286,6 +328,8 @@ static void look_at(uint64_t position, const uint64_t words[WORDS])
 	}
 	if (index >= now.count)
 		fail("a frame is in a buffer that is not there");
+	if (words[2] >> 37 & 1 && !acquire(position, words[2]))
+		return;
 	uint64_t used = (uint32_t)words[3], sum = 0xcbf29ce484222325;
 	if (used > now.len)
 		used = now.len;
@@ -320,7 +364,7 @@ int main(int argc, char **argv)
 	/* The name is part of the address as far as it goes, without a zero at its end. */
 	if (server < 0 || connect(server, (struct sockaddr *)&address, offsetof(struct sockaddr_un, sun_path) + len) < 0)
 		fail(argv[1]);
-	static const uint8_t hello[] = "dmaf\1\0\1\0\0\0\0\0\7\0consume";
+	static const uint8_t hello[] = "dmaf\2\0\1\0\0\0\0\0\7\0consume";
 	if (send(server, hello, sizeof hello - 1, MSG_NOSIGNAL) < 0)
 		fail("hello");
 	while (!ring || !coming.count || coming.here < coming.count) {

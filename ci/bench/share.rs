@@ -77,8 +77,14 @@ fn by_ring(frame: &Lease, count: u32) -> Result<()> {
     let area = Rc::new(ring::Area::new());
     let mut server = ring::Server::new(Rc::clone(&area), 2);
     let mut consumer = ring::Consumer::new(Rc::clone(&area));
-    let mut entry =
-        entry::Entry { generation: 1, buffer: frame.slot(), meta: *frame.meta(), skipped: 0, published_us: 0 };
+    let mut entry = entry::Entry {
+        generation: 1,
+        buffer: frame.slot(),
+        meta: *frame.meta(),
+        skipped: 0,
+        published_us: 0,
+        fenced: false,
+    };
     let mut right = true;
     for number in 0..u64::from(count) {
         entry.published_us = number;

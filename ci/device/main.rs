@@ -53,6 +53,7 @@ mod probe;
 mod process;
 mod screen;
 mod share;
+mod share_fences;
 mod signals;
 mod sinks;
 mod snap;
@@ -85,6 +86,7 @@ fn main() -> std::process::ExitCode {
         commands::TESTS,
         sinks::TESTS,
         share::TESTS,
+        share_fences::TESTS,
         outputs::TESTS,
         snap::TESTS,
         bufs::TESTS,

@@ -16,6 +16,13 @@ fn consume_c(test: &str) -> PathBuf {
     program
 }
 
+/// 64-bit FNV-1a.
+fn fnv(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |sum: u64, &byte| (sum ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+}
+
 /// A program in another language, that has nothing but the protocol's documentation, sees the same.
 #[test]
 fn a_program_in_c_speaks_the_protocol() {
@@ -33,11 +40,6 @@ fn a_program_in_c_speaks_the_protocol() {
     let (said, expected) = (run("40"), expected(400));
     assert!(said.contains("welcome: 2 frames at a time, of pattern\n"), "{said}");
     assert!(said.contains("8 buffers of 64x48, XR24\n") && said.contains("writable no\n"), "{said}");
-    let fnv = |bytes: &[u8]| {
-        bytes
-            .iter()
-            .fold(0xcbf2_9ce4_8422_2325, |sum: u64, &byte| (sum ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
-    };
     let mut compared = 0;
     for line in said.lines().filter_map(|line| line.strip_prefix("frame ")) {
         let (sequence, sum) = line.split_once(' ').unwrap();
@@ -62,6 +64,68 @@ fn a_program_in_c_speaks_the_protocol() {
         (&"consume".into(), &serde_json::Value::Null)
     );
     assert_told_latency(&report["gone"][0], 40);
+    std::fs::remove_file(program).unwrap();
+}
+
+/// The same program waits for the fences that frames come with, and sees what was written before they signalled.
+#[test]
+fn a_program_in_c_waits_for_fences() {
+    use dmaflow::endpoint::Sink;
+    use dmaflow::fence::SyncFile;
+    use dmaflow::share::{Server, ServerRequest};
+
+    let (program, at) = (consume_c("fences"), socket_at("c-fences"));
+    let request = PatternRequest { rate: 50.0, size: (64, 48), ..PatternRequest::default() };
+    let mut source = Pattern::new(&request).unwrap();
+    let lease = Some(Duration::from_secs(5));
+    let mut server = Server::bind(&at, ServerRequest { lease, ..ServerRequest::default() }).unwrap();
+    server.join(source.layout(), source.rate(), source.buffers()).unwrap();
+    source.start().unwrap();
+    let mut child = Command::new(&program);
+    let mut child = child.args([&at, "30"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut expected = HashMap::new();
+    // What a frame is before its fence has signalled, and the end of the pipe that is its fence: open until something is written.
+    let mut open: Vec<(Frame, Vec<u8>, std::os::fd::OwnedFd)> = Vec::new();
+    let start = Instant::now();
+    while child.try_wait().unwrap().is_none() && start.elapsed() < Duration::from_secs(60) {
+        server.dispatch().unwrap();
+        source.recycle().unwrap();
+        std::thread::sleep(Duration::from_millis(1));
+        let Some(frame) = source.try_next(Ready::FRAME).unwrap() else { continue };
+        for (frame, bytes, end) in open.drain(..) {
+            fill(&frame, &bytes);
+            nix::unistd::write(&end, b"x").unwrap();
+        }
+        let (sequence, bytes) = (frame.meta().sequence, pixels(&frame));
+        expected.insert(sequence, (fnv(&bytes), sequence % 3 != 0));
+        if sequence % 3 == 0 {
+            server.present(frame).unwrap();
+            continue;
+        }
+        fill(&frame, &vec![0; bytes.len()]);
+        let (fence, end) = nix::unistd::pipe().unwrap();
+        let frame = frame.with_acquire_fence(SyncFile::from(fence));
+        open.push((frame.clone(), bytes, end));
+        server.present(frame).unwrap();
+    }
+    let mut said = String::new();
+    std::io::Read::read_to_string(child.stdout.as_mut().unwrap(), &mut said).unwrap();
+    assert!(child.wait().unwrap().success(), "{said}");
+    let (mut fenced, mut frames, mut waited) = (0, 0, None);
+    for line in said.lines() {
+        match line.split_once(' ') {
+            Some(("fenced", sequence)) => waited = Some(sequence.parse::<u32>().unwrap()),
+            Some(("frame", rest)) => {
+                let (sequence, sum) = rest.split_once(' ').unwrap();
+                let sequence = sequence.parse().unwrap();
+                let (expected, has_fence) = expected[&sequence];
+                assert_eq!((sum, waited == Some(sequence)), (format!("{expected:016x}").as_str(), has_fence), "{line}");
+                (frames, fenced) = (frames + 1, fenced + u32::from(has_fence));
+            }
+            _ => assert!(!line.starts_with("late") && !line.starts_with("lost"), "{said}"),
+        }
+    }
+    assert!(frames == 30 && fenced > 10, "{said}");
     std::fs::remove_file(program).unwrap();
 }
 

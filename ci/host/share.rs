@@ -92,6 +92,14 @@ fn pixels(frame: &Frame) -> Vec<u8> {
     bytes
 }
 
+/// Writes a picture of 64x48 pixels in XR24.
+fn fill(frame: &Frame, bytes: &[u8]) {
+    let mut writer = frame.buffer().write().unwrap();
+    assert_eq!(bytes.len(), 48 * 64 * 4);
+    (0..).zip(bytes.chunks(64 * 4)).for_each(|(y, row)| writer.row(0, y, row));
+    writer.end().unwrap();
+}
+
 /// The first frames of the test card, by their sequence numbers.
 fn expected(count: u32) -> HashMap<u32, Vec<u8>> {
     let mut source =
@@ -304,7 +312,7 @@ fn connections_that_are_dropped_leave_nothing() {
         let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
         // The queue of those who wait to be let in may be full for a moment: then this waits.
         connect_to(fd.as_raw_fd(), &address).unwrap();
-        let hello = b"dmaf\x01\0\x01\0\0\0\0\0\x01\0x";
+        let hello = b"dmaf\x02\0\x01\0\0\0\0\0\x01\0x";
         let bytes: &[u8] = match number % 3 {
             0 => continue,
             1 => &hello[..],

@@ -227,6 +227,27 @@ impl Slots {
         self.releases.add(index, fence);
     }
 
+    /// A slot may be filled before this fence has signalled: it was taken back.
+    pub(crate) fn no_longer_after(&self, index: u32, fence: &std::sync::Arc<SyncFile>) {
+        self.releases.forget(index, fence);
+    }
+
+    /// Takes the free slots that release fences keep, with their fences: for who passes those on to somebody who waits for them. One that is
+    /// dropped is as before. Neither a system call nor an allocation without release fences.
+    pub(crate) fn take_fenced(&self) -> Vec<(FreeSlot<'_>, Vec<std::sync::Arc<SyncFile>>)> {
+        let wanted = self.releases.among(self.free.load(Ordering::Relaxed));
+        if wanted == 0 {
+            return Vec::new();
+        }
+        let taken = self.free.fetch_and(!wanted, Ordering::Acquire) & wanted;
+        let indices = (0u32..).take(self.slots.len()).filter(|index| taken & (1 << index) != 0);
+        let slots = indices.map(|index| {
+            let fences = self.releases.of(1 << index).into_iter().map(|(_, fence)| fence);
+            (FreeSlot { slots: self, index, taken: false }, fences.collect())
+        });
+        slots.collect()
+    }
+
     /// How many slots the driver has.
     pub(crate) fn queued(&self) -> u32 {
         let queued = |slot: &&Slot| slot.stage.load(Ordering::Relaxed) == Stage::Queued as u8;
@@ -252,11 +273,24 @@ impl Slots {
     }
 
     /// Whether fewer are free or with the driver than it needs so as not to starve before somebody looks again: one to fill, and the next
-    /// where there are so many.
+    /// where there are so many. One that a release fence keeps is not free. Without release fences no system call.
     pub(crate) fn are_short(&self) -> bool {
         let leased = |slot: &&Slot| slot.stage.load(Ordering::Relaxed) == Stage::Dequeued as u8;
         let least = Slots::least(self.slots.len());
+        if self.releases.among(u64::MAX) != 0 {
+            return self.are_short_for_fences(least);
+        }
         self.slots.iter().filter(|slot| !leased(slot)).take(least).count() < least
+    }
+
+    #[cold]
+    fn are_short_for_fences(&self, least: usize) -> bool {
+        let free = self.free.load(Ordering::Acquire);
+        let there = |&(index, slot): &(u32, &Slot)| match free & (1 << index) {
+            0 => slot.stage.load(Ordering::Relaxed) == Stage::Queued as u8,
+            _ => self.releases.is_done(index),
+        };
+        (0u32..).zip(&self.slots).filter(there).take(least).count() < least
     }
 
     /// Who has views of these slots' frames, and what was copied for them.
@@ -293,6 +327,13 @@ pub(crate) struct FreeSlots<'a> {
     bits: u64,
     /// Those that a release fence keeps.
     kept: u64,
+}
+
+impl FreeSlots<'_> {
+    /// Whether a release fence keeps one of those that were looked at.
+    pub(crate) fn has_kept(&self) -> bool {
+        self.kept != 0
+    }
 }
 
 impl<'a> Iterator for FreeSlots<'a> {
@@ -339,6 +380,12 @@ impl FreeSlot<'_> {
         if let Some(slot) = self.slots.slots.get(self.index as usize) {
             slot.stage.store(Stage::Queued as u8, Ordering::Relaxed);
         }
+    }
+
+    /// The same, and its release fences are somebody else's to wait for.
+    pub(crate) fn queued_before_its_fences(self) {
+        self.slots.releases.forget_all(self.index);
+        self.queued();
     }
 }
 

@@ -57,6 +57,26 @@ impl Releases {
         fences.is_empty()
     }
 
+    /// The slot is not kept by this fence any more.
+    pub(super) fn forget(&self, index: u32, fence: &Arc<SyncFile>) {
+        self.retain(index, |other| !Arc::ptr_eq(other, fence));
+    }
+
+    /// The slot is not kept by any fence any more.
+    pub(super) fn forget_all(&self, index: u32) {
+        self.retain(index, |_| false);
+    }
+
+    fn retain(&self, index: u32, wanted: impl FnMut(&Arc<SyncFile>) -> bool) {
+        let Some(fences) = self.fences.get(index as usize) else { return };
+        let mut fences = fences.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        fences.retain(wanted);
+        // Under the lock, as all that sets it: one that was added meanwhile is in the list, or comes after this.
+        if fences.is_empty() {
+            self.fenced.fetch_and(!(1 << index), Ordering::Relaxed);
+        }
+    }
+
     /// Those of these slots (a bit each) that have fences.
     pub(super) fn among(&self, slots: u64) -> u64 {
         slots & self.fenced.load(Ordering::Relaxed)
@@ -98,6 +118,24 @@ mod tests {
         }
         assert!(most <= 2 * FEW, "{most} descriptors");
         assert!(!releases.is_done(0) && releases.of(1).len() == 1, "the open one is kept");
+    }
+
+    /// One that is taken back keeps the slot no more, and the others do.
+    #[test]
+    fn a_fence_is_taken_back_alone() {
+        let releases = Releases::new(2);
+        let (fences, _ends): (Vec<_>, Vec<_>) = (0..3).map(|_| pipe().unwrap()).unzip();
+        let fences: Vec<_> = fences.into_iter().map(|fence| Arc::new(SyncFile::from(fence))).collect();
+        fences.iter().for_each(|fence| releases.add(1, Arc::clone(fence)));
+        releases.forget(0, &fences[0]);
+        releases.forget(1, &fences[1]);
+        let left: Vec<_> = releases.of(2).into_iter().map(|(_, fence)| fence).collect();
+        assert!(left.len() == 2 && Arc::ptr_eq(&left[0], &fences[0]) && Arc::ptr_eq(&left[1], &fences[2]));
+        assert!(!releases.is_done(1) && releases.among(3) == 2);
+        releases.forget_all(1);
+        assert!(releases.is_done(1) && releases.among(3) == 0);
+        drop(left);
+        assert!(fences.iter().all(|fence| Arc::strong_count(fence) == 1), "they would stay open");
     }
 
     /// Those that are open add up, each looked at a few times and not each time.

@@ -2,16 +2,19 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use super::area::SharedArea;
 use super::bell::{Bell, BellWatch};
 use super::entry::Entry;
+use super::fences::{Returning, sync_file};
 use super::give::Gift;
 use super::latency::{Latencies, LatencyInfo};
 use super::ring::{self, Broken};
-use super::socket::{Peer, Socket};
+use super::socket::{Peer, Received, Socket};
 use super::wire::{Message, Shape, Welcome};
-use crate::frame::Frame;
+use crate::fence::SyncFile;
+use crate::frame::{Frame, SlotsArc};
 
 /// A consumer of a shared source, as its [`Server`](super::Server) sees it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -59,12 +62,76 @@ pub(super) struct Generation {
 #[derive(Debug)]
 pub(super) struct Held {
     /// Kept so that the buffer is not filled again.
-    _frame: Frame,
+    kept: Kept,
     pub generation: u32,
     /// Its number among all that were presented.
     pub number: u64,
     pub since_us: u64,
 }
+
+#[derive(Debug)]
+enum Kept {
+    Frame(Frame),
+    /// The consumer has dropped the frame, and its device reads it until this has signalled.
+    Fence(ReleaseFence),
+}
+
+/// A release fence that the source waits for before it fills the buffer again; it does so no longer when this is dropped.
+struct ReleaseFence {
+    slots: SlotsArc,
+    slot: u32,
+    fence: Arc<SyncFile>,
+}
+
+impl ReleaseFence {
+    /// As a sink of this process leaves it, which then drops the frame.
+    fn leave(frame: &Frame, fence: SyncFile) -> ReleaseFence {
+        let fence = Arc::new(fence);
+        frame.release_after(Arc::clone(&fence));
+        ReleaseFence { slots: SlotsArc::clone(frame.lease().slots_arc()), slot: frame.slot(), fence }
+    }
+}
+
+impl Drop for ReleaseFence {
+    fn drop(&mut self) {
+        self.slots.no_longer_after(self.slot, &self.fence);
+    }
+}
+
+impl std::fmt::Debug for ReleaseFence {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "ReleaseFence(slot {})", self.slot)
+    }
+}
+
+/// Why a consumer is no longer served.
+#[derive(Debug)]
+pub(super) struct Lost {
+    pub why: String,
+    /// Whether it has broken the protocol.
+    pub at_fault: bool,
+}
+
+impl Lost {
+    pub(super) fn left(why: &str) -> Lost {
+        Lost { why: why.to_owned(), at_fault: false }
+    }
+
+    pub(super) fn broken(why: impl ToString) -> Lost {
+        Lost { why: why.to_string(), at_fault: true }
+    }
+}
+
+impl From<Broken> for Lost {
+    fn from(broken: Broken) -> Lost {
+        Lost::broken(broken)
+    }
+}
+
+/// So much kernel memory may messages take that a consumer has not read, in bytes, before it is sent another fence: some 16 of them. The
+/// budget is less than that, so who reads what belongs to the frames that it takes never has so many; and the descriptors on their way to
+/// those who do not read are not too many for others (`too_many_unix_fds` in net/unix/scm.c).
+const UNREAD: u64 = 16 << 10;
 
 #[derive(Debug)]
 pub(super) struct Consumer {
@@ -78,6 +145,8 @@ pub(super) struct Consumer {
     pub server_bell: Bell,
     /// What goes with the welcome; none when that was sent.
     unsent: Option<(OwnedFd, BellWatch)>,
+    /// Of frames that it is about to give back.
+    returning: Returning,
     peer: Peer,
     name: String,
     frames: u64,
@@ -101,6 +170,7 @@ impl Consumer {
             bell,
             server_bell: Bell::new()?,
             unsent: Some((fd, watch)),
+            returning: Returning::default(),
             peer,
             name,
             frames: 0,
@@ -108,10 +178,6 @@ impl Consumer {
             stolen: 0,
             latencies: Latencies::new(),
         })
-    }
-
-    pub(super) fn socket(&self) -> &Socket {
-        &self.socket
     }
 
     /// Tells it of a generation, after the welcome if it has not had that.
@@ -139,18 +205,42 @@ impl Consumer {
         let _ = self.socket.send(message, &[]);
     }
 
-    /// Gives it a frame. Some ten loads and stores; a system call only if it sleeps.
+    /// Gives it a frame, with the fence before which that does not hold the picture, if it has one. Some ten loads and stores; a system call
+    /// only if it sleeps, and two for the fence.
     ///
     /// # Errors
-    /// [`Broken`].
-    pub(super) fn publish(&mut self, entry: &Entry, number: u64, frame: &Frame) -> std::result::Result<(), Broken> {
+    /// It has written nonsense.
+    pub(super) fn publish(
+        &mut self,
+        entry: &Entry,
+        number: u64,
+        frame: &Frame,
+        fence: Option<&SyncFile>,
+    ) -> std::result::Result<(), Lost> {
         if self.unsent.is_some() {
             return Ok(());
         }
-        let held = Held { _frame: frame.clone(), generation: entry.generation, number, since_us: entry.published_us };
+        if self.ring.has_fenced() {
+            self.settle()?;
+        }
+        let kept = Kept::Frame(frame.clone());
+        let held = Held { kept, generation: entry.generation, number, since_us: entry.published_us };
         let skipped = self.skipped;
         let words = |more: u32| Entry { skipped: skipped + u64::from(more), ..*entry }.encode();
-        let published = self.ring.publish(words, held)?;
+        let published = match fence {
+            None => self.ring.publish(words, held)?,
+            Some(fence) => {
+                let mut room = self.ring.make_room()?;
+                if room.given && self.send_fence(fence) {
+                    room.wake = self.ring.put(words(room.skipped), held);
+                } else if room.given {
+                    // Nor anything older: what it takes when it has read its messages is the newest then.
+                    room.given = false;
+                    room.skipped += 1 + self.ring.skip_untaken()?;
+                }
+                room
+            }
+        };
         self.skipped += u64::from(published.skipped);
         self.frames += u64::from(published.given);
         self.latencies.add(self.ring.delays());
@@ -158,7 +248,73 @@ impl Consumer {
             // Its own bell, which nobody else has: it cannot fail.
             let _ = self.bell.ring();
         }
+        // Those that were found just now.
+        if self.ring.has_fenced() { self.settle() } else { Ok(()) }
+    }
+
+    /// Sends the acquire fence of the next frame. `false` if it does not read its messages, or has hung up, or if too many descriptors
+    /// are on their way from this user: then it is as one that is late.
+    fn send_fence(&self, fence: &SyncFile) -> bool {
+        let message = Message::Fence { position: self.ring.position() };
+        self.socket.unread().is_ok_and(|unread| unread < UNREAD) && self.socket.send(&message, &[fence.as_fd()]).is_ok()
+    }
+
+    /// Gives up what it has released, and hands its release fences on.
+    ///
+    /// # Errors
+    /// It has written nonsense.
+    pub(super) fn collect(&mut self) -> std::result::Result<(), Lost> {
+        self.ring.collect()?;
+        if self.ring.has_fenced() { self.settle() } else { Ok(()) }
+    }
+
+    /// Of the frames that it has given back behind a fence: leaves the fences of those that are new with their buffers, and gives up those
+    /// whose fences have signalled. One system call for each.
+    fn settle(&mut self) -> std::result::Result<(), Lost> {
+        let unknown = self.ring.fenced_without(|held| matches!(held.kept, Kept::Fence(_)));
+        for position in unknown {
+            let fence = loop {
+                if let Some(fence) = self.returning.take(position) {
+                    break fence;
+                }
+                // It was sent before.
+                if !self.hear()? {
+                    return Err(Lost::broken(format!("the fence of frame {position} has not come")));
+                }
+            };
+            if let Some(held) = self.ring.lease_mut(position)
+                && let Kept::Frame(frame) = &held.kept
+            {
+                held.kept = Kept::Fence(ReleaseFence::leave(frame, fence));
+            }
+        }
+        self.ring.keep_fenced(|held| match &held.kept {
+            Kept::Fence(release) => !release.fence.is_signalled(),
+            // It was given back just now.
+            Kept::Frame(_) => true,
+        });
         Ok(())
+    }
+
+    /// Takes a message, if there is one.
+    ///
+    /// # Errors
+    /// It has hung up, ended, or breaks the protocol.
+    pub(super) fn hear(&mut self) -> std::result::Result<bool, Lost> {
+        match self.socket.receive() {
+            Ok(Received::Nothing) => return Ok(false),
+            Ok(Received::Closed) => return Err(Lost::left("it hung up")),
+            Ok(Received::Message(Message::End { .. }, _)) => return Err(Lost::left("it has ended")),
+            Ok(Received::Message(Message::Fence { position }, fds)) => {
+                let fence = sync_file(fds).map_err(Lost::broken)?;
+                let (ring, bounds) = (&self.ring, (self.ring.position(), self.stolen));
+                let added = self.returning.add(position, fence, |position| ring.is_out(position), bounds);
+                added.map_err(Lost::broken)?;
+            }
+            Ok(Received::Message(..)) => return Err(Lost::broken("it sent a message that is a server's")),
+            Err(rejected) => return Err(Lost::broken(rejected)),
+        }
+        Ok(true)
     }
 
     /// Takes the frames back whose lease is `like` that: those that it has not taken, or those as well that it has.

@@ -6,11 +6,14 @@
 //! |---|---|---|
 //! | 0 | 32 generation, 32 index of the buffer | as the messages `format` and `buffer` have said them |
 //! | 1 | 64 | when it was captured, in µs |
-//! | 2 | 32 sequence number, 2 clock of word 1 (0 unknown, 1 `CLOCK_MONOTONIC`, 2 copied), 1 damaged, 1 last, 1 stamped at the start of the exposure | as of the source; the other bits are 0 |
+//! | 2 | 32 sequence number, 2 clock of word 1 (0 unknown, 1 `CLOCK_MONOTONIC`, 2 copied), 1 damaged, 1 last, 1 stamped at the start of the exposure, 1 fenced | as of the source, but for the last; the other bits are 0 |
 //! | 3 | 32, 32 | bytes used of memory planes 0 and 1 |
 //! | 4 | 32, 32 | bytes used of memory planes 2 and 3 |
 //! | 5 | 64 | frames before this one that this consumer did not get, all since its welcome |
 //! | 6 | 64 | when it was published, in µs of `CLOCK_MONOTONIC`: its lease counts from here |
+//!
+//! Fenced: a device still writes the frame. The fence that says when it has done so has come by the socket before (message `fence` of
+//! `wire.rs`): before it has signalled the memory does not hold the picture.
 //!
 //! The receiver checks generation and index against what it was told, and takes bytes used for no more than a buffer has.
 
@@ -26,6 +29,8 @@ pub(super) struct Entry {
     pub meta: FrameMeta,
     pub skipped: u64,
     pub published_us: u64,
+    /// An acquire fence belongs to it.
+    pub fenced: bool,
 }
 
 /// Words that are no entry.
@@ -41,6 +46,7 @@ const CLOCK: u32 = 32;
 const DAMAGED: u64 = 1 << 34;
 const LAST: u64 = 1 << 35;
 const START: u64 = 1 << 36;
+const FENCED: u64 = 1 << 37;
 
 fn pair(low: u32, high: u32) -> u64 {
     u64::from(low) | u64::from(high) << 32
@@ -62,6 +68,7 @@ impl Entry {
         };
         let bit = |set, bit| if set { bit } else { 0 };
         let marks = bit(flags.error, DAMAGED) | bit(flags.last, LAST) | bit(flags.start_of_exposure, START);
+        let marks = marks | bit(self.fenced, FENCED);
         [
             pair(self.generation, self.buffer),
             timestamp.us,
@@ -87,7 +94,7 @@ impl Entry {
             2 => Clock::Copied,
             _ => return Err(Malformed { word: 2, found: facts }),
         };
-        if facts >= START << 1 {
+        if facts >= FENCED << 1 {
             return Err(Malformed { word: 2, found: facts });
         }
         let flags =
@@ -96,7 +103,7 @@ impl Entry {
         (bytes_used[0], bytes_used[1]) = halves(first);
         (bytes_used[2], bytes_used[3]) = halves(second);
         let meta = FrameMeta { sequence: halves(facts).0, timestamp: Timestamp { us, clock }, bytes_used, flags };
-        Ok(Entry { generation, buffer, meta, skipped, published_us })
+        Ok(Entry { generation, buffer, meta, skipped, published_us, fenced: facts & FENCED != 0 })
     }
 }
 
@@ -107,13 +114,13 @@ mod tests {
 
     fn entries() -> impl Strategy<Value = Entry> {
         let clocks = prop::sample::select(vec![Clock::Unknown, Clock::Monotonic, Clock::Copied]);
-        let meta = (any::<u32>(), any::<u64>(), clocks, any::<[u32; 4]>(), any::<[bool; 3]>());
+        let meta = (any::<u32>(), any::<u64>(), clocks, any::<[u32; 4]>(), any::<[bool; 4]>());
         (any::<u32>(), 0..MAX_SLOTS, meta, any::<u64>(), any::<u64>()).prop_map(
             |(generation, buffer, (sequence, us, clock, bytes_used, marks), skipped, published_us)| {
-                let [error, last, start_of_exposure] = marks;
+                let [error, last, start_of_exposure, fenced] = marks;
                 let flags = FrameFlags { error, last, start_of_exposure };
                 let meta = FrameMeta { sequence, timestamp: Timestamp { us, clock }, bytes_used, flags };
-                Entry { generation, buffer, meta, skipped, published_us }
+                Entry { generation, buffer, meta, skipped, published_us, fenced }
             },
         )
     }
@@ -126,9 +133,10 @@ mod tests {
             bytes_used: [1, 2, 3, 4],
             flags: FrameFlags { error: false, last: true, start_of_exposure: false },
         };
-        let entry = Entry { generation: 2, buffer: 3, meta, skipped: 5, published_us: 1200 };
+        let entry = Entry { generation: 2, buffer: 3, meta, skipped: 5, published_us: 1200, fenced: false };
         let words = [3 << 32 | 2, 1000, 7 | 1 << 32 | 1 << 35, 2 << 32 | 1, 4 << 32 | 3, 5, 1200];
         assert_eq!(entry.encode(), words);
+        assert_eq!(Entry { fenced: true, ..entry }.encode()[2], words[2] | 1 << 37);
     }
 
     proptest! {
@@ -141,14 +149,14 @@ mod tests {
         fn anything_is_refused_or_means_one_thing(
             words in any::<[u64; WORDS]>(),
             buffer in 0..MAX_SLOTS + 2,
-            facts in 0u64..1 << 38,
+            facts in 0u64..1 << 39,
         ) {
             let mut words = words;
             words[0] = words[0] as u32 as u64 | u64::from(buffer) << 32;
             words[2] = facts;
             match Entry::decode(words) {
                 Ok(entry) => prop_assert_eq!(entry.encode(), words),
-                Err(_) => prop_assert!(buffer >= MAX_SLOTS || facts >> 32 & 3 == 3 || facts >> 37 != 0),
+                Err(_) => prop_assert!(buffer >= MAX_SLOTS || facts >> 32 & 3 == 3 || facts >> 38 != 0),
             }
         }
     }

@@ -3,10 +3,14 @@
 //! Slots of this process alone, one for each frame held, and not one for each buffer: a buffer whose frame was taken back may come again
 //! with another while the program still holds the first.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::area::SharedArea;
+use super::socket::Socket;
+use super::wire::Message;
+use crate::fence::{FenceState, SyncFile};
 use crate::frame::{Buffer, Frame, FrameMeta, Holding, Lease, Revoked, Slots, SlotsArc, Stage};
 
 /// So many frames can be held at a time: more than a ring has, for those that were taken back are held as well until they are dropped.
@@ -46,12 +50,41 @@ pub(super) struct Released {
     pub revoked: u64,
 }
 
+impl Released {
+    fn add(&mut self, given_back: Result<bool, Revoked>) {
+        match given_back {
+            Ok(wake) => self.wake |= wake,
+            Err(Revoked) => self.revoked += 1,
+        }
+    }
+}
+
+/// One fence for those of these that have not signalled; none if all have.
+///
+/// # Errors
+/// For want of descriptors, and for what is no sync file.
+fn all_of(fences: &[Arc<SyncFile>]) -> crate::Result<Option<Arc<SyncFile>>> {
+    let mut all: Option<Arc<SyncFile>> = None;
+    for fence in fences {
+        if fence.state()? != FenceState::Active {
+            continue;
+        }
+        all = Some(match all {
+            None => Arc::clone(fence),
+            Some(before) => Arc::new(before.merge(fence)?),
+        });
+    }
+    Ok(all)
+}
+
 pub(super) struct HeldFrames {
     slots: SlotsArc,
     positions: Arc<Positions>,
     /// Slots without a frame.
     idle: Vec<u32>,
     held: [Option<Held>; HELD as usize],
+    /// The acquire fences of those frames that have one, by slot.
+    acquires: Vec<(u32, Arc<SyncFile>)>,
 }
 
 impl HeldFrames {
@@ -64,7 +97,7 @@ impl HeldFrames {
             idle.push(slot.index());
             slot.queued();
         }
-        HeldFrames { slots, positions, idle, held: [None; HELD as usize] }
+        HeldFrames { slots, positions, idle, held: [None; HELD as usize], acquires: Vec::new() }
     }
 
     /// Whether another frame can be held.
@@ -90,21 +123,78 @@ impl HeldFrames {
         Some(Frame::new(buffer, meta, lease))
     }
 
+    /// The same for a frame that is there when this fence has signalled.
+    #[cold]
+    pub(super) fn hold_fenced(
+        &mut self,
+        held: Held,
+        buffer: Buffer,
+        meta: FrameMeta,
+        fence: SyncFile,
+    ) -> Option<Frame> {
+        let (frame, fence) = (self.hold(held, buffer, meta)?, Arc::new(fence));
+        self.acquires.push((frame.slot(), Arc::clone(&fence)));
+        Some(frame.with_acquire_fence(fence))
+    }
+
     /// Gives those back whose last lease was dropped. One load if there are none.
-    pub(super) fn release(&mut self) -> Released {
+    ///
+    /// Those that release fences keep are given back with one, by the `socket` of their server: by two system calls, and two more for each
+    /// fence after the first. Where that cannot be they are kept here until those have signalled.
+    pub(super) fn release(&mut self, socket: Option<&Socket>) -> Released {
         let mut released = Released::default();
-        for slot in self.slots.take_free() {
+        let mut free = self.slots.take_free();
+        for slot in free.by_ref() {
             let index = slot.index();
             if let Some(held) = self.held.get_mut(index as usize).and_then(Option::take) {
-                match self.positions.area.release(held.position) {
-                    Ok(wake) => released.wake |= wake,
-                    Err(Revoked) => released.revoked += 1,
-                }
+                released.add(self.positions.area.release(held.position));
             }
             slot.queued();
             self.idle.push(index);
         }
+        let fenced = free.has_kept();
+        drop(free);
+        if fenced || !self.acquires.is_empty() {
+            self.release_fenced(socket, &mut released);
+        }
         released
+    }
+
+    #[cold]
+    fn release_fenced(&mut self, socket: Option<&Socket>, released: &mut Released) {
+        if let Some(socket) = socket {
+            self.send_fenced(socket, released);
+        }
+        let held = &self.held;
+        self.acquires
+            .retain(|&(slot, _)| held.get(slot as usize).is_some_and(Option::is_some));
+    }
+
+    fn send_fenced(&mut self, socket: &Socket, released: &mut Released) {
+        for (slot, mut fences) in self.slots.take_fenced() {
+            let index = slot.index();
+            let Some(place) = self.held.get_mut(index as usize) else { continue };
+            if let Some(Held { position, .. }) = *place {
+                let area = &self.positions.area;
+                // What a frame is written behind, its source knows.
+                fences.retain(|fence| !self.acquires.iter().any(|(_, acquire)| Arc::ptr_eq(fence, acquire)));
+                // One that was taken back goes without: nobody waits for what is read of it.
+                let open = if area.holds(position) { all_of(&fences) } else { Ok(None) };
+                let given_back = match open {
+                    Ok(None) => area.release(position),
+                    Ok(Some(fence)) => match socket.send(&Message::Fence { position }, &[fence.as_fd()]) {
+                        Ok(()) => area.release_fenced(position),
+                        // It is kept, and sent the next time, unless it has signalled by then.
+                        Err(_) => continue,
+                    },
+                    Err(_) => continue,
+                };
+                released.add(given_back);
+                *place = None;
+            }
+            slot.queued_before_its_fences();
+            self.idle.push(index);
+        }
     }
 
     /// Whether the frames are of the ring in `area`.
@@ -147,7 +237,6 @@ mod tests {
     use crate::frame::ViewPages;
     use crate::memory::Allocator;
     use crate::share::ring::{Consumer, Server, WORDS};
-    use std::os::fd::AsFd;
 
     fn buffer() -> Buffer {
         let layout = Layout::packed(Format::parse("GREY").unwrap().0, (64, 64), 1).unwrap();
@@ -189,12 +278,12 @@ mod tests {
         let (first, second) = (hold(&mut frames, 1).unwrap(), hold(&mut frames, 2).unwrap());
         let clone = first.clone();
         drop((first, second));
-        assert_eq!(frames.release(), Released::default());
+        assert_eq!(frames.release(None), Released::default());
         assert_eq!((out(&mut server), frames.of(&clone).unwrap().position), (vec![1], 1));
         assert_eq!(server.sleep(), Ok(true));
         drop(clone);
-        assert_eq!(frames.release(), Released { wake: true, revoked: 0 });
-        assert_eq!(frames.release(), Released::default());
+        assert_eq!(frames.release(None), Released { wake: true, revoked: 0 });
+        assert_eq!(frames.release(None), Released::default());
         assert_eq!((out(&mut server), frames.is_empty()), (vec![], true));
         assert!(frames.is_of(&area) && !frames.is_of(&self::area()));
         let other = hold(&mut HeldFrames::new(self::area()), 7).unwrap();
@@ -213,7 +302,7 @@ mod tests {
         assert!(!frames.detach_view_due(199));
         assert!(frames.detach_view_due(200), "the other is held as a frame");
         assert!(!frames.detach_view_due(200));
-        frames.release();
+        frames.release(None);
         assert_eq!(out(&mut server), [1]);
         drop((views, kept));
     }
@@ -238,7 +327,7 @@ mod tests {
         assert_eq!((early.check(), late.check(), other.check()), (Err(Revoked), Err(Revoked), Ok(())));
         drop((late, revoked));
         assert!(!frames.detach_view_due(u64::MAX), "its lease went with the view");
-        assert_eq!(frames.release(), Released { wake: false, revoked: 1 });
+        assert_eq!(frames.release(None), Released { wake: false, revoked: 1 });
         assert_eq!(out(&mut server), [3]);
     }
 }

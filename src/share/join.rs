@@ -8,6 +8,7 @@ use nix::libc;
 
 use super::area::SharedArea;
 use super::bell::Bell;
+use super::fences::Coming;
 use super::incoming::{Generation, learn, nonsense};
 use super::socket::{Place, Received, Socket};
 use super::wire::{Message, Reason, Welcome};
@@ -38,6 +39,8 @@ pub(super) struct Joined {
     pub generation: Generation,
     /// Announced, the oldest first.
     pub coming: VecDeque<Generation>,
+    /// Of frames to come.
+    pub fences: Coming,
 }
 
 /// On the way there.
@@ -150,7 +153,8 @@ impl Joining {
     pub(super) fn joined(mut self) -> Result<Joined> {
         match (self.welcome, self.coming.pop_front()) {
             (Some(Welcomed { welcome, area, watch, bell }), Some(generation)) => {
-                Ok(Joined { socket: self.socket, area, watch, bell, welcome, generation, coming: self.coming })
+                let (socket, coming, fences) = (self.socket, self.coming, Coming::default());
+                Ok(Joined { socket, area, watch, bell, welcome, generation, coming, fences })
             }
             _ => Err(nonsense(&self.place, "it has no buffers")),
         }

@@ -32,6 +32,8 @@ mod consumer;
 #[cfg(not(loom))]
 mod entry;
 #[cfg(not(loom))]
+mod fences;
+#[cfg(not(loom))]
 mod give;
 #[cfg(not(loom))]
 mod held;

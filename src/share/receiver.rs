@@ -13,6 +13,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use super::area::SharedArea;
 use super::bell::Bell;
 use super::entry::Entry;
+use super::fences::sync_file;
 use super::held::{HELD, Held, HeldFrames};
 use super::incoming::{Generation, learn};
 use super::join::{ANSWER, Hello, Joined, Joining};
@@ -33,6 +34,9 @@ const SOCKET: u64 = 0;
 const BELL: u64 = 1;
 const AGAIN: u64 = 2;
 const BACK: u64 = 3;
+
+/// So many fences at once are more than a server sends to somebody who does not read them.
+const UNREAD: u32 = 256;
 
 fn edge(name: u64) -> EpollEvent {
     EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, name)
@@ -76,6 +80,12 @@ fn join(hello: &Hello) -> Result<Joined> {
 /// [`copies`](Source::copies)), unless the [policy](ViewPolicy) is to wait; one that was not, and whose frame was taken back, reports
 /// [`Revoked`](crate::frame::Revoked) at its next access.
 ///
+/// A frame that a device still writes comes with its [acquire fence](Frame::acquire_fence), as a camera's does; its lease counts from when it
+/// was published all the same. One that is dropped while a device here still reads it is given back with its
+/// [release fence](Frame::release_after), and counts against the budget until that has signalled. If that takes longer than the lease, the
+/// buffer may be filled while it is read, and nobody here is told. Where the fence cannot be sent, since the server has not read those
+/// before, the frame is given back when it has signalled. With a fence a frame costs some system calls each way.
+///
 /// Frames come in order; a receiver that is late gets the newest, and [counts](Source::counts) the others as dropped. When the source
 /// changes its format, [`FormatChanged`](Kind::FormatChanged) comes and [`follow`](Source::follow) goes on; frames of before stay valid.
 /// There is one format for all who share the source, so other strides or buffers are refused.
@@ -99,6 +109,8 @@ pub struct Receiver {
     old: Vec<HeldFrames>,
     /// The first frame of a generation that is not followed yet.
     next: Option<(Taken, Entry)>,
+    /// The acquire fence of the frame that was taken last, until that is handed out.
+    fence: Option<SyncFile>,
     view_policy: ViewPolicy,
     last: Option<u32>,
     dropped: u64,
@@ -157,6 +169,7 @@ impl Receiver {
             again,
             old: Vec::new(),
             next: None,
+            fence: None,
             view_policy: ViewPolicy::default(),
             last: None,
             dropped: 0,
@@ -228,9 +241,10 @@ impl Receiver {
     fn release(&mut self) -> Result<()> {
         let mut wake = false;
         for frames in std::iter::once(&mut self.frames).chain(&mut self.old) {
-            let released = frames.release();
+            let here = frames.is_of(&self.server.area);
+            let released = frames.release(here.then_some(&self.server.socket));
             // What is left of a server that is gone is nobody's loss.
-            if frames.is_of(&self.server.area) {
+            if here {
                 wake |= released.wake;
                 self.revoked += released.revoked;
             }
@@ -243,11 +257,22 @@ impl Receiver {
 
     /// Reads what the socket has. Once the server has ended there is nothing more.
     fn hear(&mut self) {
+        let mut fences = 0;
         while self.end.is_none() {
             match self.server.socket.receive() {
                 Ok(Received::Nothing) => return,
                 Ok(Received::Closed) => self.end = Some(End::HungUp),
                 Ok(Received::Message(Message::End { reason, text }, _)) => self.end = Some(End::Said(reason, text)),
+                Ok(Received::Message(Message::Fence { position }, fds)) => {
+                    fences += 1;
+                    let added = match fences {
+                        0..=UNREAD => sync_file(fds).and_then(|fence| self.server.fences.add(position, fence)),
+                        _ => Err("it sends fences without an end".to_owned()),
+                    };
+                    if let Err(why) = added {
+                        self.end = Some(End::Nonsense(why));
+                    }
+                }
                 Ok(Received::Message(message, fds)) => {
                     if let Err(why) = learn(&mut self.server.coming, message, fds) {
                         self.end = Some(End::Nonsense(why));
@@ -273,7 +298,7 @@ impl Receiver {
     }
 
     /// The frame of an entry, if it is of the generation that is followed.
-    fn frame(&mut self, taken: Taken, entry: Entry) -> Result<Frame> {
+    fn frame(&mut self, taken: Taken, entry: Entry) -> Result<Option<Frame>> {
         let lost = |why: &str| Error::new(Kind::Disconnected, "read frames from", &self.name).because(why.to_owned());
         let buffer = self.server.generation.buffers.get(entry.buffer as usize);
         let buffer = buffer
@@ -296,15 +321,22 @@ impl Receiver {
         }
         self.last = Some(meta.sequence);
         self.skipped.1 = entry.skipped;
-        let frame = self.frames.hold(Held { position: taken.position, until_us }, buffer, meta);
-        frame.ok_or_else(|| lost("too many of its frames are held"))
+        let held = Held { position: taken.position, until_us };
+        let frame = match &self.fence {
+            None => self.frames.hold(held, buffer, meta),
+            Some(_) => self
+                .fence
+                .take()
+                .and_then(|fence| self.frames.hold_fenced(held, buffer, meta, fence)),
+        };
+        if frame.is_some() { Ok(frame) } else { Err(lost("too many of its frames are held")) }
     }
 
     /// The next frame that is there; no system call if there is none.
     fn found(&mut self) -> Result<Option<Frame>> {
         let Some((taken, entry)) = self.take()? else { return Ok(None) };
         if entry.generation == self.server.generation.shape.generation {
-            return self.frame(taken, entry).map(Some);
+            return self.frame(taken, entry);
         }
         self.hear();
         let known = |coming: &Generation| coming.shape.generation == entry.generation && coming.is_whole();
@@ -388,7 +420,12 @@ impl Receiver {
         }
         let Some(taken) = self.ring.take() else { return Ok(None) };
         match Entry::decode(taken.words) {
-            Ok(entry) => Ok(Some((taken, entry))),
+            Ok(entry) => {
+                if entry.fenced || !self.server.fences.is_empty() {
+                    self.find_fence(taken.position, entry.fenced)?;
+                }
+                Ok(Some((taken, entry)))
+            }
             // It was not ours any more when it was read.
             Err(_) if !self.ring.holds(taken.position) => Ok(None),
             Err(why) => {
@@ -396,6 +433,28 @@ impl Receiver {
                 Err(gone.because(format!("its server breaks the protocol: {why}")))
             }
         }
+    }
+}
+
+impl Receiver {
+    /// The acquire fence of a frame that was taken, if it has one: it was sent before. Those of frames before are closed.
+    #[cold]
+    fn find_fence(&mut self, position: u64, fenced: bool) -> Result<()> {
+        self.fence = self.server.fences.take(position);
+        if fenced && self.fence.is_none() {
+            self.hear();
+            self.fence = self.server.fences.take(position);
+        }
+        if fenced == self.fence.is_some() {
+            return Ok(());
+        }
+        let gone = Error::new(Kind::Disconnected, "read frames from", self.name.clone());
+        let why = match &self.end {
+            Some(End::Nonsense(why)) => why,
+            _ if fenced => "the fence of a frame has not come",
+            _ => "a fence is of a frame that has none",
+        };
+        Err(gone.because(format!("its server breaks the protocol: {why}")))
     }
 }
 

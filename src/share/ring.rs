@@ -7,7 +7,7 @@
 //! ```text
 //!              publish            take               release
 //!   (free) ──────────────▶ Published ──────▶ Taken ──────────────▶ Released ─▶ (free)
-//!                              │               │
+//!                              │               │├────────────────▶ Fenced ───▶ (free)   when its fence has signalled
 //!                              └─▶ Skipped     └─▶ Revoked                     by the server alone: the frame was too old, or the
 //!                                                                              lease ran out; the buffer is the camera's again
 //! ```
@@ -21,7 +21,7 @@
 //! | 192 | 16 entries of 64 bytes: 64 bits of state, and seven words of data (`entry.rs`) | both the state, the server the data |
 //!
 //! Positions count from 1; that of the entry at place p of the 16 leaves p when divided by 16, and some may be passed over. A state is
-//! `position * 8 + stage`; stages are 1 published, 2 taken, 3 released, 4 skipped, 5 revoked. All numbers are the machine's own, at their
+//! `position * 8 + stage`; stages are 1 published, 2 taken, 3 released, 4 skipped, 5 revoked, 6 fenced. All numbers are the machine's own, at their
 //! natural alignment, and read and written by atomic instructions: the head is loaded with acquire order, a state exchanged with acquire
 //! order to take and with release order to release. The memfd has whole pages of at least this size, and is sealed against another.
 //!
@@ -29,8 +29,11 @@
 //! published for taken, or goes on to the next position; copies the data; and looks whether the state is still that (after an acquire
 //! fence): if not, the frame is not its own. The same look tells at any time whether what it has read of a frame until then was the frame.
 //!
+//! A consumer that drops a frame which its device still reads may give it back as fenced, in place of released: the fence comes by the
+//! socket, before the state is exchanged (`wire.rs`). Until the fence has signalled the frame counts as one that the consumer has.
+//!
 //! The consumer can write anything anywhere at any time: it has the area mapped. So the server keeps what it needs to know in memory of its
-//! own, and of the area it reads three sorts of words alone: the states of entries that are out, each of which can have three values or its
+//! own, and of the area it reads three sorts of words alone: the states of entries that are out, each of which can have four values or its
 //! consumer is [`Broken`]; whether the consumer sleeps, where anything but 0 means that it does and costs a ring of its bell; and the delays,
 //! which it passes on to be shown. No value read there is ever an index, a length or an address.
 //!
@@ -39,6 +42,8 @@
 //! them sees the other (`loom_no_wake_is_lost`).
 
 // By their paths: ci/bench/share.rs has this file as a part of itself.
+#[path = "ring/fenced.rs"]
+mod fenced;
 #[cfg(all(test, loom))]
 #[path = "ring/loom_tests.rs"]
 mod loom_tests;
@@ -72,6 +77,7 @@ pub(super) enum Stage {
     Released = 3,
     Skipped = 4,
     Revoked = 5,
+    Fenced = 6,
 }
 
 /// Bits of the stage in a word; the position has the others, enough for a million frames a second for 70,000 years.
@@ -152,7 +158,20 @@ impl Area {
     /// # Errors
     /// [`Revoked`] if the server has taken it back before: what was read of it since may be another picture's.
     pub(super) fn release(&self, position: u64) -> Result<bool, Revoked> {
-        let (old, new) = (word(position, Stage::Taken), word(position, Stage::Released));
+        self.give_back(position, Stage::Released)
+    }
+
+    /// The same for a frame that a device reads until a fence has signalled, which the server has been sent.
+    ///
+    /// # Errors
+    /// As [`Area::release`].
+    #[allow(dead_code, reason = "ci/bench/share.rs, which has this file as a part, has no fences")]
+    pub(super) fn release_fenced(&self, position: u64) -> Result<bool, Revoked> {
+        self.give_back(position, Stage::Fenced)
+    }
+
+    fn give_back(&self, position: u64, stage: Stage) -> Result<bool, Revoked> {
+        let (old, new) = (word(position, Stage::Taken), word(position, stage));
         let state = &self.entry(position).state;
         state
             .compare_exchange(old, new, Ordering::Release, Ordering::Relaxed)
@@ -219,6 +238,8 @@ pub(super) struct Server<A, T> {
     places: u32,
     /// What the consumer told of its delays at last.
     delays: u64,
+    /// The same for those that were given back behind a fence.
+    fenced: u32,
 }
 
 /// The places of the bits that are set.
@@ -240,7 +261,7 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
     /// `budget` is how many frames the consumer may have at a time, taken or not; from 1 to one less than [`ENTRIES`].
     pub(super) fn new(area: A, budget: usize) -> Server<A, T> {
         let budget = budget.clamp(1, ENTRIES - 1);
-        Server { area, next: 1, budget, out: [const { None }; ENTRIES], places: 0, delays: 0 }
+        Server { area, next: 1, budget, out: [const { None }; ENTRIES], places: 0, fenced: 0, delays: 0 }
     }
 
     /// Hands a frame over: some ten loads and stores, no system call. What the consumer has released is given up first; if it has all
@@ -249,6 +270,19 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
     /// # Errors
     /// [`Broken`]; nothing was published.
     pub(super) fn publish(&mut self, words: impl FnOnce(u32) -> [u64; WORDS], lease: T) -> Result<Published, Broken> {
+        let mut published = self.make_room()?;
+        if published.given {
+            published.wake = self.put(words(published.skipped), lease);
+        }
+        Ok(published)
+    }
+
+    /// The first part of [`publish`](Server::publish): whether there is room for a frame, at [`position`](Server::position), and what was
+    /// skipped for it.
+    ///
+    /// # Errors
+    /// [`Broken`].
+    pub(super) fn make_room(&mut self) -> Result<Published, Broken> {
         let mut published = Published::default();
         let mut held = self.collect()?;
         while held >= self.budget {
@@ -266,24 +300,33 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
         while self.out[index(self.next)].is_some() {
             self.next += 1;
         }
+        published.given = true;
+        Ok(published)
+    }
+
+    /// That of the next frame, once there is room for it.
+    pub(super) fn position(&self) -> u64 {
+        self.next
+    }
+
+    /// The second part of [`publish`](Server::publish), where there is room. Whether the consumer sleeps.
+    pub(super) fn put(&mut self, words: [u64; WORDS], lease: T) -> bool {
         let position = self.next;
         let entry = self.area.entry(position);
         // Who still reads the words of this entry's last frame, which was taken back, and finds one of these, finds that it was taken back
         // too: with this fence before the words and its own after them, that comes first also where stores pass each other (`take`).
         fence(Ordering::Release);
-        for (to, word) in entry.words.iter().zip(words(published.skipped)) {
+        for (to, word) in entry.words.iter().zip(words) {
             to.store(word, Ordering::Relaxed);
         }
         entry.state.store(word(position, Stage::Published), Ordering::Release);
         self.out[index(position)] = Some(Out { position, lease });
         self.places |= 1 << index(position);
         self.next = position + 1;
-        published.given = true;
         self.area.head.0.store(self.next, Ordering::Release);
         fence(Ordering::SeqCst);
         let sleeps = &self.area.consumer.sleeps;
-        published.wake = sleeps.load(Ordering::Relaxed) != 0 && sleeps.swap(0, Ordering::Relaxed) != 0;
-        Ok(published)
+        sleeps.load(Ordering::Relaxed) != 0 && sleeps.swap(0, Ordering::Relaxed) != 0
     }
 
     /// The delays of the frames that the consumer has taken since this was asked. One load.
@@ -312,6 +355,9 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
                 *out = None;
                 self.places &= !(1 << place);
             } else if found == word(position, Stage::Published) || found == word(position, Stage::Taken) {
+                held += 1;
+            } else if found == word(position, Stage::Fenced) {
+                self.fenced |= 1 << place;
                 held += 1;
             } else {
                 return Err(Broken { position, found });
@@ -395,11 +441,11 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
         taken_back
     }
 
-    /// Whether the consumer has taken a frame whose lease is `like` that, and not released it.
+    /// Whether the consumer has taken a frame whose lease is `like` that, and not released it, or behind a fence.
     pub(super) fn has_taken(&self, like: impl Fn(&T) -> bool) -> bool {
         self.out.iter().flatten().filter(|out| like(&out.lease)).any(|out| {
             let found = self.area.entry(out.position).state.load(Ordering::Acquire);
-            found == word(out.position, Stage::Taken)
+            found == word(out.position, Stage::Taken) || found == word(out.position, Stage::Fenced)
         })
     }
 
@@ -408,19 +454,21 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
         self.out.iter().flatten().map(|out| &out.lease)
     }
 
-    /// Says that the server waits for a release. `false` if one has come: then it need not wait.
+    /// Says that the server waits for a release, behind a fence or not. `false` if one has come: then it need not wait.
     ///
     /// # Errors
     /// [`Broken`].
     pub(super) fn sleep(&mut self) -> Result<bool, Broken> {
+        let known = self.fenced;
         let before = self.collect()?;
         self.area.server_sleeps.0.store(1, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         let after = self.collect()?;
-        if after < before {
+        let asleep = after == before && self.fenced & !known == 0;
+        if !asleep {
             self.area.server_sleeps.0.store(0, Ordering::Relaxed);
         }
-        Ok(after == before)
+        Ok(asleep)
     }
 }
 
@@ -438,7 +486,11 @@ fn end<T>(area: &Area, out: &mut Option<Out<T>>, taken_too: bool) -> Result<Opti
             Stage::Skipped
         } else if found == word(position, Stage::Taken) && taken_too {
             Stage::Revoked
-        } else if found == word(position, Stage::Taken) {
+        } else if found == word(position, Stage::Fenced) && taken_too {
+            // The consumer does not look at it any more.
+            *out = None;
+            return Ok(Some(Stage::Revoked));
+        } else if found == word(position, Stage::Taken) || found == word(position, Stage::Fenced) {
             return Ok(None);
         } else if found == word(position, Stage::Released) {
             *out = None;

@@ -12,7 +12,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
-use super::consumer::{Consumer, ConsumerInfo, Departure, Generation};
+use super::consumer::{Consumer, ConsumerInfo, Departure, Generation, Lost};
 use super::entry::Entry;
 use super::give::Gift;
 use super::ring::ENTRIES;
@@ -21,6 +21,7 @@ use super::wire::{Message, Reason, Shape, Timing, Welcome};
 use crate::clock::now_us;
 use crate::endpoint::{JoinError, Refusal, Rung, Shown, Sink};
 use crate::error::{Context, Error, Kind, Result};
+use crate::fence::{FenceUse, SyncFile};
 use crate::format::{Format, Layout};
 use crate::frame::{Buffer, Frame, MAX_SLOTS, SlotsArc};
 use door::Waiting;
@@ -90,6 +91,10 @@ impl Default for ServerRequest {
 /// [asks](super::Receiver::holds). Before that, frames are taken back that nobody has taken. A consumer that writes nonsense into its ring
 /// or its socket is disconnected. Nothing here waits for a consumer.
 ///
+/// Fences go along: [`present`](Sink::present). A consumer that leaves the messages unread by which they come is skipped, as one that is late.
+/// Its own release fences it may have no more than frames, and a fence that has not signalled when the lease has run out is not waited for
+/// when the source runs short; nor are those of a consumer that has gone.
+///
 /// Consumers can map the buffers that they get for reading and not for writing, unless the [request](ServerRequest) says otherwise: so what
 /// is shared must be such that this can be had. A camera's own buffers are, once it was told to
 /// [export them so](crate::endpoint::Source::export_read_only); those of plain memory and udmabufs are. This binds the CPU alone: a consumer
@@ -126,6 +131,7 @@ pub struct Server {
     armed_us: Option<u64>,
     /// When the descriptors were looked at last.
     looked_us: u64,
+    fences: FenceUse,
     ended: bool,
 }
 
@@ -205,6 +211,7 @@ impl Server {
             paused_until_us: None,
             armed_us: None,
             looked_us: 0,
+            fences: FenceUse::default(),
             ended: false,
         })
     }
@@ -266,36 +273,39 @@ impl Server {
     }
 
     /// Gives up all that a consumer has, and forgets it.
-    fn lose(&mut self, token: u64, why: &str, at_fault: bool) {
+    fn lose(&mut self, token: u64, Lost { why, at_fault }: Lost) {
         let Some(index) = self.consumers.iter().position(|consumer| consumer.token == token) else { return };
         let mut consumer = self.consumers.swap_remove(index);
         let info = consumer.info();
         // It may still look at the ring: there it finds that it has nothing.
         consumer.ring.take_all_back();
         if at_fault {
-            consumer.part(&Message::End { reason: Reason::Broken, text: why.to_owned() });
+            consumer.part(&Message::End { reason: Reason::Broken, text: why.clone() });
         }
         // The consumer has it open too, so it would stay in the list.
         let _ = self.epoll.delete(&consumer.server_bell);
         if self.departures.len() >= DEPARTURES {
             self.departures.pop_front();
         }
-        self.departures
-            .push_back(Departure { consumer: info, why: why.to_owned(), at_fault });
+        self.departures.push_back(Departure { consumer: info, why, at_fault });
     }
 
-    fn lose_broken(&mut self, broken: Vec<(u64, String)>) {
-        for (token, why) in broken {
-            self.lose(token, &why, true);
+    #[cold]
+    fn lose_all(&mut self, all: Vec<(u64, Lost)>) {
+        for (token, lost) in all {
+            self.lose(token, lost);
         }
     }
 
-    /// What waits for a time: connections without a hello, the listener, the source.
+    /// What waits for a time: connections without a hello, the listener, the source. Nothing does with nearly every frame.
+    #[inline]
     fn tend(&mut self, now: u64) -> Result<()> {
-        // As after most frames: nothing waits, and nothing is set.
-        if self.waiting.is_empty() && self.paused_until_us.is_none() && self.armed_us.is_none() && !self.is_short() {
-            return Ok(());
-        }
+        let nothing = self.waiting.is_empty() && self.paused_until_us.is_none() && self.armed_us.is_none();
+        if nothing && !self.is_short() { Ok(()) } else { self.tend_what_waits(now) }
+    }
+
+    #[cold]
+    fn tend_what_waits(&mut self, now: u64) -> Result<()> {
         self.waiting.retain(|waiting| waiting.until_us > now);
         if self.paused_until_us.is_some_and(|until| until <= now) {
             self.paused_until_us = None;
@@ -338,8 +348,8 @@ impl Server {
                     let consumer = self.consumers.iter_mut().find(|consumer| consumer.token + 1 == bell);
                     let Some(consumer) = consumer else { continue };
                     let token = consumer.token;
-                    if let Err(why) = consumer.ring.collect() {
-                        self.lose(token, &why.to_string(), true);
+                    if let Err(lost) = consumer.collect() {
+                        self.lose(token, lost);
                     }
                 }
             }
@@ -402,21 +412,31 @@ impl Sink for Server {
         let mut lost = Vec::new();
         for consumer in &mut self.consumers {
             if let Err(error) = consumer.greet(&welcome, &generation) {
-                lost.push((consumer.token, format!("it could not be told of new buffers: {error}")));
+                lost.push((consumer.token, Lost::left(&format!("it could not be told of new buffers: {error}"))));
             }
         }
         self.generation = Some(generation);
         self.slots = None;
-        for (token, why) in lost {
-            self.lose(token, &why, false);
-        }
+        self.lose_all(lost);
         Ok(Rung::Exported)
     }
 
-    /// A frame that a device still writes is published when it has been written: no fence goes to the consumers. One that a consumer's
-    /// device still reads is not given back before that either.
+    /// A frame that a device still writes is published at once, with its [acquire fence](Frame::acquire_fence), which consumers' frames have
+    /// then; that costs two system calls for each consumer. One that a consumer's device still reads when the consumer has dropped it has
+    /// that [release fence](Frame::release_after) here as well, as a sink of this process would leave it.
+    ///
+    /// # Errors
+    /// [Of a fence](Error::is_of_fence) that has signalled with an error: there is no picture, and the frame is not published.
     fn present(&mut self, frame: Frame) -> Result<Option<Shown>> {
-        frame.wait_acquired(self.fence_timeout())?;
+        let fence = match frame.acquire_fence().map_or(Ok(true), SyncFile::check) {
+            Ok(true) => None,
+            Ok(false) => frame.acquire_fence(),
+            Err(error) => {
+                self.fences.lose(&error);
+                return Err(error);
+            }
+        };
+        self.fences.went_well();
         let now = now_us();
         let unknown = || Error::new(Kind::Invalid, "share", "a frame").because("it is in a buffer that was not joined");
         let generation = self.generation.as_ref().ok_or_else(unknown)?;
@@ -427,16 +447,17 @@ impl Sink for Server {
         // No more than 64.
         let buffer = buffer.ok_or_else(unknown)? as u32;
         let meta = *frame.meta();
-        let entry = Entry { generation: generation.shape.generation, buffer, meta, skipped: 0, published_us: now };
+        let (generation, fenced) = (generation.shape.generation, fence.is_some());
+        let entry = Entry { generation, buffer, meta, skipped: 0, published_us: now, fenced };
         self.number += 1;
-        let mut broken = None;
+        let mut lost = None;
         for consumer in &mut self.consumers {
-            if let Err(why) = consumer.publish(&entry, self.number, &frame) {
-                broken.get_or_insert_with(Vec::new).push((consumer.token, why.to_string()));
+            if let Err(why) = consumer.publish(&entry, self.number, &frame, fence) {
+                lost.get_or_insert_with(Vec::new).push((consumer.token, why));
             }
         }
-        if let Some(broken) = broken {
-            self.lose_broken(broken);
+        if let Some(lost) = lost {
+            self.lose_all(lost);
         }
         let slots = frame.lease().slots_arc();
         if !self.slots.as_ref().is_some_and(|before| SlotsArc::ptr_eq(&before.0, slots)) {
@@ -457,6 +478,16 @@ impl Sink for Server {
 
     fn wants_event(&self) -> bool {
         true
+    }
+
+    /// None: consumers wait, or have their devices wait.
+    fn waits_for<'a>(&'a self, _: Option<&'a Frame>) -> Vec<&'a SyncFile> {
+        Vec::new()
+    }
+
+    /// Of frames that were published with their fences it is not known here how those went on.
+    fn fence_use(&self) -> FenceUse {
+        self.fences
     }
 
     fn dispatch(&mut self) -> Result<Option<Shown>> {

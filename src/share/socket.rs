@@ -228,6 +228,9 @@ pub(super) enum Received {
     Message(Message, Vec<OwnedFd>),
 }
 
+// `asm-generic/ioctls.h`: a number from before the scheme of numbers. (`SIOCOUTQ` is the same.)
+nix::ioctl_read_bad!(outq, libc::TIOCOUTQ, libc::c_int);
+
 /// One connection.
 #[derive(Debug)]
 pub(super) struct Socket(OwnedFd);
@@ -267,6 +270,18 @@ impl Socket {
                 other => return Ok(other.map(drop)?),
             }
         }
+    }
+
+    /// How much kernel memory those messages take that were sent and that the other side has not read: some hundred bytes each, and what
+    /// they carry (`unix_outq_len`). One system call.
+    ///
+    /// # Errors
+    /// The errno.
+    pub(super) fn unread(&self) -> io::Result<u64> {
+        let mut unread: libc::c_int = 0;
+        // SAFETY: the call writes one int, to a live variable (`unix_ioctl` in net/unix/af_unix.c).
+        unsafe { outq(self.0.as_raw_fd(), &mut unread) }?;
+        Ok(u64::try_from(unread).unwrap_or(0))
     }
 
     /// The next message with its descriptors.

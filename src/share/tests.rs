@@ -1,3 +1,4 @@
+mod fences;
 mod taken_back;
 
 use std::os::fd::AsFd;

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //!  0  4  "dmaf"
-//!  4  2  version, 1
+//!  4  2  version, 2
 //!  6  2  kind
 //! ```
 //!
@@ -18,10 +18,28 @@
 //! | 3 format | server | 4 generation, 4 buffers, 8 µs it may keep a frame of this generation (the lease), 8 frames in 1,000,000 s (0: not known), 8 µs without a frame that are too long (0: any time is right), 4 DRM code (0: none), 4 V4L2 code (0: none), 4 width, 4 height, 8 modifier (`DRM_FORMAT_MOD_INVALID`: not stated), 1 encoding, 1 range, 1 colour planes, 1 memory planes, for each colour plane 4 memory plane, 4 offset, 4 stride, for each memory plane 8 bytes |
 //! | 4 buffer | server; one fd for each memory plane | 4 generation, 4 index, 8 identity: the inode (`st_ino` of fstat(2)) of the first memory plane's descriptor |
 //! | 5 end | either | 2 reason, text |
+//! | 6 fence | either; a sync file | 8 position in the ring |
 //!
 //! A consumer says hello, and gets a welcome and the format with its buffers, or an end. When the source changes its format there is a new
 //! generation, before the first frame of it is in the ring: a consumer that finds a frame of a generation or a buffer that it does not
 //! know reads the socket first. The buffers of generations before are gone when it has released their last frame.
+//!
+//! # Fences
+//! A frame that a device still writes is published with its **acquire fence**: the server sends the message `fence` with the position that
+//! the frame will have in the ring, and then publishes it there, marked as fenced (`entry.rs`). So a consumer that has taken such an entry
+//! finds the message in its socket, behind those of entries before, and at once. Positions of such messages only grow. Those of frames that
+//! it was too late for it closes unused: whoever takes an entry has no use for fences of positions before. Which is why a consumer reads
+//! its socket whenever there is something and it has no frame to take: with some 16 of them unread the server skips frames that have
+//! a fence for it, and those that it had not taken, until it has read all but a few.
+//!
+//! A frame that the consumer's own device still reads when it is done with it may be given back with a **release fence**: the consumer
+//! sends the message `fence` with the frame's position, and then gives it back as fenced (`ring.rs`). The server does not have the buffer
+//! filled before the fence has signalled, and until then the frame counts as one that the consumer has: against its budget, and against
+//! its lease. A fence that takes longer than the lease is not waited for any more when the source runs short of buffers. A consumer need
+//! not do so: it may as well give the frame back when the fence has signalled.
+//!
+//! Either side closes what comes if it is no sync file (`anon_inode:sync_file` in `/proc/self/fd`), and ends the connection: a descriptor of
+//! another sort could make it wait. The server does so too with a fence for a position that the consumer has never had, or a second one.
 //!
 //! Encodings: 0 BT.601, 1 BT.709, 2 BT.2020. Ranges: 0 limited, 1 full. Reasons: 0 the source has ended, 1 the source has failed, 2
 //! refused, 3 the other side has broken the protocol.
@@ -35,7 +53,7 @@ use crate::format::{Colour, Encoding, Format, Fourcc, Layout, MAX_PLANES, Modifi
 use crate::frame::MAX_SLOTS;
 
 /// The version that is spoken here.
-pub(super) const VERSION: u16 = 1;
+pub(super) const VERSION: u16 = 2;
 /// No message is longer.
 pub(super) const MAX_MESSAGE: usize = 512;
 /// No message carries more fds.
@@ -47,11 +65,25 @@ const INVALID_MODIFIER: u64 = 0x00ff_ffff_ffff_ffff;
 /// A message, without its fds.
 #[derive(Clone, PartialEq, Debug)]
 pub(super) enum Message {
-    Hello { writable: bool, name: String },
+    Hello {
+        writable: bool,
+        name: String,
+    },
     Welcome(Welcome),
     Format(Shape),
-    Buffer { generation: u32, index: u32, identity: u64 },
-    End { reason: Reason, text: String },
+    Buffer {
+        generation: u32,
+        index: u32,
+        identity: u64,
+    },
+    End {
+        reason: Reason,
+        text: String,
+    },
+    /// Of the frame at this position of the ring.
+    Fence {
+        position: u64,
+    },
 }
 
 #[derive(Clone, PartialEq, Debug)]
@@ -184,6 +216,7 @@ impl Message {
                 bytes.extend((*reason as u16).to_le_bytes());
                 put_text(&mut bytes, text);
             }
+            Message::Fence { position } => bytes.extend(position.to_le_bytes()),
         }
         bytes
     }
@@ -195,6 +228,7 @@ impl Message {
             Message::Format(_) => 3,
             Message::Buffer { .. } => 4,
             Message::End { .. } => 5,
+            Message::Fence { .. } => 6,
         }
     }
 
@@ -202,6 +236,7 @@ impl Message {
     pub(super) fn fds(&self) -> Option<usize> {
         match self {
             Message::Welcome(_) => Some(3),
+            Message::Fence { .. } => Some(1),
             Message::Buffer { .. } => None,
             Message::Hello { .. } | Message::Format(_) | Message::End { .. } => Some(0),
         }
@@ -242,6 +277,10 @@ impl Message {
                 let reason = reasons.get(usize::from(from.u16()?)).copied();
                 Message::End { reason: reason.ok_or(Malformed::Value("reason"))?, text: from.text()? }
             }
+            6 => match from.u64()? {
+                0 => return Err(Malformed::Value("position")),
+                position => Message::Fence { position },
+            },
             kind => return Err(Malformed::Kind(kind)),
         };
         match from.0.len() {
@@ -369,20 +408,23 @@ mod tests {
                 identity
             }),
             (prop::sample::select(reasons), "[^\0]{0,60}").prop_map(|(reason, text)| Message::End { reason, text }),
+            (1..=u64::MAX).prop_map(|position| Message::Fence { position }),
         ]
     }
 
     #[test]
     fn bytes_as_documented() {
         let buffer = Message::Buffer { generation: 2, index: 3, identity: 0x0102_0304_0506_0708 };
-        assert_eq!(buffer.encode(), b"dmaf\x01\0\x04\0\x02\0\0\0\x03\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01");
+        assert_eq!(buffer.encode(), b"dmaf\x02\0\x04\0\x02\0\0\0\x03\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01");
         let hello = Message::Hello { writable: true, name: "me".into() };
-        assert_eq!(hello.encode(), b"dmaf\x01\0\x01\0\x01\0\0\0\x02\0me");
+        assert_eq!(hello.encode(), b"dmaf\x02\0\x01\0\x01\0\0\0\x02\0me");
+        let fence = Message::Fence { position: 0x0102 };
+        assert_eq!(fence.encode(), b"dmaf\x02\0\x06\0\x02\x01\0\0\0\0\0\0");
         let layout = Layout::contiguous(Format::parse("XR24").unwrap().0, (64, 48), 256).unwrap();
         let timing = Timing { lease_us: 50_000, rate_micro: 60_000_000, watchdog_us: 2_000_000 };
         let shape = Message::Format(Shape { generation: 1, buffers: 4, timing, layout, lens: vec![12288] });
         let expected = [
-            &b"dmaf\x01\0\x03\0\x01\0\0\0\x04\0\0\0\x50\xc3\0\0\0\0\0\0\0\x87\x93\x03\0\0\0\0\x80\x84\x1e\0\0\0\0\0"[..],
+            &b"dmaf\x02\0\x03\0\x01\0\0\0\x04\0\0\0\x50\xc3\0\0\0\0\0\0\0\x87\x93\x03\0\0\0\0\x80\x84\x1e\0\0\0\0\0"[..],
             &b"XR24XR24\x40\0\0\0\x30\0\0\0\xff\xff\xff\xff\xff\xff\xff\0\0\0\x01\x01"[..],
             b"\0\0\0\0\0\0\0\0\0\x01\0\0\0\x30\0\0\0\0\0\0",
         ];
@@ -424,7 +466,7 @@ mod tests {
         }
 
         #[test]
-        fn anything(bytes in prop::collection::vec(any::<u8>(), 0..600), kind in 0u16..7) {
+        fn anything(bytes in prop::collection::vec(any::<u8>(), 0..600), kind in 0u16..8) {
             let _ = Message::decode(&bytes);
             let head = [&MAGIC[..], &VERSION.to_le_bytes(), &kind.to_le_bytes(), &bytes].concat();
             let _ = Message::decode(&head);

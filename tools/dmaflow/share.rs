@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use dmaflow::endpoint::{JoinError, Rung, Shown, Sink};
 use dmaflow::error::Result;
+use dmaflow::fence::{FenceUse, SyncFile};
 use dmaflow::format::{Format, Layout};
 use dmaflow::frame::{Buffer, Frame};
 use dmaflow::ladder::{NoWay, Path};
@@ -222,6 +223,14 @@ impl Sink for Shared {
 
     fn dispatch(&mut self) -> Result<Option<Shown>> {
         self.server.dispatch()
+    }
+
+    fn waits_for<'a>(&'a self, next: Option<&'a Frame>) -> Vec<&'a SyncFile> {
+        self.server.waits_for(next)
+    }
+
+    fn fence_use(&self) -> FenceUse {
+        self.server.fence_use()
     }
 }
 

@@ -119,7 +119,7 @@ impl Receiver {
         self.again.ring().context("wait for", about)?;
         self.ring = Consumer::new(server.area.clone());
         self.server = *server;
-        (self.end, self.next) = (None, None);
+        (self.end, self.next, self.fence) = (None, None, None);
         self.skipped = (self.skipped.0 + self.skipped.1, 0);
         self.begin_anew();
         Ok(())

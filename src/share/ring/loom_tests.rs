@@ -124,3 +124,21 @@ fn loom_who_has_just_taken_a_frame_keeps_it() {
         assert!(matches!(other.join().unwrap(), None | Some(Ok(_))));
     });
 }
+
+#[test]
+fn loom_a_fenced_frame_is_found_or_rung_for() {
+    loom::model(|| {
+        let area = Arc::new(Area::new());
+        let mut server = Server::new(Arc::clone(&area), 1);
+        server.publish(|_| [7; WORDS], ()).unwrap();
+        let other = thread::spawn(move || {
+            let mut consumer = Consumer::new(Arc::clone(&area));
+            let taken = consumer.take().unwrap();
+            area.release_fenced(taken.position).unwrap()
+        });
+        let asleep = server.sleep().unwrap();
+        let found = server.has_fenced();
+        let rung = other.join().unwrap();
+        assert!(!asleep || found || rung, "the server sleeps, and nobody rings");
+    });
+}

@@ -113,6 +113,43 @@ fn from_who_is_broken_everything_is_taken_back() {
     assert_eq!((server.leases().count(), consumer.take()), (0, None));
 }
 
+/// What is given back behind a fence is the consumer's until the server finds that the fence has signalled, or takes it back.
+#[test]
+fn what_is_given_back_behind_a_fence_is_held_until_it_is_given_up() {
+    let (mut server, mut consumer, area) = ends(2);
+    let looked_at = |server: &mut Server<Rc<Area>, u64>, keep: bool| {
+        let mut seen = Vec::new();
+        server.fenced_without(|_| false).into_iter().for_each(|position| {
+            seen.push((position, *server.lease_mut(position).unwrap()));
+        });
+        server.keep_fenced(|_| keep);
+        seen
+    };
+    for number in 1..=2 {
+        server.publish(|_| words(number), number).unwrap();
+    }
+    let (first, second) = (consumer.take().unwrap(), consumer.take().unwrap());
+    assert_eq!((server.sleep(), server.has_fenced()), (Ok(true), false));
+    assert_eq!(area.release_fenced(first.position), Ok(true), "the bell is to be rung");
+    assert_eq!(area.release_fenced(first.position), Err(Revoked), "once is enough");
+    assert!(!consumer.holds(first.position) && server.has_taken(|&number| number == 1));
+    assert_eq!((server.sleep(), server.sleep()), (Ok(false), Ok(true)), "one has come; then none");
+    assert_eq!((server.has_fenced(), server.collect()), (true, Ok(2)));
+    assert_eq!(server.publish(|_| words(3), 3).unwrap().skipped, 1, "it counts");
+    assert_eq!((looked_at(&mut server, true), looked_at(&mut server, false)), (vec![(1, 1)], vec![(1, 1)]));
+    assert_eq!((looked_at(&mut server, true), server.collect(), server.has_fenced()), (vec![], Ok(1), false));
+    assert!(!server.is_out(first.position) && server.is_out(second.position));
+    // It is taken back as any other, and what comes in its place is another.
+    assert_eq!(area.release_fenced(second.position), Ok(true));
+    assert_eq!(server.skip_untaken(), Ok(0));
+    assert_eq!(server.take_back(|&number| number == 2), Ok(TakenBack { revoked: 1, skipped: 0 }));
+    for number in 3..40 {
+        server.publish(|_| words(number), number).unwrap();
+        assert!(looked_at(&mut server, false).is_empty(), "{number}");
+    }
+    assert_eq!((server.skip_untaken(), server.collect()), (Ok(2), Ok(0)));
+}
+
 #[test]
 fn the_words_are_told_what_was_skipped() {
     let (mut server, mut consumer, _area) = ends(1);
@@ -187,7 +224,7 @@ proptest! {
     /// the area does not say so.
     #[test]
     fn a_consumer_that_writes_anything(
-        steps in prop::collection::vec((0u8..6, 0usize..ENTRIES, prop_oneof![any::<u64>(), 0u64..400]), 1..200)
+        steps in prop::collection::vec((0u8..9, 0usize..ENTRIES, prop_oneof![any::<u64>(), 0u64..400]), 1..200)
     ) {
         let (mut server, mut consumer, area) = ends(3);
         let mut number = 0;
@@ -200,6 +237,12 @@ proptest! {
                 2 => server.take_back(|&number| number % 2 == value % 2).map(drop),
                 3 => { consumer.take(); Ok(()) }
                 4 => { let _ = consumer.release(value); Ok(()) }
+                5 => { let _ = area.release_fenced(value); Ok(()) }
+                6 => {
+                    server.keep_fenced(|&number| number % 2 == value % 2);
+                    Ok(())
+                }
+                7 => server.skip_untaken().map(drop),
                 _ => {
                     match place {
                         0 => area.head.0.store(value, Ordering::Relaxed),

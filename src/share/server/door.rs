@@ -5,7 +5,7 @@ use std::time::Duration;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 
 use super::{LISTENER, MAX_CONSUMERS, Server, micros};
-use crate::share::consumer::Consumer;
+use crate::share::consumer::{Consumer, Lost};
 use crate::share::socket::{Peer, Received, Socket};
 use crate::share::wire::{Message, Reason};
 
@@ -103,13 +103,9 @@ impl Server {
             }
             return;
         }
-        let Some(consumer) = self.consumers.iter().find(|consumer| consumer.token == token) else { return };
-        match consumer.socket().receive() {
-            Ok(Received::Nothing) => {}
-            Ok(Received::Closed) => self.lose(token, "it hung up", false),
-            Ok(Received::Message(Message::End { .. }, _)) => self.lose(token, "it has ended", false),
-            Ok(Received::Message(..)) => self.lose(token, "it sent a message that is a server's", true),
-            Err(rejected) => self.lose(token, &rejected.to_string(), true),
+        let Some(consumer) = self.consumers.iter_mut().find(|consumer| consumer.token == token) else { return };
+        if let Err(lost) = consumer.hear() {
+            self.lose(token, lost);
         }
     }
 
@@ -131,7 +127,7 @@ impl Server {
         };
         self.consumers.push(consumer);
         if let Err(error) = greeted {
-            self.lose(token, &format!("it could not be told of the buffers: {error}"), false);
+            self.lose(token, Lost::left(&format!("it could not be told of the buffers: {error}")));
         }
     }
 }

@@ -35,8 +35,22 @@ impl Server {
         kept.min(within).saturating_add(Slots::least(buffers) as u64) > buffers as u64
     }
 
+    /// Takes what consumers have given back.
+    fn collect(&mut self) {
+        let mut lost = Vec::new();
+        for consumer in &mut self.consumers {
+            if let Err(why) = consumer.collect() {
+                lost.push((consumer.token, why));
+            }
+        }
+        self.lose_all(lost);
+    }
+
     /// If the source has too few buffers to fill: takes a frame back that nobody has taken, else the oldest whose lease has run out. If
     /// there is none, consumers ring when they release one; tells when the next lease runs out.
+    ///
+    /// Frames that a consumer has given back behind a fence count as its own still: a fence that has not signalled when the lease has run
+    /// out is not waited for any more.
     pub(super) fn relieve(&mut self, now: u64) -> Option<u64> {
         // Mostly there is nothing to do, which is to cost next to nothing.
         if self.is_short() { self.relieve_now(now) } else { None }
@@ -45,6 +59,7 @@ impl Server {
     #[cold]
     fn relieve_now(&mut self, now: u64) -> Option<u64> {
         for _ in 0..TRIES {
+            self.collect();
             if !self.is_short() {
                 return None;
             }
@@ -67,27 +82,27 @@ impl Server {
             };
             let idle = frames.iter().find(|&&(number, _)| untaken(number));
             let overdue = frames.iter().find(|&&(_, since)| now.saturating_sub(since) >= lease);
-            let mut broken = Vec::new();
+            let mut lost = Vec::new();
             if let Some(&(number, _)) = idle.or(overdue) {
                 // Of an idle one no lease ends: who takes it meanwhile keeps it, and the next is tried.
                 let taken_too = idle.is_none();
                 for consumer in &mut self.consumers {
-                    if let Err(why) = consumer.take_back(|held| held.number == number, taken_too) {
-                        broken.push((consumer.token, why.to_string()));
+                    if let Err(broken) = consumer.take_back(|held| held.number == number, taken_too) {
+                        lost.push((consumer.token, broken.into()));
                     }
                 }
-                self.lose_broken(broken);
+                self.lose_all(lost);
                 continue;
             }
             let mut released = false;
             for consumer in &mut self.consumers {
                 match consumer.ring.sleep() {
                     Ok(asleep) => released |= !asleep,
-                    Err(why) => broken.push((consumer.token, why.to_string())),
+                    Err(broken) => lost.push((consumer.token, broken.into())),
                 }
             }
-            released |= !broken.is_empty();
-            self.lose_broken(broken);
+            released |= !lost.is_empty();
+            self.lose_all(lost);
             if !released {
                 return frames.first().map(|&(_, since)| since.saturating_add(lease));
             }
