@@ -431,7 +431,9 @@ impl Sink for Server {
                 broken.push((consumer.token, why.to_string()));
             }
         }
-        self.lose_broken(broken);
+        if !broken.is_empty() {
+            self.lose_broken(broken);
+        }
         self.slots = Some(SourceSlots(frame.lease().slots_arc()));
         drop(frame);
         match now.saturating_sub(self.looked_us) >= micros(LOOK) {
