@@ -39,7 +39,10 @@ fn a_program_in_c_speaks_the_protocol() {
     };
     let (said, expected) = (run("40"), expected(400));
     assert!(said.contains("welcome: 2 frames at a time, of pattern\n"), "{said}");
-    assert!(said.contains("8 buffers of 64x48, XR24\n") && said.contains("writable no\n"), "{said}");
+    assert!(
+        said.contains("8 buffers of 64x48, XR24, each frame for 120000 us\n") && said.contains("writable no\n"),
+        "{said}"
+    );
     let mut compared = 0;
     for line in said.lines().filter_map(|line| line.strip_prefix("frame ")) {
         let (sequence, sum) = line.split_once(' ').unwrap();

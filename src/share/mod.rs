@@ -31,6 +31,9 @@ mod bell;
 mod consumer;
 #[cfg(not(loom))]
 mod entry;
+#[cfg(test)]
+#[cfg(not(loom))]
+mod fuzz;
 #[cfg(not(loom))]
 mod fences;
 #[cfg(not(loom))]

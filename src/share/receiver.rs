@@ -152,6 +152,14 @@ impl Receiver {
     fn wishing(place: &str, name: &str, writable: bool) -> Result<Receiver> {
         let hello = Hello { place: Place::parse(place), name: name.to_owned(), writable };
         let server = join(&hello)?;
+        Receiver::of(hello, server)
+    }
+
+    /// Of a server that was joined.
+    ///
+    /// # Errors
+    /// What `epoll_create1`, `epoll_ctl` and `eventfd2` say.
+    pub(super) fn of(hello: Hello, server: Joined) -> Result<Receiver> {
         let name = hello.place.to_string();
         let about = || name.clone();
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("wait for", about)?;
