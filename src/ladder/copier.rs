@@ -306,6 +306,10 @@ impl Check {
                 false => alike(&self.from, &from, &self.to, &to),
             };
         }
+        if frame.check().is_err() {
+            // Taken back by who shares it since it was copied: what the copy was compared with may be another picture.
+            return Ok(());
+        }
         self.verdict.checked += 1;
         if !right {
             self.verdict.wrong += 1;

@@ -15,7 +15,7 @@ use crate::clock::now_us;
 use crate::endpoint::{ImportCache, JoinError, Refusal, Rung, Shown, Sink, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::format::{Format, Layout, Modifier};
-use crate::frame::{Buffer, Frame, FrameMeta, Room};
+use crate::frame::{Buffer, Frame, FrameMeta, MAX_SLOTS, Room};
 
 /// Rows such as any GPU known takes, in bytes.
 const STRIDE: u32 = 256;
@@ -37,6 +37,8 @@ pub struct Checksum {
 ///
 /// Each plane is read as it lies (views or images of single planes, no colour conversion), so that the checksum can be predicted exactly
 /// from the captured bytes. A frame costs one submission and one wait; nothing is allocated or imported, and no descriptor is touched.
+///
+/// A frame that who shares it takes back while the GPU reads it counts as dropped.
 #[derive(Debug)]
 pub struct Vulkan {
     gpu: Gpu,
@@ -49,6 +51,8 @@ pub struct Vulkan {
     verifier: Option<Verifier>,
     /// A submission that never ended still has the fence.
     failed: bool,
+    /// Frames that were taken back while they were read.
+    dropped: u64,
     /// Where the validation layer watches.
     messages: Option<Messages>,
 }
@@ -57,7 +61,8 @@ pub struct Vulkan {
 #[derive(Debug, Default)]
 struct Verifier {
     scratch: Vec<u8>,
-    /// For each slot the frame captured into it last: sequence number, place among all captured, checksum.
+    /// For each slot, of which a source may have more than buffers, the frame captured into it last: sequence number, place among all
+    /// captured, checksum.
     expected: Vec<Option<(u32, u64, u32)>>,
     verdict: Verdict,
 }
@@ -85,6 +90,7 @@ impl Vulkan {
             newest: VecDeque::with_capacity(KEPT),
             verifier,
             failed: false,
+            dropped: 0,
             messages,
         })
     }
@@ -139,7 +145,7 @@ impl Sink for Vulkan {
         }
         if let Some(verifier) = &mut self.verifier {
             verifier.expected.clear();
-            verifier.expected.resize(buffers.len(), None);
+            verifier.expected.resize(MAX_SLOTS as usize, None);
             // The longest row is the first plane's; reserved now, for a flow without allocations.
             let format = layout.format();
             let longest = (0..format.planes()).map(|plane| format.row_bytes(plane, layout.width())).max();
@@ -193,6 +199,11 @@ impl Sink for Vulkan {
             }
         };
         let at_us = now_us();
+        if frame.check().is_err() {
+            // Who shares it has taken it back meanwhile: what was read may be of two pictures.
+            self.dropped += 1;
+            return Ok(None);
+        }
         if self.newest.len() == KEPT {
             self.newest.pop_front();
         }
@@ -202,6 +213,10 @@ impl Sink for Vulkan {
         }
         self.check_messages()?;
         Ok(Some(Shown { meta: *frame.meta(), at_us }))
+    }
+
+    fn dropped(&self) -> u64 {
+        self.dropped
     }
 
     fn imports(&self) -> u64 {
