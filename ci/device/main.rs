@@ -53,6 +53,9 @@ mod probe;
 mod process;
 mod screen;
 mod share;
+mod share_many;
+mod share_memory;
+mod shared;
 mod signals;
 mod sinks;
 mod snap;
@@ -85,6 +88,8 @@ fn main() -> std::process::ExitCode {
         commands::TESTS,
         sinks::TESTS,
         share::TESTS,
+        share_many::TESTS,
+        share_memory::TESTS,
         outputs::TESTS,
         snap::TESTS,
         bufs::TESTS,
