@@ -256,9 +256,9 @@ fn chaos(at: &str, rounds: u32) -> Result<Chaos> {
     let program = std::path::PathBuf::from(dmaflow("").get_program());
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
     // So slow that an emulated processor has time for six processes.
-    let source = "--from vivid --format XR24 --fps 15".to_owned();
+    let source = "--from vivid --format XR24 --size 320x180 --fps 15".to_owned();
     let rounds = if long() { 200 } else { rounds };
-    Ok(Chaos { program, source, at: format!("/tmp/{at}.sock"), rounds, seed: now.as_nanos() as u64 | 1 })
+    Ok(Chaos { program, source, at: format!("/tmp/{at}.sock"), rounds, late: 1, seed: now.as_nanos() as u64 | 1 })
 }
 
 /// Consumers that are killed, stopped, or write nonsense hurt nobody else.
