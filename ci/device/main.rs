@@ -54,6 +54,9 @@ mod process;
 mod screen;
 mod share;
 mod share_fences;
+mod share_many;
+mod share_memory;
+mod shared;
 mod signals;
 mod sinks;
 mod snap;
@@ -87,6 +90,8 @@ fn main() -> std::process::ExitCode {
         sinks::TESTS,
         share::TESTS,
         share_fences::TESTS,
+        share_many::TESTS,
+        share_memory::TESTS,
         outputs::TESTS,
         snap::TESTS,
         bufs::TESTS,

@@ -29,6 +29,8 @@ pub struct Chaos {
     /// Where.
     pub at: String,
     pub rounds: u32,
+    /// Of a hundred frames so many may be lost: by a source that keeps time by the clock and comes too late itself where the host stalls.
+    pub late: u64,
     /// Of the random numbers.
     pub seed: u64,
 }
@@ -118,8 +120,8 @@ impl Chaos {
     /// Consumers are killed, stopped for as long as two seconds, and write random bytes into ring and socket.
     ///
     /// # Errors
-    /// What did not hold: the camera dropped none; who watches missed no more in a row than a lease; the server has as many descriptors and
-    /// as much memory as before.
+    /// What did not hold: the camera dropped none, or as few as it may; who watches missed no more in a row than a lease; the server has
+    /// as many descriptors and as much memory as before.
     pub fn of_consumers(&self) -> Result<String> {
         let random = &mut Random(self.seed);
         let server = self.serve()?;
@@ -169,13 +171,15 @@ impl Chaos {
         let alone = self::fds(pid)?;
         let report = self.end(server)?;
         drop(last);
+        let count = |what: &str| report["frames"][what].as_u64().context("frames");
+        let (captured, lost) = (count("captured")?, count("dropped_by_camera")?);
         let text = format!(
-            "{} rounds (seed {}): {} frames, the watcher skipped {skipped}, {longest} in a row at most; memory {memory_before} KiB, \
-             then {memory_after}; {fds} descriptors",
-            self.rounds, self.seed, report["frames"]["captured"]
+            "{} rounds (seed {}): {captured} frames, {lost} lost by the source, the watcher skipped {skipped}, {longest} in a row at most; \
+             memory {memory_before} KiB, then {memory_after}; {fds} descriptors",
+            self.rounds, self.seed
         );
         let gone = report["gone"].as_array().context("who has gone")?;
-        ensure!(report["frames"]["dropped_by_camera"] == 0 && report["bytes_copied"] == 0, "{text}: {report}");
+        ensure!(lost * 100 <= captured * self.late && report["bytes_copied"] == 0, "{text}: {report}");
         ensure!(gone.iter().any(|gone| gone["disconnected"] == true), "{text}: nobody was disconnected: {report}");
         // The lease is three frame times.
         ensure!(longest <= 3, "{text}: {report}");

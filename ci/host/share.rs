@@ -433,6 +433,7 @@ fn chaos(test: &str, rounds: u32) -> chaos::Chaos {
         source: "--from pattern --size 64x48 --fps 20".into(),
         at: socket_at(test),
         rounds,
+        late: 0,
         seed,
     }
 }

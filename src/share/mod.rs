@@ -31,11 +31,11 @@ mod bell;
 mod consumer;
 #[cfg(not(loom))]
 mod entry;
+#[cfg(not(loom))]
+mod fences;
 #[cfg(test)]
 #[cfg(not(loom))]
 mod fuzz;
-#[cfg(not(loom))]
-mod fences;
 #[cfg(not(loom))]
 mod give;
 #[cfg(not(loom))]
