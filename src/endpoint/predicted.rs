@@ -61,11 +61,6 @@ impl Predicted {
         Ok(())
     }
 
-    /// Of frames of before; the verdict stays.
-    pub(crate) fn forget(&mut self) {
-        self.frames = [None; MAX_SLOTS as usize];
-    }
-
     pub(crate) fn verdict(&self) -> Verdict {
         self.verdict
     }
@@ -116,9 +111,6 @@ mod tests {
         assert_eq!(predicted.verdict(), Verdict { checked: 3, wrong: 1, first_wrong: Some((1, 31)) });
         let other = frame(&slots, 1, 1);
         assert_eq!(predicted.compare(&other, 7).unwrap_err().kind(), Kind::Invalid, "nothing was predicted");
-        predicted.expect(&other, 3, 7).unwrap();
-        predicted.forget();
-        assert_eq!(predicted.compare(&other, 7).unwrap_err().kind(), Kind::Invalid, "it was forgotten");
     }
 
     #[test]

@@ -137,7 +137,6 @@ impl Sink for Vulkan {
             self.cache.get(&mut self.sampler, buffer)?;
         }
         if let Some(verifier) = &mut self.verifier {
-            verifier.predicted.forget();
             // The longest row is the first plane's; reserved now, for a flow without allocations.
             let format = layout.format();
             let longest = (0..format.planes()).map(|plane| format.row_bytes(plane, layout.width())).max();
