@@ -1,6 +1,5 @@
 //! How a consumer comes to its server, the first time and again: connects, says hello, and gets a ring and buffers. Nothing here waits.
 
-use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
@@ -8,7 +7,7 @@ use nix::libc;
 
 use super::area::SharedArea;
 use super::bell::Bell;
-use super::incoming::{Generation, learn, nonsense};
+use super::incoming::{Coming, Generation, learn, nonsense};
 use super::socket::{Place, Received, Socket};
 use super::wire::{Message, Reason, Welcome};
 use crate::clock::now_us;
@@ -37,7 +36,7 @@ pub(super) struct Joined {
     pub welcome: Welcome,
     pub generation: Generation,
     /// Announced, the oldest first.
-    pub coming: VecDeque<Generation>,
+    pub coming: Coming,
 }
 
 /// On the way there.
@@ -47,7 +46,7 @@ pub(super) struct Joining {
     socket: Socket,
     until_us: u64,
     welcome: Option<Welcomed>,
-    coming: VecDeque<Generation>,
+    coming: Coming,
 }
 
 #[derive(Debug)]
@@ -83,7 +82,7 @@ impl Joining {
         // One that refuses has hung up by now perhaps, and said why.
         let _ = socket.send(&Message::Hello { writable: *writable, name: name.clone() }, &[]);
         let until_us = now_us() + ANSWER.as_micros() as u64;
-        Ok(Joining { place: place.clone(), socket, until_us, welcome: None, coming: VecDeque::new() })
+        Ok(Joining { place: place.clone(), socket, until_us, welcome: None, coming: Coming::default() })
     }
 
     /// When the server will have taken too long, in µs of `CLOCK_MONOTONIC`.
@@ -94,14 +93,17 @@ impl Joining {
     /// Reads what the server has said, and tells whether that is all.
     ///
     /// # Errors
-    /// [`Kind::Permission`] if the server refuses; [`Kind::Disconnected`] if it hangs up, or its source has ended; [`Kind::Timeout`];
+    /// [`Kind::Permission`] if the server refuses; [`Kind::Busy`] if it has no place at the moment; [`Kind::Disconnected`] if it hangs up, or its source has ended; [`Kind::Timeout`];
     /// [`Kind::Invalid`] if it does not speak the protocol.
     pub(super) fn step(&mut self) -> Result<bool> {
         let about = |kind| Error::new(kind, "join", self.place.to_string());
         while !self.is_whole() {
-            let (message, fds) = match self.socket.receive() {
+            let (message, fds) = match self.socket.receive(true) {
                 Ok(Received::Message(Message::End { reason: Reason::Ended, .. }, _)) => {
                     return Err(about(Kind::Disconnected).because("its source has ended"));
+                }
+                Ok(Received::Message(Message::End { reason: Reason::Full, text }, _)) => {
+                    return Err(about(Kind::Busy).because(text).repair("end another of its consumers, or try again later"));
                 }
                 Ok(Received::Message(Message::End { text, .. }, _)) => {
                     return Err(about(Kind::Permission).because(format!("its server refuses: {text}")));

@@ -40,6 +40,12 @@ mod incoming;
 #[cfg(not(loom))]
 mod join;
 #[cfg(not(loom))]
+mod listener;
+#[cfg(not(loom))]
+mod lock;
+#[cfg(not(loom))]
+mod peer;
+#[cfg(not(loom))]
 mod receiver;
 #[cfg_attr(loom, allow(dead_code))]
 mod ring;

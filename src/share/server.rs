@@ -1,10 +1,12 @@
 //! `Server`: the sink that gives frames to other processes.
 
 mod door;
+mod request;
 mod shortage;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -15,8 +17,9 @@ use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFl
 use super::consumer::{Consumer, ConsumerInfo, Departure, Generation};
 use super::entry::Entry;
 use super::give::Gift;
-use super::ring::ENTRIES;
-use super::socket::{Listener, Place};
+use super::socket::Place;
+use super::listener::Listener;
+use super::peer::{Access, Peer};
 use super::wire::{Message, Reason, Shape, Welcome};
 use crate::clock::now_us;
 use crate::endpoint::{JoinError, Refusal, Rung, Shown, Sink};
@@ -24,12 +27,16 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::format::{Format, Layout};
 use crate::frame::{Buffer, Frame, MAX_SLOTS, SlotsArc};
 use door::Waiting;
+pub use request::ServerRequest;
+use request::{access, check, mode};
 
 /// The most consumers that a server has, and the most connections that have not said hello.
 pub const MAX_CONSUMERS: usize = 64;
 
 /// How long consumers wait at most until their sockets are looked at while frames come without a pause.
 const LOOK: Duration = Duration::from_millis(100);
+/// How long until a consumer is told the rest that could not be told all at once.
+const TELL_AGAIN: Duration = Duration::from_millis(10);
 /// The lease where the rate is not known.
 const LEASE: Duration = Duration::from_millis(100);
 /// Departures that are kept for reports.
@@ -38,44 +45,6 @@ const DEPARTURES: usize = 64;
 /// Names in the list of descriptors. A connection has an even number for its socket, and the next for its bell.
 const LISTENER: u64 = 0;
 const TIMER: u64 = 1;
-
-/// How a [`Server`] shares.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct ServerRequest {
-    /// Frames that a consumer may have at a time, from 1 to 15. A display that shows every frame needs three (on screen, on its way, the
-    /// next), vkms four; a program that looks at one after the other, two.
-    pub budget: u32,
-    /// How long a consumer may keep a frame at least; counted from when it was published. `None` for three frame times (100 ms where the
-    /// rate is not known).
-    pub lease: Option<Duration>,
-    /// The mode of the socket's file. `None` for 0600, or 0666 where other users or groups are allowed: each connection is looked at
-    /// in any case.
-    pub mode: Option<u32>,
-    /// The group of the socket's file; `None` for the process's own.
-    pub group: Option<u32>,
-    /// Users that may connect, besides the server's own.
-    pub allow_uids: Vec<u32>,
-    /// Consumers can write into the buffers, as some importers must be able to (Mesa's lavapipe maps what it imports for writing).
-    /// Otherwise they can read, and what they write into a [view](crate::frame::CowView) nobody else sees.
-    pub writable: bool,
-    /// Groups whose processes may connect: the process's own group, not those that it is in besides (`SO_PEERCRED`).
-    pub allow_gids: Vec<u32>,
-}
-
-impl Default for ServerRequest {
-    /// Two frames, three frame times, for reading, this user alone.
-    fn default() -> ServerRequest {
-        ServerRequest {
-            budget: 2,
-            lease: None,
-            mode: None,
-            group: None,
-            writable: false,
-            allow_uids: Vec::new(),
-            allow_gids: Vec::new(),
-        }
-    }
-}
 
 /// A [`Sink`] that gives each frame to any number of other processes, which use a [`Receiver`](super::Receiver) as if it were the source.
 ///
@@ -87,6 +56,9 @@ impl Default for ServerRequest {
 /// time of its lease; after that the frame is taken back when the source has no buffer left to fill, and the consumer is told so when it
 /// [asks](super::Receiver::holds). Before that, frames are taken back that nobody has taken. A consumer that writes nonsense into its ring
 /// or its socket is disconnected. Nothing here waits for a consumer.
+///
+/// One user that is not the server's own may have 16 connections, and all such users together 48. A consumer that does not read what it is
+/// told of new buffers is disconnected after three seconds if it is in the way.
 ///
 /// Consumers can read the buffers that they get and not write to them, unless the [request](ServerRequest) says otherwise: so what is
 /// shared must be such that this can be had. A camera's own buffers are, once it was told to
@@ -105,11 +77,16 @@ pub struct Server {
     source: String,
     watchdog: Option<Duration>,
     rate: Option<f64>,
-    generation: Option<Generation>,
+    access: Access,
+    generation: Option<Arc<Generation>>,
     generations: u32,
     waiting: Vec<Waiting>,
-    consumers: Vec<Consumer>,
+    pub(super) consumers: Vec<Consumer>,
     departures: VecDeque<Departure>,
+    /// The number of departures so far.
+    departed: u64,
+    /// When somebody was noted last that had not said hello.
+    stranger_us: Option<u64>,
     /// The number of connections so far.
     connections: u64,
     /// The number of frames so far.
@@ -134,15 +111,6 @@ impl std::fmt::Debug for SourceSlots {
     }
 }
 
-fn check(request: &ServerRequest) -> Result<()> {
-    let most = ENTRIES as u32 - 1;
-    if (1..=most).contains(&request.budget) {
-        return Ok(());
-    }
-    let error = Error::new(Kind::Invalid, "share", "a source");
-    Err(error.because(format!("a consumer can have 1 to {most} frames, not {}", request.budget)))
-}
-
 fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX / 2)
 }
@@ -152,13 +120,20 @@ impl Server {
     /// it goes with this server.
     ///
     /// # Errors
-    /// [`Kind::Busy`] if another server listens there; [`Kind::Invalid`] for a budget out of range; what the system says.
+    /// [`Kind::Busy`] if another server listens there; [`Kind::Invalid`] for a budget out of range, and for mode or group of a name without a
+    /// file; what the system says.
     pub fn bind(place: &str, request: ServerRequest) -> Result<Server> {
         let place = Place::parse(place);
-        let others = !request.allow_uids.is_empty() || !request.allow_gids.is_empty();
-        let mode = request.mode.unwrap_or(if others { 0o666 } else { 0o600 });
         check(&request)?;
-        Server::over(Listener::bind(&place, mode, request.group)?, &place, request)
+        let file = request.mode.is_some() || request.group.is_some();
+        if file && matches!(place, Place::Abstract(_)) {
+            let error = Error::new(Kind::Invalid, "listen at", place.to_string());
+            return Err(error
+                .because("mode and group are a file's, and a name without a file has none")
+                .repair("say which users and groups may connect (--allow-uid, --allow-gid), or give a path"));
+        }
+        let listener = Listener::bind(&place, mode(&request), request.group)?;
+        Server::over(listener, &place, request)
     }
 
     /// The same at a socket that listens already, as a service manager passes it (sd_listen_fds(3)): of type `SOCK_SEQPACKET`, with a
@@ -183,6 +158,7 @@ impl Server {
         epoll.add(timer.as_fd(), input(TIMER)).context("wait for", about)?;
         Ok(Server {
             name,
+            access: access(&request, listener.group()),
             listener,
             epoll,
             timer,
@@ -195,6 +171,8 @@ impl Server {
             waiting: Vec::new(),
             consumers: Vec::new(),
             departures: VecDeque::new(),
+            departed: 0,
+            stranger_us: None,
             connections: 0,
             number: 0,
             slots: None,
@@ -219,6 +197,11 @@ impl Server {
     /// Who was served, and why no longer: the last 64, oldest first.
     pub fn departures(&self) -> impl Iterator<Item = &Departure> {
         self.departures.iter()
+    }
+
+    /// How many have gone so far, also those that [`departures`](Server::departures) has no more. One load.
+    pub fn departed(&self) -> u64 {
+        self.departed
     }
 
     /// How long a consumer may keep a frame at least.
@@ -260,6 +243,10 @@ impl Server {
 
     /// Gives up all that a consumer has, and forgets it.
     fn lose(&mut self, token: u64, why: &str, at_fault: bool) {
+        self.part_with(token, why, at_fault, false);
+    }
+
+    fn part_with(&mut self, token: u64, why: &str, at_fault: bool, left: bool) {
         let Some(index) = self.consumers.iter().position(|consumer| consumer.token == token) else { return };
         let mut consumer = self.consumers.swap_remove(index);
         let info = consumer.info();
@@ -270,11 +257,15 @@ impl Server {
         }
         // The consumer has it open too, so it would stay in the list.
         let _ = self.epoll.delete(&consumer.server_bell);
+        self.note(Departure { consumer: info, why: why.to_owned(), at_fault, left });
+    }
+
+    fn note(&mut self, departure: Departure) {
         if self.departures.len() >= DEPARTURES {
             self.departures.pop_front();
         }
-        self.departures
-            .push_back(Departure { consumer: info, why: why.to_owned(), at_fault });
+        self.departures.push_back(departure);
+        self.departed += 1;
     }
 
     fn lose_broken(&mut self, broken: Vec<(u64, String)>) {
@@ -290,9 +281,10 @@ impl Server {
             self.paused_until_us = None;
             self.listen(true);
         }
+        let untold = self.tell_again(now);
         let short = self.relieve(now);
         let waiting = self.waiting.iter().map(|waiting| waiting.until_us).min();
-        let next = [short, waiting, self.paused_until_us].into_iter().flatten().min();
+        let next = [short, waiting, untold, self.paused_until_us].into_iter().flatten().min();
         if next == self.armed_us {
             return Ok(());
         }
@@ -385,7 +377,7 @@ impl Sink for Server {
         self.generations = self.generations.wrapping_add(1);
         let shape = Shape { generation: self.generations, buffers: count, layout: *layout, lens };
         self.rate = rate;
-        let generation = Generation { shape, gifts };
+        let generation = Arc::new(Generation { shape, gifts });
         let welcome = self.welcome();
         let mut lost = Vec::new();
         for consumer in &mut self.consumers {
@@ -398,6 +390,8 @@ impl Sink for Server {
         for (token, why) in lost {
             self.lose(token, &why, false);
         }
+        // What could not be told now is a matter of time.
+        self.tend(now_us()).map_err(JoinError::Failed)?;
         Ok(Rung::Exported)
     }
 

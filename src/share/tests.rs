@@ -1,3 +1,5 @@
+mod guard;
+
 use std::os::fd::AsFd;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -290,13 +292,13 @@ fn raw(server: &mut Server, test: &str) -> (Socket, Vec<std::os::fd::OwnedFd>) {
         .unwrap();
     server.dispatch().unwrap();
     server.dispatch().unwrap();
-    let Received::Message(Message::Welcome(_), fds) = socket.receive().unwrap() else { unreachable!() };
+    let Received::Message(Message::Welcome(_), fds) = socket.receive(true).unwrap() else { unreachable!() };
     (socket, fds)
 }
 
 fn last_words(socket: &Socket) -> Option<(Reason, String)> {
     loop {
-        match socket.receive().unwrap() {
+        match socket.receive(true).unwrap() {
             Received::Message(Message::End { reason, text }, _) => return Some((reason, text)),
             Received::Message(..) => {}
             Received::Nothing | Received::Closed => return None,
@@ -350,7 +352,7 @@ fn connections_without_a_hello_end_and_are_not_too_many() {
     }
     let late = Socket::connect(&place).unwrap();
     server.dispatch().unwrap();
-    assert_eq!(last_words(&late).unwrap().0, Reason::Refused);
+    assert_eq!(last_words(&late).unwrap().0, Reason::Full);
     // Nonsense ends it at once.
     nix::sys::socket::send(
         std::os::fd::AsRawFd::as_raw_fd(&sockets[0].as_fd()),
@@ -359,8 +361,8 @@ fn connections_without_a_hello_end_and_are_not_too_many() {
     )
     .unwrap();
     server.dispatch().unwrap();
-    assert!(matches!(sockets[0].receive().unwrap(), Received::Closed));
-    assert!(matches!(sockets[1].receive().unwrap(), Received::Nothing));
+    assert!(matches!(sockets[0].receive(true).unwrap(), Received::Closed));
+    assert!(matches!(sockets[1].receive(true).unwrap(), Received::Nothing));
     let mut fds = [nix::poll::PollFd::new(sockets[1].as_fd(), nix::poll::PollFlags::POLLIN)];
     let end = Instant::now() + Duration::from_secs(20);
     while nix::poll::poll(&mut fds, 50u16).unwrap() == 0 {
@@ -370,7 +372,7 @@ fn connections_without_a_hello_end_and_are_not_too_many() {
     assert!(
         sockets
             .iter()
-            .all(|socket| matches!(socket.receive().unwrap(), Received::Closed))
+            .all(|socket| matches!(socket.receive(true).unwrap(), Received::Closed))
     );
     drop(sockets);
     let before = open();
@@ -387,7 +389,7 @@ fn connections_without_a_hello_end_and_are_not_too_many() {
 fn a_server_that_lies_is_refused() {
     use nix::sys::memfd::{MFdFlags, memfd_create};
     let place = Place::parse(&name("liar"));
-    let listener = super::socket::Listener::bind(&place, 0o600, None).unwrap();
+    let listener = super::listener::Listener::bind(&place, 0o600, None).unwrap();
     let connecting = thread::spawn(|| Receiver::connect(&name("liar"), "tester"));
     let (socket, _) = loop {
         if let Some(connection) = listener.accept().unwrap() {

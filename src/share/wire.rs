@@ -9,7 +9,8 @@
 //!  6  2  kind
 //! ```
 //!
-//! and goes on by its kind. Texts are UTF-8 without a zero byte, after a 2-byte length of at most 256.
+//! and goes on by its kind. The head, and the message `end`, are the same in every version: whoever hears another version says so by an end, and
+//! hangs up. Texts are UTF-8 without a zero byte, after a 2-byte length of at most 256.
 //!
 //! | kind | from, fds | fields after the head |
 //! |---|---|---|
@@ -24,7 +25,7 @@
 //! know reads the socket first. The buffers of generations before are gone when it has released their last frame.
 //!
 //! Encodings: 0 BT.601, 1 BT.709, 2 BT.2020. Ranges: 0 limited, 1 full. Reasons: 0 the source has ended, 1 the source has failed, 2
-//! refused, 3 the other side has broken the protocol.
+//! refused, 3 the other side has broken the protocol, 4 there is no place at the moment.
 //!
 //! A buffer's descriptors are those of dma-bufs or of memfds that are sealed against shrinking, and are for reading alone unless the server
 //! says otherwise: map them privately, or shared for reading. A consumer that cannot do with that says so by its wish, and is refused.
@@ -41,6 +42,8 @@ pub(super) const MAX_MESSAGE: usize = 512;
 /// No message carries more fds.
 pub(super) const MAX_FDS: usize = MAX_PLANES;
 const MAX_TEXT: usize = 256;
+/// The kind of the message that is the same in every version.
+const END: u16 = 5;
 const MAGIC: [u8; 4] = *b"dmaf";
 const INVALID_MODIFIER: u64 = 0x00ff_ffff_ffff_ffff;
 
@@ -82,6 +85,7 @@ pub(super) enum Reason {
     Failed,
     Refused,
     Broken,
+    Full,
 }
 
 /// Bytes that are no message.
@@ -190,7 +194,7 @@ impl Message {
             Message::Welcome(_) => 2,
             Message::Format(_) => 3,
             Message::Buffer { .. } => 4,
-            Message::End { .. } => 5,
+            Message::End { .. } => END,
         }
     }
 
@@ -212,11 +216,11 @@ impl Message {
         if from.array()? != MAGIC {
             return Err(Malformed::Magic);
         }
-        match from.u16()? {
-            VERSION => {}
-            version => return Err(Malformed::Version(version)),
+        let (version, kind) = (from.u16()?, from.u16()?);
+        if version != VERSION && kind != END {
+            return Err(Malformed::Version(version));
         }
-        let message = match from.u16()? {
+        let message = match kind {
             1 => {
                 let wishes = from.u32()?;
                 if wishes > 1 {
@@ -239,8 +243,8 @@ impl Message {
                 }
                 Message::Buffer { generation, index, identity }
             }
-            5 => {
-                let reasons = [Reason::Ended, Reason::Failed, Reason::Refused, Reason::Broken];
+            END => {
+                let reasons = [Reason::Ended, Reason::Failed, Reason::Refused, Reason::Broken, Reason::Full];
                 let reason = reasons.get(usize::from(from.u16()?)).copied();
                 Message::End { reason: reason.ok_or(Malformed::Value("reason"))?, text: from.text()? }
             }
@@ -348,7 +352,7 @@ mod tests {
     }
 
     fn messages() -> impl Strategy<Value = Message> {
-        let reasons = vec![Reason::Ended, Reason::Failed, Reason::Refused, Reason::Broken];
+        let reasons = vec![Reason::Ended, Reason::Failed, Reason::Refused, Reason::Broken, Reason::Full];
         prop_oneof![
             (any::<bool>(), "[^\0]{0,60}").prop_map(|(writable, name)| Message::Hello { writable, name }),
             (any::<u32>(), any::<[u64; 3]>(), "[^\0]{0,60}").prop_map(
@@ -379,6 +383,19 @@ mod tests {
             b"\0\0\0\0\0\0\0\0\0\x01\0\0\0\x30\0\0\0\0\0\0",
         ];
         assert_eq!(shape.encode(), expected.concat());
+    }
+
+    #[test]
+    fn an_end_is_understood_in_every_version_and_nothing_else_is() {
+        let end = Message::End { reason: Reason::Refused, text: "version 2 is spoken here".into() };
+        let of_version = |message: &Message, version: u8| {
+            let mut bytes = message.encode();
+            bytes[4] = version;
+            Message::decode(&bytes)
+        };
+        assert_eq!(of_version(&end, 2), Ok(end));
+        let hello = Message::Hello { writable: false, name: "me".into() };
+        assert_eq!(of_version(&hello, 2), Err(Malformed::Version(2)));
     }
 
     #[test]
