@@ -123,7 +123,14 @@ fn for_reading() -> Result<Outcome> {
     server.signal(Signal::SIGINT)?;
     server.end()?.json(0)?;
     let server = with(" --writable")?;
-    drop(connect(at)?);
+    // Who does not ask for it cannot write there either.
+    let mut reader = connect(at)?;
+    let frame = next(&mut reader)?;
+    let dma_buf = frame.buffer().dma_buf(0).context("a dma-buf")?;
+    let refused = Mapping::new(dma_buf.as_fd(), dma_buf.len(), Access::ReadWrite).err();
+    let errno = refused.and_then(|error| error.errno());
+    ensure!(errno == Some(libc::EACCES), "a mapping for writing where others may write: {errno:?}");
+    drop((frame, reader));
     let mut receiver = Receiver::connect_writable(at, "writer")?;
     let frame = next(&mut receiver)?;
     let dma_buf = frame.buffer().dma_buf(0).context("a dma-buf")?;

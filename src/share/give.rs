@@ -196,7 +196,12 @@ mod tests {
     #[test]
     fn who_reads_gets_a_dma_buf_for_reading_also_where_others_write() {
         let file = |write: bool| -> OwnedFd {
-            std::fs::OpenOptions::new().read(true).write(write).open("/dev/zero").unwrap().into()
+            std::fs::OpenOptions::new()
+                .read(true)
+                .write(write)
+                .open("/dev/zero")
+                .unwrap()
+                .into()
         };
         let dma_buf = crate::dmabuf::DmaBuf::new(file(true)).unwrap();
         let memory = Memory::DmaBuf(dma_buf.clone());

@@ -13,7 +13,7 @@ use super::wire::{Message, Reason, Welcome};
 use crate::clock::now_us;
 use crate::error::{Error, Kind, Result};
 
-/// How long a server may take to answer.
+/// How long a server may take to answer, if nothing else is said.
 pub(super) const ANSWER: Duration = Duration::from_secs(5);
 
 /// How a consumer presents itself.
@@ -22,6 +22,14 @@ pub(super) struct Hello {
     pub place: Place,
     pub name: String,
     pub writable: bool,
+    /// How long the server may take to answer.
+    pub answer: Duration,
+}
+
+impl Hello {
+    pub(super) fn answer_us(&self) -> u64 {
+        u64::try_from(self.answer.as_micros()).unwrap_or(u64::MAX / 2)
+    }
 }
 
 /// What a consumer has once it is served.
@@ -44,6 +52,7 @@ pub(super) struct Joined {
 pub(super) struct Joining {
     place: Place,
     socket: Socket,
+    answer: Duration,
     until_us: u64,
     welcome: Option<Welcomed>,
     coming: Coming,
@@ -64,7 +73,7 @@ impl Joining {
     /// [`Kind::NotFound`] if nobody shares anything there; [`Kind::Busy`] if more connect at the moment than are let in;
     /// [`Kind::Permission`] if the socket's file says no.
     pub(super) fn begin(hello: &Hello) -> Result<Joining> {
-        let Hello { place, name, writable } = hello;
+        let Hello { place, name, writable, answer } = hello;
         let socket = Socket::connect(place).map_err(|cause| {
             let code = cause.raw_os_error();
             let error = Error::from_io("connect to", place.to_string(), cause);
@@ -81,8 +90,8 @@ impl Joining {
         })?;
         // One that refuses has hung up by now perhaps, and said why.
         let _ = socket.send(&Message::Hello { writable: *writable, name: name.clone() }, &[]);
-        let until_us = now_us() + ANSWER.as_micros() as u64;
-        Ok(Joining { place: place.clone(), socket, until_us, welcome: None, coming: Coming::default() })
+        let (answer, until_us) = (*answer, now_us().saturating_add(hello.answer_us()));
+        Ok(Joining { place: place.clone(), socket, answer, until_us, welcome: None, coming: Coming::default() })
     }
 
     /// When the server will have taken too long, in µs of `CLOCK_MONOTONIC`.
@@ -103,7 +112,9 @@ impl Joining {
                     return Err(about(Kind::Disconnected).because("its source has ended"));
                 }
                 Ok(Received::Message(Message::End { reason: Reason::Full, text }, _)) => {
-                    return Err(about(Kind::Busy).because(text).repair("end another of its consumers, or try again later"));
+                    return Err(about(Kind::Busy)
+                        .because(text)
+                        .repair("end another of its consumers, or try again later"));
                 }
                 Ok(Received::Message(Message::End { text, .. }, _)) => {
                     return Err(about(Kind::Permission).because(format!("its server refuses: {text}")));
@@ -114,7 +125,7 @@ impl Joining {
                 }
                 Ok(Received::Nothing) if now_us() < self.until_us => return Ok(false),
                 Ok(Received::Nothing) => {
-                    let why = format!("its server did not answer in {} s", ANSWER.as_secs());
+                    let why = format!("its server did not answer in {} s", self.answer.as_secs_f64());
                     return Err(about(Kind::Timeout).because(why));
                 }
                 Err(rejected) => return Err(nonsense(&self.place, &rejected.to_string())),

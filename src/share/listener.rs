@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
-use nix::sys::socket::{Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockname, getsockopt, listen, sockopt};
+use nix::sys::socket::{
+    Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockname, getsockopt, listen, sockopt,
+};
 use nix::sys::stat::{Mode, fchmod};
 use nix::unistd::{Gid, fchownat};
 

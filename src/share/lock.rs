@@ -44,7 +44,14 @@ fn open(path: &Path) -> io::Result<File> {
             other => return other,
         }
         let mut new = OpenOptions::new();
-        match new.read(true).write(true).create_new(true).mode(0o600).custom_flags(flags).open(path) {
+        match new
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .custom_flags(flags)
+            .open(path)
+        {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             other => return other,
         }
@@ -92,7 +99,7 @@ pub(super) fn is_held(socket: &Path) -> bool {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let Ok(file) = OpenOptions::new().read(true).custom_flags(flags).open(beside(socket)) else { return false };
     let mut lock = whole_file();
-    fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock)).is_ok() && i32::from(lock.l_type) != libc::F_UNLCK as i32
+    fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock)).is_ok() && i32::from(lock.l_type) != libc::F_UNLCK
 }
 
 #[cfg(test)]

@@ -37,9 +37,8 @@ fn groups(socket: impl AsFd) -> io::Result<Vec<u32>> {
     loop {
         let mut len = libc::socklen_t::try_from(size_of_val(groups.as_slice())).map_err(|_| Errno::EOVERFLOW)?;
         // SAFETY: `groups` is writable for `len` bytes, as many 32-bit numbers (gid_t); the kernel writes no more and says how many.
-        let got = unsafe {
-            libc::getsockopt(fd, libc::SOL_SOCKET, SO_PEERGROUPS, groups.as_mut_ptr().cast(), &mut len)
-        };
+        let got =
+            unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, SO_PEERGROUPS, groups.as_mut_ptr().cast(), &mut len) };
         let count = usize::try_from(len).unwrap_or(0) / size_of::<u32>();
         match Errno::result(got) {
             Ok(_) => {
@@ -87,7 +86,8 @@ mod tests {
         assert_eq!((peer.pid, peer.uid), (std::process::id(), nix::unistd::getuid().as_raw()));
         let mut groups: Vec<_> = nix::unistd::getgroups().unwrap().iter().map(|gid| gid.as_raw()).collect();
         let mut told = peer.groups;
-        (groups.sort_unstable(), told.sort_unstable());
+        groups.sort_unstable();
+        told.sort_unstable();
         assert_eq!(told, groups);
     }
 

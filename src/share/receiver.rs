@@ -43,7 +43,7 @@ fn edge(name: u64) -> EpollEvent {
 
 /// Joins a server, and waits for it.
 fn join(hello: &Hello) -> Result<Joined> {
-    let until = now_us() + ANSWER.as_micros() as u64;
+    let until = now_us().saturating_add(hello.answer_us());
     let mut joining = loop {
         match Joining::begin(hello) {
             // More want to connect at the moment than the server has let in.
@@ -115,10 +115,19 @@ impl Receiver {
     /// for five seconds at most.
     ///
     /// # Errors
-    /// [`Kind::NotFound`] if nobody shares anything there; [`Kind::Permission`] if the server refuses; [`Kind::Timeout`];
+    /// [`Kind::NotFound`] if nobody shares anything there; [`Kind::Permission`] if the server refuses; [`Kind::Busy`] if it has no place at
+    /// the moment; [`Kind::Timeout`];
     /// [`Kind::Invalid`] if it does not speak the protocol.
     pub fn connect(place: &str, name: &str) -> Result<Receiver> {
-        Receiver::wishing(place, name, false)
+        Receiver::wishing(place, name, false, ANSWER)
+    }
+
+    /// The same, waiting for `time` at most.
+    ///
+    /// # Errors
+    /// As [`Receiver::connect`].
+    pub fn connect_within(place: &str, name: &str, time: Duration) -> Result<Receiver> {
+        Receiver::wishing(place, name, false, time)
     }
 
     /// The same for one that must write into the buffers, which most servers do not allow.
@@ -126,11 +135,11 @@ impl Receiver {
     /// # Errors
     /// As [`Receiver::connect`]; [`Kind::Permission`] also where the buffers are shared for reading alone.
     pub fn connect_writable(place: &str, name: &str) -> Result<Receiver> {
-        Receiver::wishing(place, name, true)
+        Receiver::wishing(place, name, true, ANSWER)
     }
 
-    fn wishing(place: &str, name: &str, writable: bool) -> Result<Receiver> {
-        let hello = Hello { place: Place::parse(place), name: name.to_owned(), writable };
+    fn wishing(place: &str, name: &str, writable: bool, answer: Duration) -> Result<Receiver> {
+        let hello = Hello { place: Place::parse(place), name: name.to_owned(), writable, answer };
         let server = join(&hello)?;
         let name = hello.place.to_string();
         let about = || name.clone();

@@ -6,6 +6,7 @@ mod shortage;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,9 +18,10 @@ use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFl
 use super::consumer::{Consumer, ConsumerInfo, Departure, Generation};
 use super::entry::Entry;
 use super::give::Gift;
-use super::socket::Place;
 use super::listener::Listener;
+use super::lock::is_held;
 use super::peer::{Access, Peer};
+use super::socket::Place;
 use super::wire::{Message, Reason, Shape, Welcome};
 use crate::clock::now_us;
 use crate::endpoint::{JoinError, Refusal, Rung, Shown, Sink};
@@ -181,6 +183,12 @@ impl Server {
             looked_us: 0,
             ended: false,
         })
+    }
+
+    /// Whether a server lives that listens at this path: nobody connects to it for that, so that a socket behind which a service manager waits
+    /// starts nothing. Servers that are not of this library do not say so, nor do those at names without a file. Cost: two system calls.
+    pub fn lives_at(path: &Path) -> bool {
+        is_held(path)
     }
 
     /// What consumers are told of the source when they connect: its name, and the longest wait for a frame that is no failure (`None` if
@@ -382,13 +390,13 @@ impl Sink for Server {
         let mut lost = Vec::new();
         for consumer in &mut self.consumers {
             if let Err(error) = consumer.greet(&welcome, &generation) {
-                lost.push((consumer.token, format!("it could not be told of new buffers: {error}")));
+                lost.push((consumer.token, error));
             }
         }
         self.generation = Some(generation);
         self.slots = None;
         for (token, why) in lost {
-            self.lose(token, &why, false);
+            self.lose_untold(token, &why);
         }
         // What could not be told now is a matter of time.
         self.tend(now_us()).map_err(JoinError::Failed)?;

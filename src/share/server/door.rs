@@ -1,5 +1,6 @@
 //! Who comes in: connections, the hello, and what consumers say later.
 
+use std::io;
 use std::time::Duration;
 
 use nix::sys::epoll::{EpollEvent, EpollFlags};
@@ -49,7 +50,9 @@ fn has_too_many(uid: u32, others: impl Iterator<Item = u32>) -> Option<String> {
         return None;
     }
     let user = (of_user >= FOREIGN_USER).then(|| format!("user {uid} has {FOREIGN_USER} connections to it already"));
-    user.or_else(|| (of_all >= FOREIGN).then(|| format!("others than its own user have {FOREIGN} connections to it already")))
+    user.or_else(|| {
+        (of_all >= FOREIGN).then(|| format!("others than its own user have {FOREIGN} connections to it already"))
+    })
 }
 
 fn refuse(socket: &Socket, text: String) {
@@ -152,7 +155,10 @@ impl Server {
         let Waiting { peer, until_us, .. } = self.waiting.swap_remove(index);
         // The time when it came.
         let now = until_us.saturating_sub(micros(HELLO));
-        if self.stranger_us.is_some_and(|last| now.saturating_sub(last) < micros(STRANGERS)) {
+        if self
+            .stranger_us
+            .is_some_and(|last| now.saturating_sub(last) < micros(STRANGERS))
+        {
             return;
         }
         self.stranger_us = Some(now);
@@ -171,13 +177,13 @@ impl Server {
         let mut lost = Vec::new();
         for consumer in &mut self.consumers {
             if let Err(error) = consumer.tell(&welcome) {
-                lost.push((consumer.token, format!("it could not be told of the buffers: {error}")));
+                lost.push((consumer.token, error));
             } else if consumer.leaves_unread(now) {
-                lost.push((consumer.token, "it does not read what it is told".to_owned()));
+                lost.push((consumer.token, io::Error::other("it does not read what it is told")));
             }
         }
         for (token, why) in lost {
-            self.lose(token, &why, false);
+            self.lose_untold(token, &why);
         }
         if self.consumers.iter().any(Consumer::is_untold) {
             return Some(now + micros(TELL_AGAIN));
@@ -204,7 +210,17 @@ impl Server {
         };
         self.consumers.push(consumer);
         if let Err(error) = greeted {
-            self.lose(token, &format!("it could not be told of the buffers: {error}"), false);
+            self.lose_untold(token, &error);
+        }
+    }
+
+    /// Forgets one that could not be told of the buffers: most have just hung up.
+    pub(super) fn lose_untold(&mut self, token: u64, error: &io::Error) {
+        match error.kind() {
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
+                self.part_with(token, "it hung up", false, true)
+            }
+            _ => self.lose(token, &format!("it could not be told of the buffers: {error}"), false),
         }
     }
 }

@@ -85,7 +85,8 @@ mod tests {
     fn the_mode_and_the_group_let_those_connect_whom_the_file_does() {
         let of = |mode: Option<u32>, group: Option<u32>, uids: &[u32], gids: &[u32]| {
             let lists = (uids.to_vec(), gids.to_vec());
-            let request = ServerRequest { mode, group, allow_uids: lists.0, allow_gids: lists.1, ..ServerRequest::default() };
+            let request =
+                ServerRequest { mode, group, allow_uids: lists.0, allow_gids: lists.1, ..ServerRequest::default() };
             // The file has the group that was said, else that of the process.
             let Access { anybody, uids, gids } = access(&request, Some(group.unwrap_or(7)));
             (super::mode(&request), anybody, uids, gids)

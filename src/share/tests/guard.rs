@@ -66,10 +66,7 @@ fn who_waits_for_the_next_frame_alone_is_woken_for_that_too() {
 }
 
 /// A receiver that has just been woken by [`Receiver::next_within`], with what that gave.
-fn woken(
-    mut receiver: Receiver,
-    publish: impl FnOnce(),
-) -> (Receiver, crate::Result<Option<Frame>>) {
+fn woken(mut receiver: Receiver, publish: impl FnOnce()) -> (Receiver, crate::Result<Option<Frame>>) {
     let waiting = thread::spawn(move || {
         let next = receiver.next_within(Duration::from_secs(20));
         (receiver, next)
