@@ -243,9 +243,17 @@ fn other_users() -> Result<Outcome> {
     let at = "/tmp/dmaflow-share-users.sock";
     let program = dmaflow("").get_program().to_string_lossy().into_owned();
     let other = || as_nobody(&format!("exec {program} pipe --from unix:{at} --to null --frames 3 --json")).output();
-    for (options, allowed) in
-        [("", false), (" --mode 666", false), (" --allow-uid 65534", true), (" --allow-gid 65534", true)]
-    {
+    for (options, allowed) in [
+        ("", false),
+        (" --mode 660", false),
+        (" --mode 666", true),
+        // Those who are named are meant.
+        (" --mode 666 --allow-uid 1000", false),
+        (" --group 65534", true),
+        (" --group 65534 --mode 600", false),
+        (" --allow-uid 65534", true),
+        (" --allow-gid 65534", true),
+    ] {
         let server = start(&mut dmaflow(&format!("share --from vivid --at {at} --json{options}")))?;
         drop(connect(at)?);
         let run = other()?;
