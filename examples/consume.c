@@ -192,7 +192,7 @@ static bool hear(void)
 		printf("the server is gone\n");
 		exit(0);
 	}
-	if (len < 8 || memcmp(bytes, "dmaf", 4) || number(bytes + 4, 2) != 2 || (head.msg_flags & (MSG_TRUNC | MSG_CTRUNC)))
+	if (len < 8 || memcmp(bytes, "dmaf", 4) || number(bytes + 4, 2) != 1 || (head.msg_flags & (MSG_TRUNC | MSG_CTRUNC)))
 		fail("what came is no message");
 	int fds[MAX_FDS] = { -1, -1, -1, -1 }, count = 0;
 	struct cmsghdr *rights = CMSG_FIRSTHDR(&head);
@@ -209,7 +209,7 @@ static bool hear(void)
 	int said;
 	switch (kind) {
 	case WELCOME:
-		said = text(fields, len, 4);
+		said = text(fields, len, 8);
 		if (count != 3 || ring)
 			fail("the welcome is not right");
 		/* The size after the seals: until they are there, it changes. */
@@ -221,7 +221,7 @@ static bool hear(void)
 		close(fds[0]);
 		watch_fd = fds[1];
 		bell = fds[2];
-		printf("welcome: %u frames at a time, of %.*s\n", (unsigned)number(fields, 4), said, (const char *)fields + 6);
+		printf("welcome: %u frames at a time, of %.*s\n", (unsigned)number(fields, 4), said, (const char *)fields + 10);
 		break;
 	case FORMAT:
 		on_format(fields, len);
@@ -364,7 +364,7 @@ int main(int argc, char **argv)
 	/* The name is part of the address as far as it goes, without a zero at its end. */
 	if (server < 0 || connect(server, (struct sockaddr *)&address, offsetof(struct sockaddr_un, sun_path) + len) < 0)
 		fail(argv[1]);
-	static const uint8_t hello[] = "dmaf\2\0\1\0\0\0\0\0\7\0consume";
+	static const uint8_t hello[] = "dmaf\1\0\1\0\0\0\0\0\7\0consume";
 	if (send(server, hello, sizeof hello - 1, MSG_NOSIGNAL) < 0)
 		fail("hello");
 	while (!ring || !coming.count || coming.here < coming.count) {

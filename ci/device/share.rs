@@ -126,7 +126,14 @@ fn for_reading() -> Result<Outcome> {
     server.signal(Signal::SIGINT)?;
     server.end()?.json(0)?;
     let server = with(" --writable")?;
-    drop(connect(at)?);
+    // Who does not ask for it cannot write there either.
+    let mut reader = connect(at)?;
+    let frame = next(&mut reader)?;
+    let dma_buf = frame.buffer().dma_buf(0).context("a dma-buf")?;
+    let refused = Mapping::new(dma_buf.as_fd(), dma_buf.len(), Access::ReadWrite).err();
+    let errno = refused.and_then(|error| error.errno());
+    ensure!(errno == Some(libc::EACCES), "a mapping for writing where others may write: {errno:?}");
+    drop((frame, reader));
     let mut receiver = Receiver::connect_writable(at, "writer")?;
     let frame = next(&mut receiver)?;
     let dma_buf = frame.buffer().dma_buf(0).context("a dma-buf")?;
@@ -278,9 +285,17 @@ fn other_users() -> Result<Outcome> {
     let at = "/tmp/dmaflow-share-users.sock";
     let program = dmaflow("").get_program().to_string_lossy().into_owned();
     let other = || as_nobody(&format!("exec {program} pipe --from unix:{at} --to null --frames 3 --json")).output();
-    for (options, allowed) in
-        [("", false), (" --mode 666", false), (" --allow-uid 65534", true), (" --allow-gid 65534", true)]
-    {
+    for (options, allowed) in [
+        ("", false),
+        (" --mode 660", false),
+        (" --mode 666", true),
+        // Those who are named are meant.
+        (" --mode 666 --allow-uid 1000", false),
+        (" --group 65534", true),
+        (" --group 65534 --mode 600", false),
+        (" --allow-uid 65534", true),
+        (" --allow-gid 65534", true),
+    ] {
         let server = start(&mut dmaflow(&format!("share --from vivid --at {at} --json{options}")))?;
         drop(connect(at)?);
         let run = other()?;

@@ -153,11 +153,11 @@ fn a_program_in_c_checks_what_it_is_told() {
         memfd
     };
     let sealed = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-    let welcome = b"dmaf\x01\0\x02\0\x02\0\0\0\x01\0x";
+    let welcome = b"dmaf\x01\0\x02\0\x02\0\0\0\0\0\0\0\x01\0x";
     let cases: [(&[u8], Option<OwnedFd>, &str); 7] = [
         (b"dmaf\x01\0\x05\0\0\0\xff\xffx", None, "a text has another length"),
         (b"dmaf\x01\0\x05\0\0\0", None, "a text has another length"),
-        (b"dmaf\x01\0\x02\0\x02\0\0\0\xff\xffx", Some(ring(4096, sealed)), "a text has another length"),
+        (b"dmaf\x01\0\x02\0\x02\0\0\0\0\0\0\0\xff\xffx", Some(ring(4096, sealed)), "a text has another length"),
         (welcome, None, "the welcome is not right"),
         (welcome, Some(ring(4096, SealFlag::F_SEAL_GROW)), "the ring is not sealed"),
         (welcome, Some(ring(512, sealed)), "too small"),

@@ -310,7 +310,7 @@ fn fds(pid: Pid) -> Result<usize> {
 fn raw(at: &str) -> Result<(OwnedFd, Vec<OwnedFd>)> {
     let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
     connect(fd.as_raw_fd(), &UnixAddr::new(at)?)?;
-    send(fd.as_raw_fd(), b"dmaf\x02\0\x01\0\0\0\0\0\x05\0chaos", MsgFlags::MSG_NOSIGNAL)?;
+    send(fd.as_raw_fd(), b"dmaf\x01\0\x01\0\0\0\0\0\x05\0chaos", MsgFlags::MSG_NOSIGNAL)?;
     let mut bytes = [0; 512];
     let mut parts = [std::io::IoSliceMut::new(&mut bytes)];
     let mut space = cmsg_space!([i32; 3]);

@@ -18,6 +18,7 @@ use nix::unistd::Pid;
 
 mod c_program;
 mod chaos;
+mod service;
 
 /// A server, ended with its test.
 struct Process(Option<Child>);
@@ -312,7 +313,7 @@ fn connections_that_are_dropped_leave_nothing() {
         let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
         // The queue of those who wait to be let in may be full for a moment: then this waits.
         connect_to(fd.as_raw_fd(), &address).unwrap();
-        let hello = b"dmaf\x02\0\x01\0\0\0\0\0\x01\0x";
+        let hello = b"dmaf\x01\0\x01\0\0\0\0\0\x01\0x";
         let bytes: &[u8] = match number % 3 {
             0 => continue,
             1 => &hello[..],
@@ -348,78 +349,6 @@ fn a_lease_that_may_starve_the_source_is_told() {
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(said.matches("2 consumers may keep frames for 60000 ms each").count(), times, "{said}");
     }
-}
-
-#[test]
-fn shares_of_this_user_are_listed() {
-    let folder = std::env::temp_dir().join(format!("dmaflow-list-{}", std::process::id()));
-    std::fs::create_dir_all(folder.join("dmaflow")).unwrap();
-    let at = folder.join("dmaflow/cam.sock").to_str().unwrap().to_owned();
-    let server = Process::start(&format!("share --from pattern --size 64x48 --fps 25 --at {at}"));
-    drop(connect(&at));
-    // Of one that was killed, and no socket at all.
-    drop(std::os::unix::net::UnixListener::bind(folder.join("dmaflow/old.sock")).unwrap());
-    std::fs::write(folder.join("dmaflow/notes"), "").unwrap();
-    let list = |option: &str| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_dmaflow"));
-        let output = command
-            .arg("list")
-            .args(option.split_whitespace())
-            .env("XDG_RUNTIME_DIR", &folder)
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap()
-    };
-    let listing: serde_json::Value = serde_json::from_str(&list("--json")).unwrap();
-    let shares = listing["shares"].as_array().unwrap();
-    assert_eq!((shares.len(), &shares[0]["name"]), (2, &format!("unix:{at}").into()), "{listing}");
-    assert_eq!((&shares[0]["source"], &shares[0]["fps"]), (&"pattern".into(), &25.0.into()), "{listing}");
-    assert!(shares[1]["why_not"].as_str().unwrap().contains("start a server"), "{listing}");
-    let table = list("");
-    assert!(table.contains(&format!("unix:{at}  pattern: XR24 64x48")), "{table}");
-    drop(server);
-    std::fs::remove_dir_all(folder).unwrap();
-}
-
-/// As systemd does it: the socket is there before the server, and stays after it; who connects first waits for it.
-#[test]
-fn a_socket_is_passed_on_by_a_service_manager() {
-    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
-    use std::os::fd::AsRawFd;
-
-    let at = socket_at("passed");
-    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::empty(), None).unwrap();
-    bind(fd.as_raw_fd(), &UnixAddr::new(at.as_str()).unwrap()).unwrap();
-    listen(&fd, Backlog::MAXCONN).unwrap();
-    let early = {
-        let at = at.clone();
-        std::thread::spawn(move || Receiver::connect(&at, "early"))
-    };
-    let start = |options: &str, variables: &str| {
-        let line = format!(
-            "exec 3<&{}; {variables} exec {} share --from pattern --size 64x48 --fps 25 --json {options}",
-            fd.as_raw_fd(),
-            env!("CARGO_BIN_EXE_dmaflow")
-        );
-        let mut command = Command::new("bash");
-        command.args(["-c", &line]).stdout(Stdio::piped()).stderr(Stdio::piped());
-        Process(Some(command.spawn().unwrap()))
-    };
-    for (options, variables, status) in [
-        ("", "LISTEN_PID=1 LISTEN_FDS=1", 2),
-        ("", "LISTEN_PID=$$ LISTEN_FDS=2", 2),
-        ("--mode 666", "LISTEN_PID=$$ LISTEN_FDS=1", 2),
-    ] {
-        assert_eq!(start(options, variables).finish().status.code(), Some(status), "{options} {variables}");
-    }
-    let server = start("", "LISTEN_PID=$$ LISTEN_FDS=1");
-    let mut receiver = early.join().unwrap().unwrap();
-    drop(next(&mut receiver).unwrap());
-    server.signal(Signal::SIGINT);
-    assert_eq!(server.json()["at"], format!("unix:{at}"));
-    assert!(PathBuf::from(&at).exists(), "it is the manager's");
-    std::fs::remove_file(at).unwrap();
 }
 
 fn chaos(test: &str, rounds: u32) -> chaos::Chaos {

@@ -57,7 +57,9 @@ impl Route {
                 continue;
             }
             all.push(info.to_string());
-            if info.state() == connector::State::Connected || keep.is_some_and(|keep| keep.connector == handle.into()) {
+            if info.state() == connector::State::Connected
+                || keep.is_some_and(|keep| keep.connector == u32::from(handle))
+            {
                 connected.push(info);
             }
         }
@@ -76,7 +78,9 @@ impl Route {
         }
         let mut routes = Vec::new();
         for info in &connected {
-            let kept = keep.filter(|keep| keep.connector == info.handle().into()).map(|keep| keep.mode);
+            let kept = keep
+                .filter(|keep| keep.connector == u32::from(info.handle()))
+                .map(|keep| keep.mode);
             let holds = |mode: &drm_mode_modeinfo| {
                 let (width, height) = ModeOffer::of(mode).size;
                 width >= layout.width() && height >= layout.height()

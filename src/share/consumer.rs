@@ -1,8 +1,11 @@
 //! One consumer, as its server knows it.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+
+use nix::libc;
 
 use super::area::SharedArea;
 use super::bell::{Bell, BellWatch};
@@ -10,14 +13,15 @@ use super::entry::Entry;
 use super::fences::{Returning, sync_file};
 use super::give::Gift;
 use super::latency::{Latencies, LatencyInfo};
+use super::peer::{Peer, is_own};
 use super::ring::{self, Broken};
-use super::socket::{Peer, Received, Socket};
+use super::socket::{Received, Socket, let_descriptors_come};
 use super::wire::{Message, Shape, Welcome};
 use crate::fence::SyncFile;
 use crate::frame::{Frame, SlotsArc};
 
 /// A consumer of a shared source, as its [`Server`](super::Server) sees it.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct ConsumerInfo {
     /// Its process, as numbered where the server runs; 0 for one that is not seen there (another pid namespace).
     pub pid: u32,
@@ -40,7 +44,7 @@ pub struct ConsumerInfo {
     pub stolen: u64,
 }
 
-/// A consumer that is no more, and why.
+/// A consumer that is no more, and why; or a connection that was never one, because its first packet was no hello.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Departure {
     /// As it was at last.
@@ -49,7 +53,14 @@ pub struct Departure {
     pub why: String,
     /// Whether the server disconnected it for what it did.
     pub at_fault: bool,
+    /// Whether it went by itself: it hung up, or said so before.
+    pub left: bool,
 }
+
+/// Generations that a consumer may have to be told of while it does not read: a ring has fewer frames.
+const UNTOLD: usize = 16;
+/// How long it may leave what it was sent unread while others, or it itself, wait for it to be read.
+const UNREAD_US: u64 = 3_000_000;
 
 /// Buffers of one shape.
 #[derive(Debug)]
@@ -67,6 +78,16 @@ pub(super) struct Held {
     /// Its number among all that were presented.
     pub number: u64,
     pub since_us: u64,
+}
+
+/// A generation that a consumer is being told of.
+#[derive(Debug)]
+struct Telling {
+    generation: Arc<Generation>,
+    /// Whether it knows the format.
+    format: bool,
+    /// How many of the buffers it has.
+    buffers: usize,
 }
 
 #[derive(Debug)]
@@ -110,15 +131,25 @@ pub(super) struct Lost {
     pub why: String,
     /// Whether it has broken the protocol.
     pub at_fault: bool,
+    /// Whether it went by itself.
+    pub left: bool,
 }
 
 impl Lost {
-    pub(super) fn left(why: &str) -> Lost {
-        Lost { why: why.to_owned(), at_fault: false }
+    fn left(why: &str) -> Lost {
+        Lost { why: why.to_owned(), at_fault: false, left: true }
     }
 
     pub(super) fn broken(why: impl ToString) -> Lost {
-        Lost { why: why.to_string(), at_fault: true }
+        Lost { why: why.to_string(), at_fault: true, left: false }
+    }
+
+    /// It could not be told of buffers: most have just hung up.
+    pub(super) fn untold(error: &io::Error) -> Lost {
+        match error.kind() {
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Lost::left("it hung up"),
+            _ => Lost { why: format!("it could not be told of the buffers: {error}"), at_fault: false, left: false },
+        }
     }
 }
 
@@ -147,6 +178,12 @@ pub(super) struct Consumer {
     unsent: Option<(OwnedFd, BellWatch)>,
     /// Of frames that it is about to give back.
     returning: Returning,
+    /// What it is not told yet, the oldest first; so no frame goes to it.
+    untold: VecDeque<Telling>,
+    /// Since when it is known not to have read all, in µs.
+    unread_us: Option<u64>,
+    /// Whether it wants to write into buffers.
+    writable: bool,
     peer: Peer,
     name: String,
     frames: u64,
@@ -158,7 +195,16 @@ pub(super) struct Consumer {
 impl Consumer {
     /// # Errors
     /// No memory or no descriptor is left.
-    pub(super) fn new(token: u64, socket: Socket, peer: Peer, name: String, budget: u32) -> io::Result<Consumer> {
+    pub(super) fn new(
+        token: u64,
+        socket: Socket,
+        peer: Peer,
+        (name, writable): (String, bool),
+        budget: u32,
+    ) -> io::Result<Consumer> {
+        if is_own(peer.uid) {
+            let_descriptors_come(&socket, true)?;
+        }
         let (area, fd) = SharedArea::create()?;
         let bell = Bell::new()?;
         let watch = bell.watch()?;
@@ -171,6 +217,9 @@ impl Consumer {
             server_bell: Bell::new()?,
             unsent: Some((fd, watch)),
             returning: Returning::default(),
+            untold: VecDeque::new(),
+            unread_us: None,
+            writable,
             peer,
             name,
             frames: 0,
@@ -180,23 +229,76 @@ impl Consumer {
         })
     }
 
-    /// Tells it of a generation, after the welcome if it has not had that.
+    pub(super) fn uid(&self) -> u32 {
+        self.peer.uid
+    }
+
+    /// Tells it of a generation, after the welcome if it has not had that; the rest [later](Consumer::tell) if not all can be sent now.
     ///
     /// # Errors
     /// What sending says: it has hung up, or does not read.
-    pub(super) fn greet(&mut self, welcome: &Welcome, generation: &Generation) -> io::Result<()> {
-        if let Some((ring, watch)) = &self.unsent {
+    pub(super) fn greet(&mut self, welcome: &Welcome, generation: &Arc<Generation>) -> io::Result<()> {
+        if self.untold.len() >= UNTOLD {
+            return Err(io::Error::other("it does not read what it is told"));
+        }
+        self.untold
+            .push_back(Telling { generation: Arc::clone(generation), format: false, buffers: 0 });
+        self.tell(welcome).map(drop)
+    }
+
+    /// Tells it what it was not told yet, as far as that can be sent now, and whether that was all. It cannot while its queue is full
+    /// (`EAGAIN`), nor while more descriptors are on their way than this user may have (`ETOOMANYREFS`, unix(7)), whoever does not read
+    /// them.
+    ///
+    /// # Errors
+    /// What sending says: it has hung up.
+    pub(super) fn tell(&mut self, welcome: &Welcome) -> io::Result<bool> {
+        match self.send_untold(welcome) {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::ETOOMANYREFS)) => Ok(false),
+            other => other.map(|()| true),
+        }
+    }
+
+    fn send_untold(&mut self, welcome: &Welcome) -> io::Result<()> {
+        if let Some((ring, watch)) = self.unsent.as_ref().filter(|_| !self.untold.is_empty()) {
             let fds = [ring.as_fd(), watch.as_fd(), self.server_bell.as_fd()];
-            self.socket.send(&Message::Welcome(welcome.clone()), &fds)?;
+            let welcome = Welcome { fences: is_own(self.peer.uid), ..welcome.clone() };
+            self.socket.send(&Message::Welcome(welcome), &fds)?;
             self.unsent = None;
         }
-        self.socket.send(&Message::Format(generation.shape.clone()), &[])?;
-        for (index, gift) in (0u32..).zip(&generation.gifts) {
-            let fds: Vec<_> = gift.fds().collect();
-            let message = Message::Buffer { generation: generation.shape.generation, index, identity: gift.identity };
-            self.socket.send(&message, &fds)?;
+        while let Some(telling) = self.untold.front_mut() {
+            let generation = Arc::clone(&telling.generation);
+            if !telling.format {
+                self.socket.send(&Message::Format(generation.shape.clone()), &[])?;
+                telling.format = true;
+            }
+            // No more than 64.
+            for (index, gift) in (0u32..).zip(&generation.gifts).skip(telling.buffers) {
+                let fds: Vec<_> = gift.fds(self.writable).collect();
+                let identity = gift.identity(self.writable);
+                let message = Message::Buffer { generation: generation.shape.generation, index, identity };
+                self.socket.send(&message, &fds)?;
+                telling.buffers += 1;
+            }
+            self.untold.pop_front();
         }
         Ok(())
+    }
+
+    /// Whether something is still to be told to it.
+    pub(super) fn is_untold(&self) -> bool {
+        !self.untold.is_empty()
+    }
+
+    /// Whether it leaves unread what it was sent, and has for too long. To be asked while somebody waits for it to be read.
+    pub(super) fn leaves_unread(&mut self, now: u64) -> bool {
+        self.unread_us = self.socket.is_unread().then(|| self.unread_us.unwrap_or(now));
+        self.unread_us.is_some_and(|since| now.saturating_sub(since) >= UNREAD_US)
+    }
+
+    /// Nobody waits any more for it to read.
+    pub(super) fn may_read_later(&mut self) {
+        self.unread_us = None;
     }
 
     /// Says why it is no longer served, if it can be told.
@@ -218,6 +320,10 @@ impl Consumer {
         fence: Option<&SyncFile>,
     ) -> std::result::Result<(), Lost> {
         if self.unsent.is_some() {
+            return Ok(());
+        }
+        if !self.untold.is_empty() {
+            self.skipped += 1;
             return Ok(());
         }
         if self.ring.has_fenced() {
@@ -296,12 +402,18 @@ impl Consumer {
         Ok(())
     }
 
+    /// Whether it may send release fences: whoever sends descriptors can make the server wait when it closes them, and so the server's own
+    /// user alone, which can stop the server as well.
+    fn may_send_fences(&self) -> bool {
+        is_own(self.peer.uid)
+    }
+
     /// Takes a message, if there is one.
     ///
     /// # Errors
     /// It has hung up, ended, or breaks the protocol.
     pub(super) fn hear(&mut self) -> std::result::Result<bool, Lost> {
-        match self.socket.receive() {
+        match self.socket.receive(self.may_send_fences()) {
             Ok(Received::Nothing) => return Ok(false),
             Ok(Received::Closed) => return Err(Lost::left("it hung up")),
             Ok(Received::Message(Message::End { .. }, _)) => return Err(Lost::left("it has ended")),

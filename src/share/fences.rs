@@ -27,14 +27,14 @@ pub(super) fn sync_file(fds: Vec<OwnedFd>) -> Result<SyncFile, String> {
 
 /// The acquire fences that a server has sent and whose frames were not taken yet.
 #[derive(Debug, Default)]
-pub(super) struct Coming {
+pub(super) struct Announced {
     /// With the positions of their frames, which grow.
     fences: Vec<(u64, SyncFile)>,
     /// The newest that came.
     last: u64,
 }
 
-impl Coming {
+impl Announced {
     /// One more. Those are closed whose frames cannot be taken any more once this one's is there, so that there are [`ENTRIES`] at most.
     ///
     /// # Errors
@@ -144,7 +144,7 @@ mod tests {
 
     #[test]
     fn fences_of_frames_that_are_passed_over_are_closed() {
-        let mut coming = Coming::default();
+        let mut coming = Announced::default();
         let closed: Vec<_> = [3, 4, 7]
             .into_iter()
             .map(|position| {
@@ -191,7 +191,7 @@ mod tests {
         /// Whatever fences a server announces: no more are kept than a ring has entries, and all others are closed.
         #[test]
         fn a_server_that_sends_any_fence(steps in prop::collection::vec((any::<bool>(), 0u64..60), 1..60)) {
-            let (mut coming, mut all) = (Coming::default(), Vec::new());
+            let (mut coming, mut all) = (Announced::default(), Vec::new());
             for (add, position) in steps {
                 match add {
                     true => {

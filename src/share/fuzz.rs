@@ -12,9 +12,10 @@ use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use super::area::SharedArea;
 use super::bell::Bell;
 use super::entry::Entry;
-use super::join::{Hello, Joining};
+use super::join::{ANSWER, Hello, Joining};
+use super::listener::Listener;
 use super::ring::{self, Area, WORDS};
-use super::socket::{Listener, Place, Received, Socket};
+use super::socket::{Place, Received, Socket};
 use super::wire::Message;
 use super::*;
 use crate::endpoint::{Ready, Sink, Source};
@@ -153,7 +154,7 @@ struct Theirs {
 
 impl Theirs {
     fn hear(&mut self, socket: &Socket) {
-        while let Ok(Received::Message(message, fds)) = socket.receive() {
+        while let Ok(Received::Message(message, fds)) = socket.receive(true) {
             let (Message::Welcome(_), Ok([ring, _, bell])) = (message, <[OwnedFd; 3]>::try_from(fds)) else { continue };
             let area = SharedArea::open(ring.as_fd()).unwrap();
             let mapping = Mapping::new(ring.as_fd(), size_of::<Area>(), Access::ReadWrite).unwrap();
@@ -330,7 +331,7 @@ fn servers_of_all_sorts() {
         .iter()
         .map(|buffer| give::Gift::new(buffer, false).unwrap())
         .collect();
-    let hello = Hello { place, name: "x".into(), writable: false };
+    let hello = Hello { place, name: "x".into(), writable: false, answer: ANSWER };
     let cases = (any::<[bool; 2]>(), prop::collection::vec(deeds(), 1..16));
     let frames = std::cell::Cell::new(0_u64);
     run(cases, |([whole, comes_back], deeds)| {
@@ -345,7 +346,7 @@ fn servers_of_all_sorts() {
             writer,
         };
         let watch = liar.bells[0].watch().unwrap();
-        let welcome = Message::Welcome(wire::Welcome { budget: 2, source: "liar".into() });
+        let welcome = Message::Welcome(wire::Welcome { budget: 2, fences: true, source: "liar".into() });
         liar.send(&welcome, &[memfd.as_fd(), watch.as_fd(), liar.bells[1].as_fd()]);
         if whole {
             liar.format(&still, 1, 2);

@@ -10,6 +10,8 @@
 //! That holds for the CPU. A device to which a consumer gives a dma-buf that is for reading alone may write to it all the same: no importer
 //! looks at the mode (`dma_buf_get` in drivers/dma-buf/dma-buf.c), so a V4L2 node captures into it and a GPU renders into it. Of a memfd
 //! that cannot be done: no udmabuf is made of one that is sealed so (`SEALS_DENIED` in drivers/dma-buf/udmabuf.c).
+//! Where consumers may write, only those get a descriptor for writing that ask for it, as far as the memory has both: a dma-buf that was also
+//! exported for reading alone. A memfd that one may write to cannot be sealed for another.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -36,9 +38,16 @@ enum Given {
 #[derive(Debug)]
 pub(super) struct Gift {
     buffer: Buffer,
+    /// For those that read.
     given: Vec<Given>,
-    /// The inode of the first memory plane's, by which both sides know it.
-    pub identity: u64,
+    identities: Identities,
+}
+
+/// The inodes of the first memory plane, by which both sides know it. To the kernel, the dma-buf for reading alone is another one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+struct Identities {
+    reading: u64,
+    writing: u64,
 }
 
 impl Gift {
@@ -46,12 +55,16 @@ impl Gift {
     /// [`Kind::Unsupported`] for memory that can only be given for writing too, unless that is `writable`; what the system says.
     pub(super) fn new(buffer: &Buffer, writable: bool) -> Result<Gift> {
         let given = buffer.memory().iter().map(|memory| match writable {
-            true => can_be_written(memory).map(|()| Given::Own),
+            true => for_either(memory),
             false => for_reading(memory, buffer),
         });
-        let mut gift = Gift { given: given.collect::<Result<_>>()?, buffer: buffer.clone(), identity: 0 };
-        let first = gift.fds().next().map(fstat).transpose();
-        gift.identity = first.context("identify", || "a buffer")?.map_or(0, |stat| stat.st_ino);
+        let given = given.collect::<Result<_>>()?;
+        let mut gift = Gift { given, buffer: buffer.clone(), identities: Identities::default() };
+        let inode = |writable| {
+            let first = gift.fds(writable).next().map(fstat).transpose();
+            Ok::<_, Error>(first.context("identify", || "a buffer")?.map_or(0, |stat| stat.st_ino))
+        };
+        gift.identities = Identities { reading: inode(false)?, writing: inode(true)? };
         Ok(gift)
     }
 
@@ -60,17 +73,23 @@ impl Gift {
         &self.buffer
     }
 
-    /// One descriptor for each memory plane.
-    pub(super) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+    /// One descriptor for each memory plane, for a consumer that writes or for one that reads.
+    pub(super) fn fds(&self, writable: bool) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.buffer
             .memory()
             .iter()
             .zip(&self.given)
-            .map(|(memory, given)| match (given, memory) {
+            .map(move |(memory, given)| match (given, memory) {
+                _ if writable => memory.as_fd(),
                 (Given::Memfd(memfd), _) => memfd.as_fd(),
                 (Given::ReadOnly, Memory::DmaBuf(dma_buf)) => dma_buf.read_only().unwrap_or(dma_buf.as_fd()),
                 _ => memory.as_fd(),
             })
+    }
+
+    /// What the first of [`fds`](Gift::fds) is known by.
+    pub(super) fn identity(&self, writable: bool) -> u64 {
+        if writable { self.identities.writing } else { self.identities.reading }
     }
 }
 
@@ -83,14 +102,18 @@ pub(super) fn identity(buffer: &Buffer) -> Result<u64> {
     Ok(fstat(first).context("identify", || "a buffer")?.st_ino)
 }
 
-fn can_be_written(memory: &Memory) -> Result<()> {
-    if !is_read_only(memory.as_fd()) {
-        return Ok(());
+/// Where consumers may write: to those that read, what is for reading alone if there is such.
+fn for_either(memory: &Memory) -> Result<Given> {
+    if is_read_only(memory.as_fd()) {
+        let error = Error::new(Kind::Permission, "share for writing", "a buffer");
+        return Err(error
+            .because("it came from somebody who shares it for reading alone")
+            .repair("share it without --writable, or with it where it comes from"));
     }
-    let error = Error::new(Kind::Permission, "share for writing", "a buffer");
-    Err(error
-        .because("it came from somebody who shares it for reading alone")
-        .repair("share it without --writable, or with it where it comes from"))
+    Ok(match memory {
+        Memory::DmaBuf(dma_buf) if dma_buf.read_only().is_some() => Given::ReadOnly,
+        _ => Given::Own,
+    })
 }
 
 fn for_reading(memory: &Memory, buffer: &Buffer) -> Result<Given> {
@@ -139,8 +162,8 @@ mod tests {
     fn a_memfd_is_given_for_reading_and_its_owner_goes_on_to_write() {
         let buffer = buffer();
         let gift = Gift::new(&buffer, false).unwrap();
-        let given = gift.fds().next().unwrap();
-        assert!(is_read_only(given) && gift.identity == identity(&buffer).unwrap());
+        let given = gift.fds(false).next().unwrap();
+        assert!(is_read_only(given) && gift.identity(false) == identity(&buffer).unwrap());
         let refused = Mapping::new(given, 4096, Access::ReadWrite).unwrap_err();
         assert_eq!(refused.errno(), Some(nix::libc::EACCES));
         // Nor by another way.
@@ -157,7 +180,7 @@ mod tests {
         let theirs = theirs.unwrap();
         assert!(theirs.maps_privately());
         let shared_on = Gift::new(&theirs, false).unwrap();
-        assert!(is_read_only(shared_on.fds().next().unwrap()));
+        assert!(is_read_only(shared_on.fds(false).next().unwrap()));
         assert_eq!(Gift::new(&theirs, true).unwrap_err().kind(), Kind::Permission);
     }
 
@@ -165,10 +188,28 @@ mod tests {
     fn what_may_be_written_is_given_as_it_is() {
         let buffer = buffer();
         let gift = Gift::new(&buffer, true).unwrap();
-        let mut theirs = Mapping::new(gift.fds().next().unwrap(), 4096, Access::ReadWrite).unwrap();
+        let mut theirs = Mapping::new(gift.fds(true).next().unwrap(), 4096, Access::ReadWrite).unwrap();
         theirs.write(0, &[9]);
         let mut byte = [0];
         buffer.read().unwrap().row(0, 0, &mut byte);
         assert_eq!(byte, [9]);
+    }
+
+    /// Only who asks for it can write, where the memory has a descriptor for each.
+    #[test]
+    fn who_reads_gets_a_dma_buf_for_reading_also_where_others_write() {
+        let file = |write: bool| -> OwnedFd {
+            std::fs::OpenOptions::new()
+                .read(true)
+                .write(write)
+                .open("/dev/zero")
+                .unwrap()
+                .into()
+        };
+        let dma_buf = crate::dmabuf::DmaBuf::new(file(true)).unwrap();
+        let memory = Memory::DmaBuf(dma_buf.clone());
+        assert!(matches!(for_either(&memory), Ok(Given::Own)));
+        dma_buf.add_read_only(file(false));
+        assert!(matches!(for_either(&memory), Ok(Given::ReadOnly)));
     }
 }

@@ -219,6 +219,16 @@ impl HeldFrames {
         !self.slots.views().is_empty() && self.slots.detach_oldest_view_of(due)
     }
 
+    /// When the first frame that has a view may be taken back, in µs of `CLOCK_MONOTONIC`; of those that were not yet.
+    pub(super) fn first_viewed_until(&self) -> Option<u64> {
+        let views = self.slots.views().slots();
+        let held = self.held.iter().enumerate().filter(|(slot, _)| views >> slot & 1 != 0);
+        held.filter_map(|(_, held)| *held)
+            .filter(|held| self.positions.area.holds(held.position))
+            .map(|held| held.until_us)
+            .min()
+    }
+
     pub(super) fn slots(&self) -> &Slots {
         &self.slots
     }
@@ -300,10 +310,13 @@ mod tests {
         let views = [kept.view("test").unwrap(), viewed.view("test").unwrap()];
         drop(viewed);
         assert!(!frames.detach_view_due(199));
+        assert_eq!(frames.first_viewed_until(), Some(100));
         assert!(frames.detach_view_due(200), "the other is held as a frame");
         assert!(!frames.detach_view_due(200));
         frames.release(None);
         assert_eq!(out(&mut server), [1]);
+        server.take_back(|_| true).unwrap();
+        assert_eq!(frames.first_viewed_until(), None, "too late for that one");
         drop((views, kept));
     }
 

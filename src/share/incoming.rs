@@ -14,8 +14,9 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::frame::Buffer;
 use crate::memory::Memory;
 
-/// Generations that may be announced and not followed yet.
-const COMING: usize = 64;
+/// Generations that are kept while they are announced and not followed yet: so many as a ring has entries. Of more, the oldest are
+/// forgotten with their descriptors; a frame of them that is still in the ring is passed over.
+const COMING: usize = 16;
 
 /// `DMA_BUF_MAGIC` of linux/magic.h.
 const DMA_BUF: FsType = FsType(0x444d_4142);
@@ -33,23 +34,48 @@ impl Generation {
     }
 }
 
+/// What is announced, the oldest first.
+#[derive(Debug, Default)]
+pub(super) struct Coming {
+    generations: VecDeque<Generation>,
+    /// The newest that was forgotten.
+    forgotten: Option<u32>,
+}
+
+impl Coming {
+    pub(super) fn front(&self) -> Option<&Generation> {
+        self.generations.front()
+    }
+
+    pub(super) fn pop_front(&mut self) -> Option<Generation> {
+        self.generations.pop_front()
+    }
+
+    pub(super) fn iter(&self) -> impl DoubleEndedIterator<Item = &Generation> {
+        self.generations.iter()
+    }
+
+    /// Whether a generation was announced, and forgotten for others. Numbers go up by one, and around.
+    pub(super) fn has_forgotten(&self, generation: u32) -> bool {
+        let behind = |newest: u32| newest.wrapping_sub(generation).cast_signed() >= 0;
+        self.forgotten.is_some_and(behind)
+    }
+}
+
 pub(super) fn nonsense(place: &Place, why: &str) -> Error {
     Error::new(Kind::Invalid, "join", place.to_string()).because(why.to_owned())
 }
 
 /// Takes a message that tells of buffers. The error says what is wrong with it.
-pub(super) fn learn(
-    coming: &mut VecDeque<Generation>,
-    message: Message,
-    fds: Vec<OwnedFd>,
-) -> std::result::Result<(), String> {
+pub(super) fn learn(coming: &mut Coming, message: Message, fds: Vec<OwnedFd>) -> std::result::Result<(), String> {
+    let Coming { generations: coming, forgotten } = coming;
     match message {
         Message::Format(shape) => {
             if coming.back().is_some_and(|last| !last.is_whole()) {
                 return Err("a format follows another before its buffers".to_owned());
             }
             if coming.len() >= COMING {
-                return Err("it announces formats without frames".to_owned());
+                *forgotten = coming.pop_front().map(|oldest| oldest.shape.generation);
             }
             coming.push_back(Generation { shape, buffers: Vec::new() });
             Ok(())
@@ -125,7 +151,7 @@ mod tests {
     #[test]
     fn buffers_come_in_turn_in_memory_that_stays() {
         let good = || memfd(4096, SealFlag::F_SEAL_SHRINK);
-        let mut coming = VecDeque::new();
+        let mut coming = Coming::default();
         let fd = good();
         assert!(learn(&mut coming, buffer(1, 0, &fd), vec![fd]).is_err(), "of no format");
         learn(&mut coming, Message::Format(shape(1, 2)), vec![]).unwrap();
@@ -145,21 +171,25 @@ mod tests {
             assert!(learn(&mut coming, Message::Format(shape(2, 1)), vec![]).is_err(), "before the last is whole");
             learn(&mut coming, buffer(1, index, &fd), vec![fd]).unwrap();
         }
-        assert!(coming.len() == 1 && coming[0].is_whole());
+        assert!(coming.iter().count() == 1 && coming.front().unwrap().is_whole());
         learn(&mut coming, Message::Format(shape(2, 1)), vec![]).unwrap();
         let end = Message::End { reason: Reason::Ended, text: String::new() };
         assert!(learn(&mut coming, end, vec![]).is_err());
     }
 
+    /// A source whose format changes again and again before a frame comes: the newest are kept, and it is known which are not.
     #[test]
-    fn no_more_is_kept_than_can_be_meant() {
-        let mut coming = VecDeque::new();
-        let kept = (0..).take_while(|&generation| {
+    fn the_oldest_are_forgotten() {
+        let mut coming = Coming::default();
+        for generation in (0..100).map(|number| (u32::MAX - 49).wrapping_add(number)) {
             let fd = memfd(4096, SealFlag::F_SEAL_SHRINK);
-            learn(&mut coming, Message::Format(shape(generation, 1)), vec![]).is_ok()
-                && learn(&mut coming, buffer(generation, 0, &fd), vec![fd]).is_ok()
-        });
-        assert_eq!(kept.count(), COMING);
+            learn(&mut coming, Message::Format(shape(generation, 1)), vec![]).unwrap();
+            learn(&mut coming, buffer(generation, 0, &fd), vec![fd]).unwrap();
+        }
+        let kept: Vec<_> = coming.iter().map(|it| it.shape.generation).collect();
+        assert_eq!((kept.len(), kept[0], kept[COMING - 1]), (COMING, 50 - COMING as u32, 49));
+        assert!(coming.has_forgotten(u32::MAX) && coming.has_forgotten(kept[0] - 1) && !coming.has_forgotten(kept[0]));
+        assert!(!Coming::default().has_forgotten(0));
     }
 
     proptest! {
@@ -168,7 +198,7 @@ mod tests {
         fn a_server_that_says_anything(
             steps in prop::collection::vec((0u8..4, 0u32..3, 0u32..3, 0usize..3, 0u8..4), 1..40)
         ) {
-            let mut coming = VecDeque::new();
+            let mut coming = Coming::default();
             for (step, generation, number, count, kind) in steps {
                 let fds: Vec<_> = (0..count).map(|_| match kind {
                     0 => std::fs::File::open("/dev/null").unwrap().into(),
@@ -182,7 +212,7 @@ mod tests {
                     _ => Message::Buffer { generation, index: number, identity: 0 },
                 };
                 let _ = learn(&mut coming, message, fds);
-                prop_assert!(coming.len() <= COMING);
+                prop_assert!(coming.iter().count() <= COMING);
                 prop_assert!(coming.iter().all(|it| it.buffers.len() <= it.shape.buffers as usize));
                 prop_assert!(coming.iter().rev().skip(1).all(Generation::is_whole));
             }

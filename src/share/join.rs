@@ -1,6 +1,5 @@
 //! How a consumer comes to its server, the first time and again: connects, says hello, and gets a ring and buffers. Nothing here waits.
 
-use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
@@ -8,14 +7,14 @@ use nix::libc;
 
 use super::area::SharedArea;
 use super::bell::Bell;
-use super::fences::Coming;
-use super::incoming::{Generation, learn, nonsense};
+use super::fences::Announced;
+use super::incoming::{Coming, Generation, learn, nonsense};
 use super::socket::{Place, Received, Socket};
 use super::wire::{Message, Reason, Welcome};
 use crate::clock::now_us;
 use crate::error::{Error, Kind, Result};
 
-/// How long a server may take to answer.
+/// How long a server may take to answer, if nothing else is said.
 pub(super) const ANSWER: Duration = Duration::from_secs(5);
 
 /// How a consumer presents itself.
@@ -24,6 +23,14 @@ pub(super) struct Hello {
     pub place: Place,
     pub name: String,
     pub writable: bool,
+    /// How long the server may take to answer.
+    pub answer: Duration,
+}
+
+impl Hello {
+    pub(super) fn answer_us(&self) -> u64 {
+        u64::try_from(self.answer.as_micros()).unwrap_or(u64::MAX / 2)
+    }
 }
 
 /// What a consumer has once it is served.
@@ -38,9 +45,9 @@ pub(super) struct Joined {
     pub welcome: Welcome,
     pub generation: Generation,
     /// Announced, the oldest first.
-    pub coming: VecDeque<Generation>,
+    pub coming: Coming,
     /// Of frames to come.
-    pub fences: Coming,
+    pub fences: Announced,
 }
 
 /// On the way there.
@@ -48,9 +55,10 @@ pub(super) struct Joined {
 pub(super) struct Joining {
     place: Place,
     socket: Socket,
+    answer: Duration,
     until_us: u64,
     welcome: Option<Welcomed>,
-    coming: VecDeque<Generation>,
+    coming: Coming,
 }
 
 #[derive(Debug)]
@@ -68,7 +76,7 @@ impl Joining {
     /// [`Kind::NotFound`] if nobody shares anything there; [`Kind::Busy`] if more connect at the moment than are let in;
     /// [`Kind::Permission`] if the socket's file says no.
     pub(super) fn begin(hello: &Hello) -> Result<Joining> {
-        let Hello { place, name, writable } = hello;
+        let Hello { place, name, writable, answer } = hello;
         let socket = Socket::connect(place).map_err(|cause| {
             let code = cause.raw_os_error();
             let error = Error::from_io("connect to", place.to_string(), cause);
@@ -85,8 +93,8 @@ impl Joining {
         })?;
         // One that refuses has hung up by now perhaps, and said why.
         let _ = socket.send(&Message::Hello { writable: *writable, name: name.clone() }, &[]);
-        let until_us = now_us() + ANSWER.as_micros() as u64;
-        Ok(Joining { place: place.clone(), socket, until_us, welcome: None, coming: VecDeque::new() })
+        let (answer, until_us) = (*answer, now_us().saturating_add(hello.answer_us()));
+        Ok(Joining { place: place.clone(), socket, answer, until_us, welcome: None, coming: Coming::default() })
     }
 
     /// When the server will have taken too long, in µs of `CLOCK_MONOTONIC`.
@@ -97,14 +105,19 @@ impl Joining {
     /// Reads what the server has said, and tells whether that is all.
     ///
     /// # Errors
-    /// [`Kind::Permission`] if the server refuses; [`Kind::Disconnected`] if it hangs up, or its source has ended; [`Kind::Timeout`];
+    /// [`Kind::Permission`] if the server refuses; [`Kind::Busy`] if it has no place at the moment; [`Kind::Disconnected`] if it hangs up, or its source has ended; [`Kind::Timeout`];
     /// [`Kind::Invalid`] if it does not speak the protocol.
     pub(super) fn step(&mut self) -> Result<bool> {
         let about = |kind| Error::new(kind, "join", self.place.to_string());
         while !self.is_whole() {
-            let (message, fds) = match self.socket.receive() {
+            let (message, fds) = match self.socket.receive(true) {
                 Ok(Received::Message(Message::End { reason: Reason::Ended, .. }, _)) => {
                     return Err(about(Kind::Disconnected).because("its source has ended"));
+                }
+                Ok(Received::Message(Message::End { reason: Reason::Full, text }, _)) => {
+                    return Err(about(Kind::Busy)
+                        .because(text)
+                        .repair("end another of its consumers, or try again later"));
                 }
                 Ok(Received::Message(Message::End { text, .. }, _)) => {
                     return Err(about(Kind::Permission).because(format!("its server refuses: {text}")));
@@ -115,7 +128,7 @@ impl Joining {
                 }
                 Ok(Received::Nothing) if now_us() < self.until_us => return Ok(false),
                 Ok(Received::Nothing) => {
-                    let why = format!("its server did not answer in {} s", ANSWER.as_secs());
+                    let why = format!("its server did not answer in {} s", self.answer.as_secs_f64());
                     return Err(about(Kind::Timeout).because(why));
                 }
                 Err(rejected) => return Err(nonsense(&self.place, &rejected.to_string())),
@@ -153,7 +166,7 @@ impl Joining {
     pub(super) fn joined(mut self) -> Result<Joined> {
         match (self.welcome, self.coming.pop_front()) {
             (Some(Welcomed { welcome, area, watch, bell }), Some(generation)) => {
-                let (socket, coming, fences) = (self.socket, self.coming, Coming::default());
+                let (socket, coming, fences) = (self.socket, self.coming, Announced::default());
                 Ok(Joined { socket, area, watch, bell, welcome, generation, coming, fences })
             }
             _ => Err(nonsense(&self.place, "it has no buffers")),

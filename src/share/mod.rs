@@ -46,6 +46,11 @@ mod incoming;
 mod join;
 #[cfg(not(loom))]
 mod latency;
+mod listener;
+#[cfg(not(loom))]
+mod lock;
+#[cfg(not(loom))]
+mod peer;
 #[cfg(not(loom))]
 mod receiver;
 #[cfg_attr(loom, allow(dead_code))]

@@ -1,6 +1,7 @@
 //! `Receiver`: a source of frames that another process shares.
 
 mod again;
+mod wait;
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -25,15 +26,17 @@ use crate::endpoint::{Ready, Source, SourceCounts};
 use crate::error::{Context, Error, Kind, Result};
 use crate::fence::SyncFile;
 use crate::format::{Layout, MAX_PLANES};
-use crate::frame::{Buffer, Frame, Room, ViewPolicy};
+use crate::frame::{Buffer, Frame, Revoked, Room, ViewPolicy};
 use crate::ledger::Copies;
-use again::Back;
+use again::{Back, End};
+use wait::{Alarm, listen};
 
 /// Names in the list of descriptors.
 const SOCKET: u64 = 0;
 const BELL: u64 = 1;
 const AGAIN: u64 = 2;
 const BACK: u64 = 3;
+const ALARM: u64 = 4;
 
 /// So many fences at once are more than a server sends to somebody who does not read them.
 const UNREAD: u32 = 256;
@@ -42,15 +45,9 @@ fn edge(name: u64) -> EpollEvent {
     EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, name)
 }
 
-/// Hears from now on what the server says and when it rings.
-fn listen(epoll: &Epoll, server: &Joined) -> nix::Result<()> {
-    epoll.add(&server.socket, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, SOCKET))?;
-    epoll.add(&server.watch, edge(BELL))
-}
-
 /// Joins a server, and waits for it.
 fn join(hello: &Hello) -> Result<Joined> {
-    let until = now_us() + ANSWER.as_micros() as u64;
+    let until = now_us().saturating_add(hello.answer_us());
     let mut joining = loop {
         match Joining::begin(hello) {
             // More want to connect at the moment than the server has let in.
@@ -78,7 +75,8 @@ fn join(hello: &Hello) -> Result<Joined> {
 /// filled with another picture then. [`holds`](Receiver::holds) tells whether that has happened: what was read before it said `true` was the
 /// frame. Views of frames are detached in time (at three quarters of the lease, when the receiver is called; one copy, in
 /// [`copies`](Source::copies)), unless the [policy](ViewPolicy) is to wait; one that was not, and whose frame was taken back, reports
-/// [`Revoked`](crate::frame::Revoked) at its next access.
+/// [`Revoked`](crate::frame::Revoked) at its next access. The descriptor becomes readable when that is due: of views that were there at the
+/// last call, so a program that makes one between a call that gave no frame and its next wait calls [`recycle`](Source::recycle) first.
 ///
 /// A frame that a device still writes comes with its [acquire fence](Frame::acquire_fence), as a camera's does; its lease counts from when it
 /// was published all the same. One that is dropped while a device here still reads it is given back with its
@@ -104,6 +102,8 @@ pub struct Receiver {
     /// Rung by this side itself where frames are there and nobody rang for them: while it does not sleep, an event is pending, so that who
     /// waits for the descriptor calls again.
     again: Bell,
+    /// Set to when the next view is to be detached; none until a frame has a view.
+    alarm: Option<Alarm>,
     frames: HeldFrames,
     /// Of generations before, and of servers before.
     old: Vec<HeldFrames>,
@@ -122,23 +122,24 @@ pub struct Receiver {
     back: Option<Back>,
 }
 
-/// How the server has ended.
-#[derive(Clone, Debug)]
-enum End {
-    Said(Reason, String),
-    HungUp,
-    Nonsense(String),
-}
-
 impl Receiver {
     /// Connects to the server at `place` (a path, or `@name`), and gets its buffers. `name` is what this process calls itself there. Waits
     /// for five seconds at most.
     ///
     /// # Errors
-    /// [`Kind::NotFound`] if nobody shares anything there; [`Kind::Permission`] if the server refuses; [`Kind::Timeout`];
+    /// [`Kind::NotFound`] if nobody shares anything there; [`Kind::Permission`] if the server refuses; [`Kind::Busy`] if it has no place at
+    /// the moment; [`Kind::Timeout`];
     /// [`Kind::Invalid`] if it does not speak the protocol.
     pub fn connect(place: &str, name: &str) -> Result<Receiver> {
-        Receiver::wishing(place, name, false)
+        Receiver::wishing(place, name, false, ANSWER)
+    }
+
+    /// The same, waiting for `time` at most.
+    ///
+    /// # Errors
+    /// As [`Receiver::connect`].
+    pub fn connect_within(place: &str, name: &str, time: Duration) -> Result<Receiver> {
+        Receiver::wishing(place, name, false, time)
     }
 
     /// The same for one that must write into the buffers, which most servers do not allow.
@@ -146,11 +147,11 @@ impl Receiver {
     /// # Errors
     /// As [`Receiver::connect`]; [`Kind::Permission`] also where the buffers are shared for reading alone.
     pub fn connect_writable(place: &str, name: &str) -> Result<Receiver> {
-        Receiver::wishing(place, name, true)
+        Receiver::wishing(place, name, true, ANSWER)
     }
 
-    fn wishing(place: &str, name: &str, writable: bool) -> Result<Receiver> {
-        let hello = Hello { place: Place::parse(place), name: name.to_owned(), writable };
+    fn wishing(place: &str, name: &str, writable: bool, answer: Duration) -> Result<Receiver> {
+        let hello = Hello { place: Place::parse(place), name: name.to_owned(), writable, answer };
         let server = join(&hello)?;
         Receiver::of(hello, server)
     }
@@ -175,6 +176,7 @@ impl Receiver {
             frames: HeldFrames::new(server.area.clone()),
             server,
             again,
+            alarm: None,
             old: Vec::new(),
             next: None,
             fence: None,
@@ -235,7 +237,7 @@ impl Receiver {
         let due = |now: u64| now.saturating_add(early);
         let viewed = |frames: &HeldFrames| !frames.slots().views().is_empty();
         if !viewed(&self.frames) && !self.old.iter().any(viewed) {
-            return Ok(());
+            return self.set_alarm(None);
         }
         let mut detached = false;
         for frames in std::iter::once(&self.frames).chain(&self.old) {
@@ -243,14 +245,26 @@ impl Receiver {
                 detached = true;
             }
         }
-        if detached { self.release() } else { Ok(()) }
+        if detached {
+            self.release()?;
+        }
+        let all = std::iter::once(&self.frames).chain(&self.old);
+        let until = all.filter_map(HeldFrames::first_viewed_until).min();
+        let now = now_us();
+        let again = || self.alarm.as_ref().and_then(Alarm::at_us).filter(|&at| at > now);
+        let next = |until: u64| match until.saturating_sub(early) {
+            at if at > now => at,
+            // One that could not be detached, for its frame is held besides, is tried again.
+            _ => again().unwrap_or(now + early.max(1000)),
+        };
+        self.set_alarm(until.map(next))
     }
 
     fn release(&mut self) -> Result<()> {
         let mut wake = false;
         for frames in std::iter::once(&mut self.frames).chain(&mut self.old) {
             let here = frames.is_of(&self.server.area);
-            let released = frames.release(here.then_some(&self.server.socket));
+            let released = frames.release((here && self.server.welcome.fences).then_some(&self.server.socket));
             // What is left of a server that is gone is nobody's loss.
             if here {
                 wake |= released.wake;
@@ -264,10 +278,10 @@ impl Receiver {
     }
 
     /// Reads what the socket has. Once the server has ended there is nothing more.
-    fn hear(&mut self) {
+    pub(super) fn hear(&mut self) {
         let mut fences = 0;
         while self.end.is_none() {
-            match self.server.socket.receive() {
+            match self.server.socket.receive(true) {
                 Ok(Received::Nothing) => return,
                 Ok(Received::Closed) => self.end = Some(End::HungUp),
                 Ok(Received::Message(Message::End { reason, text }, _)) => self.end = Some(End::Said(reason, text)),
@@ -288,20 +302,6 @@ impl Receiver {
                 }
                 Err(rejected) => self.end = Some(End::Nonsense(rejected.to_string())),
             }
-        }
-    }
-
-    fn over(&self, end: &End) -> Error {
-        let gone = |why: String| Error::new(Kind::Disconnected, "read frames from", self.name.clone()).because(why);
-        match end {
-            End::Said(Reason::Ended, _) => Error::new(Kind::Ended, "read frames from", self.name.clone()),
-            End::Said(Reason::Failed, text) => gone(format!("its source failed: {text}")),
-            End::Said(Reason::Refused, text) => gone(format!("its server refuses: {text}")),
-            End::Said(Reason::Broken, text) => {
-                gone(format!("its server says that this process broke the protocol: {text}"))
-            }
-            End::HungUp => gone("its server is gone".to_owned()).repair("start the server, then this again"),
-            End::Nonsense(why) => gone(format!("its server breaks the protocol: {why}")),
         }
     }
 
@@ -342,11 +342,17 @@ impl Receiver {
 
     /// The next frame that is there; no system call if there is none.
     fn found(&mut self) -> Result<Option<Frame>> {
-        let Some((taken, entry)) = self.take()? else { return Ok(None) };
-        if entry.generation == self.server.generation.shape.generation {
-            return self.frame(taken, entry);
-        }
-        self.hear();
+        let (taken, entry) = loop {
+            let Some((taken, entry)) = self.take()? else { return Ok(None) };
+            if entry.generation == self.server.generation.shape.generation {
+                return self.frame(taken, entry);
+            }
+            self.hear();
+            if !self.server.coming.has_forgotten(entry.generation) {
+                break (taken, entry);
+            }
+            self.pass_over(taken)?;
+        };
         let known = |coming: &Generation| coming.shape.generation == entry.generation && coming.is_whole();
         if !self.server.coming.iter().any(known) {
             let error = Error::new(Kind::Disconnected, "read frames from", self.name.clone());
@@ -359,55 +365,6 @@ impl Receiver {
             .repair("start again to use what comes now"))
     }
 
-    /// Waits for what is said or rung, and tells whether there was anything. One system call; and more for what the server has said.
-    fn listen(&mut self, time: EpollTimeout) -> Result<bool> {
-        let mut events = [EpollEvent::empty(); 4];
-        let count = match self.epoll.wait(&mut events, time) {
-            // As good as an event: who waits looks again.
-            Err(Errno::EINTR) => return Ok(true),
-            other => other.context("wait for", || self.name.as_str())?,
-        };
-        if events.iter().take(count).any(|event| event.data() == SOCKET) {
-            self.hear();
-        }
-        Ok(count > 0)
-    }
-
-    /// The end, if there is one and nothing is left in the ring.
-    fn ended(&mut self) -> Result<()> {
-        let Some(end) = &self.end else { return Ok(()) };
-        let over = self.over(end);
-        self.come_back(over)
-    }
-
-    /// The next frame, waited for: for programs that wait for nothing else. `None` if the time is up. Others wait for the descriptor
-    /// together with what else they wait for, and call [`try_next`](Source::try_next).
-    ///
-    /// Cost: none that is a system call if a frame is there, one if it has to be waited for.
-    ///
-    /// # Errors
-    /// As [`try_next`](Source::try_next).
-    pub fn next_within(&mut self, time: Duration) -> Result<Option<Frame>> {
-        self.give_back()?;
-        let until = now_us().saturating_add(u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
-        loop {
-            match self.found() {
-                Ok(None) => {}
-                found => return found,
-            }
-            if !self.ring.sleep() {
-                continue;
-            }
-            self.ended()?;
-            let left = until.saturating_sub(now_us());
-            if left == 0 {
-                return Ok(None);
-            }
-            // Views that are due are looked at when a frame comes; one that comes late is after the lease anyhow.
-            self.listen(EpollTimeout::try_from(left.div_ceil(1000)).unwrap_or(EpollTimeout::MAX))?;
-        }
-    }
-
     /// What is held is of before.
     fn begin_anew(&mut self) {
         let before = std::mem::replace(&mut self.frames, HeldFrames::new(self.server.area.clone()));
@@ -415,10 +372,22 @@ impl Receiver {
         self.last = None;
     }
 
+    /// Gives a frame back that cannot be shown: it is of buffers that were let go of for newer ones.
+    fn pass_over(&mut self, taken: Taken) -> Result<()> {
+        match self.server.area.release(taken.position) {
+            Ok(true) => self.server.bell.ring().context("wake", || self.name.as_str()),
+            Ok(false) | Err(Revoked) => Ok(()),
+        }
+    }
+
     /// The next entry of the ring.
     fn take(&mut self) -> Result<Option<(Taken, Entry)>> {
-        if let Some(next) = self.next.take() {
-            return Ok(Some(next));
+        if let Some((taken, entry)) = self.next.take() {
+            if self.ring.holds(taken.position) {
+                return Ok(Some((taken, entry)));
+            }
+            // It was taken back before the program followed.
+            self.revoked += 1;
         }
         if !self.frames.has_room() {
             let busy = Error::new(Kind::Busy, "read frames from", self.name.clone());

@@ -1,10 +1,13 @@
 //! `Server`: the sink that gives frames to other processes.
 
 mod door;
+mod request;
 mod shortage;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -15,8 +18,10 @@ use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFl
 use super::consumer::{Consumer, ConsumerInfo, Departure, Generation, Lost};
 use super::entry::Entry;
 use super::give::Gift;
-use super::ring::ENTRIES;
-use super::socket::{Listener, Place};
+use super::listener::Listener;
+use super::lock::is_held;
+use super::peer::{Access, Peer};
+use super::socket::Place;
 use super::wire::{Message, Reason, Shape, Timing, Welcome};
 use crate::clock::now_us;
 use crate::endpoint::{JoinError, Refusal, Rung, Shown, Sink};
@@ -25,12 +30,16 @@ use crate::fence::{FenceUse, SyncFile};
 use crate::format::{Format, Layout};
 use crate::frame::{Buffer, Frame, MAX_SLOTS, SlotsArc};
 use door::Waiting;
+pub use request::ServerRequest;
+use request::{access, check, mode};
 
 /// The most consumers that a server has, and the most connections that have not said hello.
 pub const MAX_CONSUMERS: usize = 64;
 
 /// How long consumers wait at most until their sockets are looked at while frames come without a pause.
 const LOOK: Duration = Duration::from_millis(100);
+/// How long until a consumer is told the rest that could not be told all at once.
+const TELL_AGAIN: Duration = Duration::from_millis(10);
 /// The lease where the rate is not known.
 const LEASE: Duration = Duration::from_millis(100);
 /// Departures that are kept for reports.
@@ -39,46 +48,6 @@ const DEPARTURES: usize = 64;
 /// Names in the list of descriptors. A connection has an even number for its socket, and the next for its bell.
 const LISTENER: u64 = 0;
 const TIMER: u64 = 1;
-
-/// How a [`Server`] shares.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct ServerRequest {
-    /// Frames that a consumer may have at a time, from 1 to 15. A display that shows every frame needs three (on screen, on its way, the
-    /// next), vkms four; a program that looks at one after the other, two.
-    pub budget: u32,
-    /// How long a consumer may keep a frame at least; counted from when it was published. `None` for three frame times (100 ms where the
-    /// rate is not known).
-    pub lease: Option<Duration>,
-    /// The mode of the socket's file. `None` for 0600, or 0666 where other users or groups are allowed: each connection is looked at
-    /// in any case.
-    pub mode: Option<u32>,
-    /// The group of the socket's file; `None` for the process's own.
-    pub group: Option<u32>,
-    /// Users that may connect, besides the server's own. They can have the buffers written to by any device that they may use which writes
-    /// into dma-bufs; see [`Server`].
-    pub allow_uids: Vec<u32>,
-    /// Consumers can write into the buffers, as some importers must be able to (Mesa's lavapipe maps what it imports for writing).
-    /// Otherwise they can map them for reading, and what they write into a [view](crate::frame::CowView) nobody else sees. A device that
-    /// writes is not held back by that; see [`Server`].
-    pub writable: bool,
-    /// Groups whose processes may connect: the process's own group, not those that it is in besides (`SO_PEERCRED`).
-    pub allow_gids: Vec<u32>,
-}
-
-impl Default for ServerRequest {
-    /// Two frames, three frame times, for reading, this user alone.
-    fn default() -> ServerRequest {
-        ServerRequest {
-            budget: 2,
-            lease: None,
-            mode: None,
-            group: None,
-            writable: false,
-            allow_uids: Vec::new(),
-            allow_gids: Vec::new(),
-        }
-    }
-}
 
 /// A [`Sink`] that gives each frame to any number of other processes, which use a [`Receiver`](super::Receiver) as if it were the source.
 ///
@@ -90,6 +59,9 @@ impl Default for ServerRequest {
 /// time of its lease; after that the frame is taken back when the source has no buffer left to fill, and the consumer is told so when it
 /// [asks](super::Receiver::holds). Before that, frames are taken back that nobody has taken. A consumer that writes nonsense into its ring
 /// or its socket is disconnected. Nothing here waits for a consumer.
+///
+/// One user that is not the server's own may have 16 connections, and all such users together 48. A consumer that does not read what it is
+/// told of new buffers is disconnected after three seconds if it is in the way.
 ///
 /// Fences go along: [`present`](Sink::present). A consumer that leaves the messages unread by which they come is skipped, as one that is late.
 /// Its own release fences it may have no more than frames, and a fence that has not signalled when the lease has run out is not waited for
@@ -114,11 +86,16 @@ pub struct Server {
     source: String,
     watchdog: Option<Duration>,
     rate: Option<f64>,
-    generation: Option<Generation>,
+    access: Access,
+    generation: Option<Arc<Generation>>,
     generations: u32,
     waiting: Vec<Waiting>,
     pub(super) consumers: Vec<Consumer>,
     departures: VecDeque<Departure>,
+    /// The number of departures so far.
+    departed: u64,
+    /// When somebody was noted last that had not said hello.
+    stranger_us: Option<u64>,
     /// The number of connections so far.
     connections: u64,
     /// The number of frames so far.
@@ -144,15 +121,6 @@ impl std::fmt::Debug for SourceSlots {
     }
 }
 
-fn check(request: &ServerRequest) -> Result<()> {
-    let most = ENTRIES as u32 - 1;
-    if (1..=most).contains(&request.budget) {
-        return Ok(());
-    }
-    let error = Error::new(Kind::Invalid, "share", "a source");
-    Err(error.because(format!("a consumer can have 1 to {most} frames, not {}", request.budget)))
-}
-
 fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX / 2)
 }
@@ -162,13 +130,20 @@ impl Server {
     /// it goes with this server.
     ///
     /// # Errors
-    /// [`Kind::Busy`] if another server listens there; [`Kind::Invalid`] for a budget out of range; what the system says.
+    /// [`Kind::Busy`] if another server listens there; [`Kind::Invalid`] for a budget out of range, and for mode or group of a name without a
+    /// file; what the system says.
     pub fn bind(place: &str, request: ServerRequest) -> Result<Server> {
         let place = Place::parse(place);
-        let others = !request.allow_uids.is_empty() || !request.allow_gids.is_empty();
-        let mode = request.mode.unwrap_or(if others { 0o666 } else { 0o600 });
         check(&request)?;
-        Server::over(Listener::bind(&place, mode, request.group)?, &place, request)
+        let file = request.mode.is_some() || request.group.is_some();
+        if file && matches!(place, Place::Abstract(_)) {
+            let error = Error::new(Kind::Invalid, "listen at", place.to_string());
+            return Err(error
+                .because("mode and group are a file's, and a name without a file has none")
+                .repair("say which users and groups may connect (--allow-uid, --allow-gid), or give a path"));
+        }
+        let listener = Listener::bind(&place, mode(&request), request.group)?;
+        Server::over(listener, &place, request)
     }
 
     /// The same at a socket that listens already, as a service manager passes it (sd_listen_fds(3)): of type `SOCK_SEQPACKET`, with a
@@ -193,6 +168,7 @@ impl Server {
         epoll.add(timer.as_fd(), input(TIMER)).context("wait for", about)?;
         Ok(Server {
             name,
+            access: access(&request, listener.group()),
             listener,
             epoll,
             timer,
@@ -205,6 +181,8 @@ impl Server {
             waiting: Vec::new(),
             consumers: Vec::new(),
             departures: VecDeque::new(),
+            departed: 0,
+            stranger_us: None,
             connections: 0,
             number: 0,
             slots: None,
@@ -214,6 +192,12 @@ impl Server {
             fences: FenceUse::default(),
             ended: false,
         })
+    }
+
+    /// Whether a server lives that listens at this path: nobody connects to it for that, so that a socket behind which a service manager waits
+    /// starts nothing. Servers that are not of this library do not say so, nor do those at names without a file. Cost: two system calls.
+    pub fn lives_at(path: &Path) -> bool {
+        is_held(path)
     }
 
     /// What consumers are told of the source: when they connect its name, and with each format that is joined the longest wait for a frame
@@ -230,6 +214,11 @@ impl Server {
     /// Who was served, and why no longer: the last 64, oldest first.
     pub fn departures(&self) -> impl Iterator<Item = &Departure> {
         self.departures.iter()
+    }
+
+    /// How many have gone so far, also those that [`departures`](Server::departures) has no more. One load.
+    pub fn departed(&self) -> u64 {
+        self.departed
     }
 
     /// How long a consumer may keep a frame at least, of the format that was joined last.
@@ -259,7 +248,8 @@ impl Server {
     }
 
     fn welcome(&self) -> Welcome {
-        Welcome { budget: self.request.budget, source: self.source.clone() }
+        // Whether it may send fences is a matter of who it is.
+        Welcome { budget: self.request.budget, fences: false, source: self.source.clone() }
     }
 
     /// As it is for what is joined now.
@@ -273,7 +263,7 @@ impl Server {
     }
 
     /// Gives up all that a consumer has, and forgets it.
-    fn lose(&mut self, token: u64, Lost { why, at_fault }: Lost) {
+    fn lose(&mut self, token: u64, Lost { why, at_fault, left }: Lost) {
         let Some(index) = self.consumers.iter().position(|consumer| consumer.token == token) else { return };
         let mut consumer = self.consumers.swap_remove(index);
         let info = consumer.info();
@@ -284,10 +274,15 @@ impl Server {
         }
         // The consumer has it open too, so it would stay in the list.
         let _ = self.epoll.delete(&consumer.server_bell);
+        self.note(Departure { consumer: info, why, at_fault, left });
+    }
+
+    fn note(&mut self, departure: Departure) {
         if self.departures.len() >= DEPARTURES {
             self.departures.pop_front();
         }
-        self.departures.push_back(Departure { consumer: info, why, at_fault });
+        self.departures.push_back(departure);
+        self.departed += 1;
     }
 
     #[cold]
@@ -311,9 +306,10 @@ impl Server {
             self.paused_until_us = None;
             self.listen(true);
         }
+        let untold = self.tell_again(now);
         let short = self.relieve(now);
         let waiting = self.waiting.iter().map(|waiting| waiting.until_us).min();
-        let next = [short, waiting, self.paused_until_us].into_iter().flatten().min();
+        let next = [short, waiting, untold, self.paused_until_us].into_iter().flatten().min();
         if next == self.armed_us {
             return Ok(());
         }
@@ -407,17 +403,19 @@ impl Sink for Server {
         self.rate = rate;
         let timing = self.timing();
         let shape = Shape { generation: self.generations, buffers: count, timing, layout: *layout, lens };
-        let generation = Generation { shape, gifts };
+        let generation = Arc::new(Generation { shape, gifts });
         let welcome = self.welcome();
         let mut lost = Vec::new();
         for consumer in &mut self.consumers {
             if let Err(error) = consumer.greet(&welcome, &generation) {
-                lost.push((consumer.token, Lost::left(&format!("it could not be told of new buffers: {error}"))));
+                lost.push((consumer.token, Lost::untold(&error)));
             }
         }
         self.generation = Some(generation);
         self.slots = None;
         self.lose_all(lost);
+        // What could not be told now is a matter of time.
+        self.tend(now_us()).map_err(JoinError::Failed)?;
         Ok(Rung::Exported)
     }
 

@@ -3,26 +3,26 @@
 //! Nothing here waits, whatever the other side does: each call says so itself (`MSG_DONTWAIT`), for what both sides have open could be set
 //! by either. Descriptors that come with a message belong to an [`OwnedFd`] from the first: those of a message that is refused are closed
 //! with it.
+//!
+//! To close a descriptor can take for ever, if somebody else has chosen it: close(2) asks the file's owner to write back what it has
+//! (`flush`), which for a file of FUSE is whatever program its sender runs. So a server takes none from consumers: it
+//! [receives without room for them](Socket::receive), and the kernel lets go of them without that (scm_destroy in net/core/scm.c). What
+//! remains is a file whose last close waits, as that of a TCP socket with `SO_LINGER`; so from Linux 6.16 on nobody can send it any
+//! ([`let_descriptors_come`]).
 
 use std::fmt;
-use std::fs;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::ptr::NonNull;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::libc;
 use nix::sys::socket::{
-    AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, connect,
-    getsockname, getsockopt, listen, sendmsg, socket, sockopt,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, sendmsg, socket,
 };
-use nix::sys::stat::{Mode, fchmod};
 
 use super::wire::{MAX_FDS, MAX_MESSAGE, Malformed, Message};
-use crate::error::{Context, Error, Kind, Result};
 
 /// Where a server listens: a path, or a name in the abstract namespace (unix(7)), which any process of the same network namespace may try.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -40,7 +40,7 @@ impl Place {
         }
     }
 
-    fn address(&self) -> nix::Result<UnixAddr> {
+    pub(super) fn address(&self) -> nix::Result<UnixAddr> {
         match self {
             Place::Path(path) => UnixAddr::new(path),
             Place::Abstract(name) => UnixAddr::new_abstract(name.as_bytes()),
@@ -58,149 +58,29 @@ impl fmt::Display for Place {
     }
 }
 
-fn open() -> nix::Result<OwnedFd> {
+/// A socket of the sort that is spoken through, which neither waits nor goes to other programs.
+pub(super) fn open() -> nix::Result<OwnedFd> {
     socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)
 }
 
-/// Who is at the other end, as the kernel noted it when it connected (`SO_PEERCRED`).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Peer {
-    pub pid: u32,
-    pub uid: u32,
-    pub gid: u32,
-}
+/// `SO_PASSRIGHTS` of asm-generic/socket.h (Linux 6.16), which no crate offers.
+const SO_PASSRIGHTS: libc::c_int = 83;
 
-/// Waits for connections. The socket's file goes when this does.
-#[derive(Debug)]
-pub(super) struct Listener {
-    fd: OwnedFd,
-    /// The file, its device and its inode.
-    file: Option<(PathBuf, u64, u64)>,
-}
-
-impl Listener {
-    /// Begins to listen. The file never has a wider mode than `mode`: nobody can connect before this listens, and it listens only when mode
-    /// and group are set. The file of a server that is gone is replaced.
-    ///
-    /// # Errors
-    /// [`Kind::Busy`] if another server listens there, or something else is there; what the system says.
-    pub(super) fn bind(place: &Place, mode: u32, group: Option<u32>) -> Result<Listener> {
-        let about = || place.to_string();
-        let address = place.address().context("listen at", about)?;
-        let fd = open().context("listen at", about)?;
-        let Place::Path(path) = place else {
-            match bind(fd.as_raw_fd(), &address) {
-                Err(Errno::EADDRINUSE) => return Err(occupied(place)),
-                other => other.context("listen at", about)?,
-            }
-            listen(&fd, Backlog::MAXCONN).context("listen at", about)?;
-            return Ok(Listener { fd, file: None });
-        };
-        remove_stale(place, path)?;
-        // The file gets the mode of the socket, less the umask (unix_bind_bsd in net/unix/af_unix.c).
-        fchmod(&fd, Mode::S_IRUSR | Mode::S_IWUSR).context("set the mode of", about)?;
-        match bind(fd.as_raw_fd(), &address) {
-            Err(Errno::EADDRINUSE) => return Err(occupied(place)),
-            other => other.context("listen at", about)?,
-        }
-        let made = fs::symlink_metadata(path).context("look at", about)?;
-        // From here on the file goes with this, whatever fails.
-        let listener = Listener { fd, file: Some((path.clone(), made.dev(), made.ino())) };
-        if group.is_some() {
-            chown(path, None, group).context("set the group of", about)?;
-        }
-        fs::set_permissions(path, fs::Permissions::from_mode(mode & 0o777)).context("set the mode of", about)?;
-        listen(&listener.fd, Backlog::MAXCONN).context("listen at", about)?;
-        Ok(listener)
-    }
-
-    /// Takes over a socket that listens already, as a service manager passes it. Its file is not this process's to remove.
-    ///
-    /// # Errors
-    /// [`Kind::Invalid`] for what is no listening socket of this sort; what the system says.
-    pub(super) fn inherit(fd: OwnedFd) -> Result<(Listener, Place)> {
-        let about = || "a socket that was passed on";
-        let not = |why: &str| Error::new(Kind::Invalid, "listen at", about()).because(why.to_owned());
-        let address = getsockname::<UnixAddr>(fd.as_raw_fd()).map_err(|_| not("it is no Unix socket"))?;
-        let kind = getsockopt(&fd, sockopt::SockType).context("look at", about)?;
-        let listens = getsockopt(&fd, sockopt::AcceptConn).context("look at", about)?;
-        if kind != SockType::SeqPacket || !listens {
-            let error = not("it does not listen for SOCK_SEQPACKET connections");
-            return Err(error.repair("in the unit: ListenSequentialPacket=, and Accept=no"));
-        }
-        let place = match (address.path(), address.as_abstract()) {
-            (Some(path), _) => Place::Path(path.to_owned()),
-            (None, Some(name)) => Place::Abstract(String::from_utf8_lossy(name).into_owned()),
-            (None, None) => return Err(not("it has no name")),
-        };
-        let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL).context("look at", about)?);
-        fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).context("set up", about)?;
-        fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context("set up", about)?;
-        Ok((Listener { fd, file: None }, place))
-    }
-
-    /// The next connection, if one waits.
-    ///
-    /// # Errors
-    /// What `accept4` says: no descriptor left.
-    pub(super) fn accept(&self) -> io::Result<Option<(Socket, Peer)>> {
-        let fd = loop {
-            match accept4(self.fd.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK) {
-                // Who was first has hung up already.
-                Err(Errno::EINTR | Errno::ECONNABORTED) => {}
-                Err(Errno::EAGAIN) => return Ok(None),
-                Err(errno) => return Err(errno.into()),
-                Ok(fd) => break fd,
-            }
-        };
-        // SAFETY: the call succeeded, so its result is a new descriptor that nobody else owns.
-        let socket = Socket(unsafe { OwnedFd::from_raw_fd(fd) });
-        let peer = socket.peer()?;
-        Ok(Some((socket, peer)))
-    }
-}
-
-impl AsFd for Listener {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        let Some((path, device, inode)) = &self.file else { return };
-        // Not another server's, that was put in its place.
-        let ours = fs::symlink_metadata(path).is_ok_and(|there| (there.dev(), there.ino()) == (*device, *inode));
-        if ours {
-            // Nobody can act on a failure here; the next server finds it stale.
-            let _ = fs::remove_file(path);
-        }
-    }
-}
-
-fn occupied(place: &Place) -> Error {
-    Error::new(Kind::Busy, "listen at", place.to_string())
-        .because("another server listens there")
-        .repair("end it, or choose another place")
-}
-
-/// Takes the file of a server that is gone away: one that nobody listens at.
-fn remove_stale(place: &Place, path: &Path) -> Result<()> {
-    let about = || place.to_string();
-    let there = match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other.context("look at", about)?,
+/// Whether others can send descriptors to this end (`SO_PASSRIGHTS`): who tries where they cannot gets `EPERM`. Connections have it from
+/// the socket that listens (unix_stream_connect in net/unix/af_unix.c). Kernels before 6.16 let them come always.
+///
+/// # Errors
+/// What `setsockopt` says.
+pub(super) fn let_descriptors_come(fd: impl AsFd, come: bool) -> nix::Result<()> {
+    let value = libc::c_int::from(come);
+    // SAFETY: the kernel reads an `int` there, of which it is given the size.
+    let set = unsafe {
+        let len = size_of::<libc::c_int>() as libc::socklen_t;
+        libc::setsockopt(fd.as_fd().as_raw_fd(), libc::SOL_SOCKET, SO_PASSRIGHTS, (&raw const value).cast(), len)
     };
-    if !there.file_type().is_socket() {
-        let error = Error::new(Kind::Busy, "listen at", about()).because("a file is there that is no socket");
-        return Err(error.repair("choose another place"));
-    }
-    let fd = open().context("look at", about)?;
-    match connect(fd.as_raw_fd(), &place.address().context("look at", about)?) {
-        Err(Errno::ECONNREFUSED) => fs::remove_file(path).context("replace", about),
-        // EAGAIN: more want to connect than the server has let in. EPROTOTYPE: a socket of another type, of whoever.
-        Ok(()) | Err(Errno::EAGAIN | Errno::EPROTOTYPE) => Err(occupied(place)),
-        Err(errno) => Err(errno).context("look at", about),
+    match Errno::result(set) {
+        Err(Errno::ENOPROTOOPT) => Ok(()),
+        other => other.map(drop),
     }
 }
 
@@ -215,6 +95,8 @@ pub(super) enum Rejected {
     TooLong,
     #[error("a message came with {0} descriptors that do not belong to it")]
     Fds(usize),
+    #[error("a message came with descriptors, and none may")]
+    FdsUnwanted,
     #[error("the descriptors of a message could not be received; likely no descriptor is left here")]
     FdsLost,
 }
@@ -244,12 +126,6 @@ impl Socket {
         let fd = open()?;
         connect(fd.as_raw_fd(), &place.address()?)?;
         Ok(Socket(fd))
-    }
-
-    fn peer(&self) -> io::Result<Peer> {
-        let peer = getsockopt(&self.0, sockopt::PeerCredentials)?;
-        // No process is one of another pid namespace.
-        Ok(Peer { pid: peer.pid().cast_unsigned(), uid: peer.uid(), gid: peer.gid() })
     }
 
     /// Sends a message whole, with descriptors.
@@ -284,17 +160,23 @@ impl Socket {
         Ok(u64::try_from(unread).unwrap_or(0))
     }
 
-    /// The next message with its descriptors.
+    /// Whether the other side has not read all that was sent to it. One system call.
+    pub(super) fn is_unread(&self) -> bool {
+        self.unread().is_ok_and(|bytes| bytes > 0)
+    }
+
+    /// The next message, with its descriptors if there is room for `fds`. Without, the kernel lets go of what comes, and not this by
+    /// close(2): for who does not trust the other side, see the [module](self).
     ///
     /// # Errors
-    /// [`Rejected`]; what came with it is closed.
-    pub(super) fn receive(&self) -> std::result::Result<Received, Rejected> {
-        let mut bytes = [0; MAX_MESSAGE];
+    /// [`Rejected`]; what came with it is gone.
+    pub(super) fn receive(&self, fds: bool) -> std::result::Result<Received, Rejected> {
+        let (mut bytes, room) = ([0; MAX_MESSAGE], fds);
         let reset = |error: &io::Error| error.raw_os_error() == Some(libc::ECONNRESET);
-        let received = match receive(self.0.as_fd(), &mut bytes) {
+        let received = match receive(self.0.as_fd(), &mut bytes, room) {
             // The other side has hung up without reading all. That is told once and before what it has sent (sock_error in
             // __skb_try_recv_datagram), which comes now: the reason perhaps.
-            Err(error) if reset(&error) => receive(self.0.as_fd(), &mut bytes),
+            Err(error) if reset(&error) => receive(self.0.as_fd(), &mut bytes, room),
             other => other,
         };
         let (len, flags, fds) = match received {
@@ -303,7 +185,7 @@ impl Socket {
             other => other?,
         };
         if flags & libc::MSG_CTRUNC != 0 {
-            return Err(Rejected::FdsLost);
+            return Err(if room { Rejected::FdsLost } else { Rejected::FdsUnwanted });
         }
         if flags & libc::MSG_TRUNC != 0 {
             return Err(Rejected::TooLong);
@@ -320,6 +202,13 @@ impl Socket {
     }
 }
 
+impl From<OwnedFd> for Socket {
+    /// A connection that was accepted.
+    fn from(fd: OwnedFd) -> Socket {
+        Socket(fd)
+    }
+}
+
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
@@ -329,17 +218,19 @@ impl AsFd for Socket {
 /// Words for the control data of one packet: it has no more than 253 descriptors (`SCM_MAX_FD` in include/net/scm.h), 1,032 bytes.
 const CONTROL: usize = 160;
 
-/// `recvmsg`: length, flags and descriptors of one packet. Not by `nix`, which gives no descriptor back of those that came where not all
+/// `recvmsg`: length, flags and descriptors of one packet, if there is room for `fds`. Not by `nix`, which gives no descriptor back of those that came where not all
 /// could (`MSG_CTRUNC`, as when this process may have no more): they would stay open for ever.
-fn receive(fd: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<(usize, libc::c_int, Vec<OwnedFd>)> {
+fn receive(fd: BorrowedFd<'_>, bytes: &mut [u8], fds: bool) -> io::Result<(usize, libc::c_int, Vec<OwnedFd>)> {
     let mut control = [0_u64; CONTROL];
     let mut part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
     // SAFETY: a C structure of integers and pointers: zeroes are a value of it.
     let mut head: libc::msghdr = unsafe { std::mem::zeroed() };
     head.msg_iov = &mut part;
     head.msg_iovlen = 1;
-    head.msg_control = control.as_mut_ptr().cast();
-    head.msg_controllen = size_of_val(&control) as _;
+    if fds {
+        head.msg_control = control.as_mut_ptr().cast();
+        head.msg_controllen = size_of_val(&control) as _;
+    }
     let len = loop {
         // SAFETY: `head` names one part and the control data, both writable, as long as it says, and live across the call.
         match Errno::result(unsafe {
@@ -386,12 +277,6 @@ mod tests {
         (Socket(one), Socket(other))
     }
 
-    fn place(name: &str) -> (PathBuf, Place) {
-        let path = std::env::temp_dir().join(format!("dmaflow-{name}-{}", std::process::id()));
-        let _ = fs::remove_file(&path);
-        (path.clone(), Place::Path(path))
-    }
-
     /// The reading end of a pipe to send, and a way to see whether all of its writing ends are closed.
     fn tell_tale() -> (OwnedFd, impl Fn() -> bool) {
         let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).unwrap();
@@ -405,20 +290,20 @@ mod tests {
     #[test]
     fn messages_come_whole_with_their_descriptors() {
         let (one, other) = pair();
-        assert!(matches!(other.receive().unwrap(), Received::Nothing));
+        assert!(matches!(other.receive(true).unwrap(), Received::Nothing));
         let (fd, closed) = tell_tale();
         one.send(&buffer(), &[fd.as_fd()]).unwrap();
         let end = Message::End { reason: Reason::Ended, text: "x".into() };
         one.send(&end, &[]).unwrap();
         drop(fd);
-        let Received::Message(message, fds) = other.receive().unwrap() else { unreachable!() };
+        let Received::Message(message, fds) = other.receive(true).unwrap() else { unreachable!() };
         assert_eq!((message, fds.len(), closed()), (buffer(), 1, false));
         drop(fds);
         assert!(closed());
-        let Received::Message(message, _) = other.receive().unwrap() else { unreachable!() };
+        let Received::Message(message, _) = other.receive(true).unwrap() else { unreachable!() };
         assert_eq!(message, end);
         drop(one);
-        assert!(matches!(other.receive().unwrap(), Received::Closed));
+        assert!(matches!(other.receive(true).unwrap(), Received::Closed));
         assert_eq!(other.send(&end, &[]).unwrap_err().raw_os_error(), Some(libc::EPIPE));
     }
 
@@ -429,13 +314,13 @@ mod tests {
         other.send(&buffer(), &[]).unwrap();
         one.send(&end, &[]).unwrap();
         drop(one);
-        let Received::Message(message, _) = other.receive().unwrap() else { unreachable!() };
+        let Received::Message(message, _) = other.receive(true).unwrap() else { unreachable!() };
         assert_eq!(message, end);
-        assert!(matches!(other.receive().unwrap(), Received::Closed));
+        assert!(matches!(other.receive(true).unwrap(), Received::Closed));
         let (one, other) = pair();
         other.send(&buffer(), &[]).unwrap();
         drop(one);
-        assert!(matches!(other.receive().unwrap(), Received::Closed));
+        assert!(matches!(other.receive(true).unwrap(), Received::Closed));
     }
 
     #[test]
@@ -443,10 +328,10 @@ mod tests {
         let (one, other) = pair();
         let end = Message::End { reason: Reason::Ended, text: String::new() };
         let (long, short) = ([0; MAX_MESSAGE + 1], [1, 2, 3]);
-        for case in 0..5 {
+        for case in 0..10 {
             let (fd, closed) = tell_tale();
-            let raw = vec![fd.as_raw_fd(); if case == 4 { 253 } else { 5 }];
-            let bytes = match case {
+            let raw = vec![fd.as_raw_fd(); if case / 2 == 4 { 253 } else { 5 }];
+            let bytes = match case / 2 {
                 0 => buffer().encode(),
                 1 => end.encode(),
                 2 => long.to_vec(),
@@ -457,7 +342,7 @@ mod tests {
             let flags = MsgFlags::empty();
             sendmsg::<UnixAddr>(one.0.as_raw_fd(), &[IoSlice::new(&bytes)], &control, flags, None).unwrap();
             drop(fd);
-            other.receive().unwrap_err();
+            other.receive(case % 2 == 0).unwrap_err();
             assert!(closed(), "{case}");
         }
     }
@@ -469,70 +354,52 @@ mod tests {
         assert_eq!(full.unwrap().kind(), io::ErrorKind::WouldBlock);
     }
 
+    /// Whoever closes a descriptor by close(2) gives up this process's locks on its file (filp_close in fs/open.c, just after `flush`): so
+    /// it can be seen that a descriptor never came here.
     #[test]
-    fn the_file_has_its_mode_and_goes_with_its_listener() {
-        let (path, place) = place("mode");
-        let listener = Listener::bind(&place, 0o600, None).unwrap();
-        assert_eq!(fs::symlink_metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        assert_eq!(Listener::bind(&place, 0o600, None).unwrap_err().kind(), Kind::Busy);
-        // The second asked whether somebody listens.
-        while listener.accept().unwrap().is_some() {}
-        let socket = Socket::connect(&place).unwrap();
-        let (_, peer) = listener.accept().unwrap().unwrap();
-        assert_eq!((peer.pid, peer.uid), (std::process::id(), nix::unistd::getuid().as_raw()));
-        drop((socket, listener));
-        assert!(!path.exists());
-        // Whatever the umask.
-        let group = Some(nix::unistd::getgid().as_raw());
-        let _listener = Listener::bind(&place, 0o660, group).unwrap();
-        assert_eq!(fs::symlink_metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
+    fn descriptors_that_may_not_come_never_do() {
+        use nix::fcntl::{FcntlArg, fcntl};
+        let (one, other) = pair();
+        let path = std::env::temp_dir().join(format!("dmaflow-flush-{}", std::process::id()));
+        let [locked, sent, asks] = [(); 3].map(|()| {
+            let mut options = std::fs::OpenOptions::new();
+            options.read(true).write(true).create(true).truncate(false).open(&path).unwrap()
+        });
+        std::fs::remove_file(&path).unwrap();
+        let whole = |kind: i32| libc::flock { l_type: kind as _, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0 };
+        let is_locked = || {
+            let mut lock = whole(libc::F_WRLCK);
+            fcntl(&asks, FcntlArg::F_OFD_GETLK(&mut lock)).unwrap();
+            i32::from(lock.l_type) == libc::F_WRLCK
+        };
+        fcntl(&locked, FcntlArg::F_SETLK(&whole(libc::F_WRLCK))).unwrap();
+        assert!(is_locked());
+        let end = Message::End { reason: Reason::Ended, text: String::new() };
+        one.send(&end, &[sent.as_fd()]).unwrap();
+        assert!(matches!(other.receive(false), Err(Rejected::FdsUnwanted)));
+        assert!(is_locked(), "it was closed here");
+        one.send(&end, &[sent.as_fd()]).unwrap();
+        assert!(matches!(other.receive(true), Err(Rejected::Fds(1))));
+        assert!(!is_locked(), "it was not: then this test shows nothing");
     }
 
+    /// Nor by a queue that nobody reads, where the kernel can say so.
     #[test]
-    fn a_stale_file_is_replaced_and_no_other_thing() {
-        let (path, place) = place("stale");
-        let mut listener = Listener::bind(&place, 0o600, None).unwrap();
-        // As when a server is killed.
-        listener.file = None;
-        drop(listener);
-        assert!(path.exists());
-        let listener = Listener::bind(&place, 0o600, None).unwrap();
-        Socket::connect(&place).unwrap();
-        // Somebody put another thing in its place: that one stays.
-        fs::remove_file(&path).unwrap();
-        fs::write(&path, "mine").unwrap();
-        drop(listener);
-        assert_eq!(Listener::bind(&place, 0o600, None).unwrap_err().kind(), Kind::Busy);
-        assert_eq!(fs::read(&path).unwrap(), b"mine");
-        fs::remove_file(&path).unwrap();
-        assert_eq!(Socket::connect(&place).unwrap_err().kind(), io::ErrorKind::NotFound);
-    }
-
-    #[test]
-    fn a_socket_is_passed_on() {
-        let (path, place) = place("passed");
-        let first = Listener::bind(&place, 0o600, None).unwrap();
-        let (listener, there) = Listener::inherit(first.fd.try_clone().unwrap()).unwrap();
-        assert_eq!(there, place);
-        let _socket = Socket::connect(&place).unwrap();
-        assert!(listener.accept().unwrap().is_some() && listener.accept().unwrap().is_none());
-        drop(listener);
-        assert!(path.exists(), "it is the other's");
-        let (stream, _) = std::os::unix::net::UnixStream::pair().unwrap();
-        for other in [stream.into(), fs::File::open("/dev/null").unwrap().into(), pair().0.0] {
-            assert_eq!(Listener::inherit(other).unwrap_err().kind(), Kind::Invalid);
+    fn where_descriptors_do_not_come_they_cannot_be_sent() {
+        let (one, other) = pair();
+        let (fd, closed) = tell_tale();
+        let_descriptors_come(&other.0, false).unwrap();
+        let sent = one.send(&buffer(), &[fd.as_fd()]);
+        if let Err(error) = &sent {
+            assert_eq!(error.raw_os_error(), Some(libc::EPERM));
         }
-    }
-
-    #[test]
-    fn a_name_without_a_file() {
-        let place = Place::parse(&format!("@dmaflow-test-{}", std::process::id()));
-        assert!(matches!(place, Place::Abstract(_)));
-        let listener = Listener::bind(&place, 0o600, None).unwrap();
-        assert_eq!(Listener::bind(&place, 0o600, None).unwrap_err().kind(), Kind::Busy);
-        let _socket = Socket::connect(&place).unwrap();
-        assert!(listener.accept().unwrap().is_some());
-        drop(listener);
-        assert_eq!(Socket::connect(&place).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        drop(fd);
+        // Linux before 6.16 lets it through, and here it ends.
+        assert_eq!(other.receive(false).is_err(), sent.is_ok());
+        assert!(closed());
+        let_descriptors_come(&other.0, true).unwrap();
+        let (fd, _closed) = tell_tale();
+        one.send(&buffer(), &[fd.as_fd()]).unwrap();
+        assert!(matches!(other.receive(true).unwrap(), Received::Message(..)));
     }
 }

@@ -1,4 +1,5 @@
 mod fences;
+mod guard;
 mod taken_back;
 
 use std::os::fd::AsFd;
@@ -328,13 +329,13 @@ fn raw(server: &mut Server, test: &str) -> (Socket, Vec<std::os::fd::OwnedFd>) {
         .unwrap();
     server.dispatch().unwrap();
     server.dispatch().unwrap();
-    let Received::Message(Message::Welcome(_), fds) = socket.receive().unwrap() else { unreachable!() };
+    let Received::Message(Message::Welcome(_), fds) = socket.receive(true).unwrap() else { unreachable!() };
     (socket, fds)
 }
 
 fn last_words(socket: &Socket) -> Option<(Reason, String)> {
     loop {
-        match socket.receive().unwrap() {
+        match socket.receive(true).unwrap() {
             Received::Message(Message::End { reason, text }, _) => return Some((reason, text)),
             Received::Message(..) => {}
             Received::Nothing | Received::Closed => return None,
@@ -388,7 +389,7 @@ fn connections_without_a_hello_end_and_are_not_too_many() {
     }
     let late = Socket::connect(&place).unwrap();
     server.dispatch().unwrap();
-    assert_eq!(last_words(&late).unwrap().0, Reason::Refused);
+    assert_eq!(last_words(&late).unwrap().0, Reason::Full);
     // Nonsense ends it at once.
     nix::sys::socket::send(
         std::os::fd::AsRawFd::as_raw_fd(&sockets[0].as_fd()),
@@ -397,8 +398,8 @@ fn connections_without_a_hello_end_and_are_not_too_many() {
     )
     .unwrap();
     server.dispatch().unwrap();
-    assert!(matches!(sockets[0].receive().unwrap(), Received::Closed));
-    assert!(matches!(sockets[1].receive().unwrap(), Received::Nothing));
+    assert!(matches!(sockets[0].receive(true).unwrap(), Received::Closed));
+    assert!(matches!(sockets[1].receive(true).unwrap(), Received::Nothing));
     let mut fds = [nix::poll::PollFd::new(sockets[1].as_fd(), nix::poll::PollFlags::POLLIN)];
     let end = Instant::now() + Duration::from_secs(20);
     while nix::poll::poll(&mut fds, 50u16).unwrap() == 0 {
@@ -408,7 +409,7 @@ fn connections_without_a_hello_end_and_are_not_too_many() {
     assert!(
         sockets
             .iter()
-            .all(|socket| matches!(socket.receive().unwrap(), Received::Closed))
+            .all(|socket| matches!(socket.receive(true).unwrap(), Received::Closed))
     );
     drop(sockets);
     let before = open();
@@ -425,7 +426,7 @@ fn connections_without_a_hello_end_and_are_not_too_many() {
 fn a_server_that_lies_is_refused() {
     use nix::sys::memfd::{MFdFlags, memfd_create};
     let place = Place::parse(&name("liar"));
-    let listener = super::socket::Listener::bind(&place, 0o600, None).unwrap();
+    let listener = super::listener::Listener::bind(&place, 0o600, None).unwrap();
     let connecting = thread::spawn(|| Receiver::connect(&name("liar"), "tester"));
     let (socket, _) = loop {
         if let Some(connection) = listener.accept().unwrap() {
@@ -436,7 +437,7 @@ fn a_server_that_lies_is_refused() {
     // A ring that could be cut off.
     let memfd = memfd_create("x", MFdFlags::MFD_CLOEXEC).unwrap();
     nix::unistd::ftruncate(&memfd, 4096).unwrap();
-    let welcome = super::wire::Welcome { budget: 2, source: String::new() };
+    let welcome = super::wire::Welcome { budget: 2, fences: true, source: String::new() };
     socket.send(&Message::Welcome(welcome), &[memfd.as_fd(); 3]).unwrap();
     let error = connecting.join().unwrap().unwrap_err();
     assert_eq!(error.kind(), Kind::Invalid);

@@ -9,12 +9,13 @@
 //!  6  2  kind
 //! ```
 //!
-//! and goes on by its kind. Texts are UTF-8 without a zero byte, after a 2-byte length of at most 256.
+//! and goes on by its kind. The head, and the message `end`, are the same in every version: whoever hears another version says so by an end, and
+//! hangs up. Texts are UTF-8 without a zero byte, after a 2-byte length of at most 256.
 //!
 //! | kind | from, fds | fields after the head |
 //! |---|---|---|
 //! | 1 hello | consumer | 4 wishes (bit 0: buffers that it can write to, or none), text: its name |
-//! | 2 welcome | server; the ring, the consumer's bell (an epoll descriptor, to be polled edge-triggered), the server's bell (an eventfd) | 4 frames it may have at a time, text: the source |
+//! | 2 welcome | server; the ring, the consumer's bell (an epoll descriptor, to be polled edge-triggered), the server's bell (an eventfd) | 4 frames it may have at a time, 4 bits: 0 if it may send fences, the others 0, text: the source |
 //! | 3 format | server | 4 generation, 4 buffers, 8 µs it may keep a frame of this generation (the lease), 8 frames in 1,000,000 s (0: not known), 8 µs without a frame that are too long (0: any time is right), 4 DRM code (0: none), 4 V4L2 code (0: none), 4 width, 4 height, 8 modifier (`DRM_FORMAT_MOD_INVALID`: not stated), 1 encoding, 1 range, 1 colour planes, 1 memory planes, for each colour plane 4 memory plane, 4 offset, 4 stride, for each memory plane 8 bytes |
 //! | 4 buffer | server; one fd for each memory plane | 4 generation, 4 index, 8 identity: the inode (`st_ino` of fstat(2)) of the first memory plane's descriptor |
 //! | 5 end | either | 2 reason, text |
@@ -32,8 +33,8 @@
 //! its socket whenever there is something and it has no frame to take: with some 16 of them unread the server skips frames that have
 //! a fence for it, and those that it had not taken, until it has read all but a few.
 //!
-//! A frame that the consumer's own device still reads when it is done with it may be given back with a **release fence**: the consumer
-//! sends the message `fence` with the frame's position, and then gives it back as fenced (`ring.rs`). The server does not have the buffer
+//! A frame that the consumer's own device still reads when it is done with it may be given back with a **release fence**, if the welcome
+//! says so (to consumers of the server's own user: who sends descriptors can make the server wait when it closes them). The consumer sends the message `fence` with the frame's position, and then gives it back as fenced (`ring.rs`). The server does not have the buffer
 //! filled before the fence has signalled, and until then the frame counts as one that the consumer has: against its budget, and against
 //! its lease. A fence that takes longer than the lease is not waited for any more when the source runs short of buffers. A consumer need
 //! not do so: it may as well give the frame back when the fence has signalled.
@@ -42,7 +43,7 @@
 //! another sort could make it wait. The server does so too with a fence for a position that the consumer has never had, or a second one.
 //!
 //! Encodings: 0 BT.601, 1 BT.709, 2 BT.2020. Ranges: 0 limited, 1 full. Reasons: 0 the source has ended, 1 the source has failed, 2
-//! refused, 3 the other side has broken the protocol.
+//! refused, 3 the other side has broken the protocol, 4 there is no place at the moment.
 //!
 //! A buffer's descriptors are those of dma-bufs or of memfds that are sealed against shrinking, and are for reading alone unless the server
 //! says otherwise: map them privately, or shared for reading. A consumer that cannot do with that says so by its wish, and is refused.
@@ -53,12 +54,14 @@ use crate::format::{Colour, Encoding, Format, Fourcc, Layout, MAX_PLANES, Modifi
 use crate::frame::MAX_SLOTS;
 
 /// The version that is spoken here.
-pub(super) const VERSION: u16 = 2;
+pub(super) const VERSION: u16 = 1;
 /// No message is longer.
 pub(super) const MAX_MESSAGE: usize = 512;
 /// No message carries more fds.
 pub(super) const MAX_FDS: usize = MAX_PLANES;
 const MAX_TEXT: usize = 256;
+/// The kind of the message that is the same in every version.
+const END: u16 = 5;
 const MAGIC: [u8; 4] = *b"dmaf";
 const INVALID_MODIFIER: u64 = 0x00ff_ffff_ffff_ffff;
 
@@ -89,6 +92,8 @@ pub(super) enum Message {
 #[derive(Clone, PartialEq, Debug)]
 pub(super) struct Welcome {
     pub budget: u32,
+    /// Whether the consumer may send release fences.
+    pub fences: bool,
     pub source: String,
 }
 
@@ -121,6 +126,7 @@ pub(super) enum Reason {
     Failed,
     Refused,
     Broken,
+    Full,
 }
 
 /// Bytes that are no message.
@@ -204,6 +210,7 @@ impl Message {
             }
             Message::Welcome(welcome) => {
                 bytes.extend(welcome.budget.to_le_bytes());
+                bytes.extend(u32::from(welcome.fences).to_le_bytes());
                 put_text(&mut bytes, &welcome.source);
             }
             Message::Format(shape) => shape.encode(&mut bytes),
@@ -227,7 +234,7 @@ impl Message {
             Message::Welcome(_) => 2,
             Message::Format(_) => 3,
             Message::Buffer { .. } => 4,
-            Message::End { .. } => 5,
+            Message::End { .. } => END,
             Message::Fence { .. } => 6,
         }
     }
@@ -251,11 +258,11 @@ impl Message {
         if from.array()? != MAGIC {
             return Err(Malformed::Magic);
         }
-        match from.u16()? {
-            VERSION => {}
-            version => return Err(Malformed::Version(version)),
+        let (version, kind) = (from.u16()?, from.u16()?);
+        if version != VERSION && kind != END {
+            return Err(Malformed::Version(version));
         }
-        let message = match from.u16()? {
+        let message = match kind {
             1 => {
                 let wishes = from.u32()?;
                 if wishes > 1 {
@@ -263,7 +270,13 @@ impl Message {
                 }
                 Message::Hello { writable: wishes == 1, name: from.text()? }
             }
-            2 => Message::Welcome(Welcome { budget: from.u32()?, source: from.text()? }),
+            2 => {
+                let (budget, bits) = (from.u32()?, from.u32()?);
+                if bits > 1 {
+                    return Err(Malformed::Value("bit of a welcome"));
+                }
+                Message::Welcome(Welcome { budget, fences: bits == 1, source: from.text()? })
+            }
             3 => Message::Format(Shape::decode(&mut from)?),
             4 => {
                 let (generation, index, identity) = (from.u32()?, from.u32()?, from.u64()?);
@@ -272,8 +285,8 @@ impl Message {
                 }
                 Message::Buffer { generation, index, identity }
             }
-            5 => {
-                let reasons = [Reason::Ended, Reason::Failed, Reason::Refused, Reason::Broken];
+            END => {
+                let reasons = [Reason::Ended, Reason::Failed, Reason::Refused, Reason::Broken, Reason::Full];
                 let reason = reasons.get(usize::from(from.u16()?)).copied();
                 Message::End { reason: reason.ok_or(Malformed::Value("reason"))?, text: from.text()? }
             }
@@ -397,10 +410,11 @@ mod tests {
     }
 
     fn messages() -> impl Strategy<Value = Message> {
-        let reasons = vec![Reason::Ended, Reason::Failed, Reason::Refused, Reason::Broken];
+        let reasons = vec![Reason::Ended, Reason::Failed, Reason::Refused, Reason::Broken, Reason::Full];
         prop_oneof![
             (any::<bool>(), "[^\0]{0,60}").prop_map(|(writable, name)| Message::Hello { writable, name }),
-            (any::<u32>(), "[^\0]{0,60}").prop_map(|(budget, source)| Message::Welcome(Welcome { budget, source })),
+            (any::<u32>(), any::<bool>(), "[^\0]{0,60}")
+                .prop_map(|(budget, fences, source)| Message::Welcome(Welcome { budget, fences, source })),
             shapes().prop_map(Message::Format),
             (any::<u32>(), 0..MAX_SLOTS, any::<u64>()).prop_map(|(generation, index, identity)| Message::Buffer {
                 generation,
@@ -415,20 +429,33 @@ mod tests {
     #[test]
     fn bytes_as_documented() {
         let buffer = Message::Buffer { generation: 2, index: 3, identity: 0x0102_0304_0506_0708 };
-        assert_eq!(buffer.encode(), b"dmaf\x02\0\x04\0\x02\0\0\0\x03\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01");
+        assert_eq!(buffer.encode(), b"dmaf\x01\0\x04\0\x02\0\0\0\x03\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01");
         let hello = Message::Hello { writable: true, name: "me".into() };
-        assert_eq!(hello.encode(), b"dmaf\x02\0\x01\0\x01\0\0\0\x02\0me");
+        assert_eq!(hello.encode(), b"dmaf\x01\0\x01\0\x01\0\0\0\x02\0me");
         let fence = Message::Fence { position: 0x0102 };
-        assert_eq!(fence.encode(), b"dmaf\x02\0\x06\0\x02\x01\0\0\0\0\0\0");
+        assert_eq!(fence.encode(), b"dmaf\x01\0\x06\0\x02\x01\0\0\0\0\0\0");
         let layout = Layout::contiguous(Format::parse("XR24").unwrap().0, (64, 48), 256).unwrap();
         let timing = Timing { lease_us: 50_000, rate_micro: 60_000_000, watchdog_us: 2_000_000 };
         let shape = Message::Format(Shape { generation: 1, buffers: 4, timing, layout, lens: vec![12288] });
         let expected = [
-            &b"dmaf\x02\0\x03\0\x01\0\0\0\x04\0\0\0\x50\xc3\0\0\0\0\0\0\0\x87\x93\x03\0\0\0\0\x80\x84\x1e\0\0\0\0\0"[..],
+            &b"dmaf\x01\0\x03\0\x01\0\0\0\x04\0\0\0\x50\xc3\0\0\0\0\0\0\0\x87\x93\x03\0\0\0\0\x80\x84\x1e\0\0\0\0\0"[..],
             &b"XR24XR24\x40\0\0\0\x30\0\0\0\xff\xff\xff\xff\xff\xff\xff\0\0\0\x01\x01"[..],
             b"\0\0\0\0\0\0\0\0\0\x01\0\0\0\x30\0\0\0\0\0\0",
         ];
         assert_eq!(shape.encode(), expected.concat());
+    }
+
+    #[test]
+    fn an_end_is_understood_in_every_version_and_nothing_else_is() {
+        let end = Message::End { reason: Reason::Refused, text: "version 2 is spoken here".into() };
+        let of_version = |message: &Message, version: u8| {
+            let mut bytes = message.encode();
+            bytes[4] = version;
+            Message::decode(&bytes)
+        };
+        assert_eq!(of_version(&end, 2), Ok(end));
+        let hello = Message::Hello { writable: false, name: "me".into() };
+        assert_eq!(of_version(&hello, 2), Err(Malformed::Version(2)));
     }
 
     #[test]

@@ -171,19 +171,20 @@ pub struct ShareArgs {
     /// Where consumers connect [default: the socket that systemd has passed]
     #[arg(long, value_name = "SOCKET", value_parser = NonEmptyStringValueParser::new())]
     pub at: Option<String>,
-    /// The mode of the socket's file, octal [default: 600; 666 with --allow-uid or --allow-gid, which are looked at for each connection]
+    /// The mode of the socket's file, octal, which is meant: 666 lets everybody connect, but with --allow-uid or --allow-gid those alone
+    /// [default: 600; 660 with --group; 666 with --allow-uid or --allow-gid]
     #[arg(long, value_name = "MODE", value_parser = mode)]
     pub mode: Option<u32>,
-    /// The group of the socket's file, by name or number
+    /// The group of the socket's file, by name or number, whose users may connect if the mode lets them write
     #[arg(long, value_name = "GROUP", value_parser = NonEmptyStringValueParser::new())]
     pub group: Option<String>,
     /// Another user that may connect, by number; may be given several times
     #[arg(long, value_name = "UID")]
     pub allow_uid: Vec<u32>,
-    /// A group whose processes may connect, by number; may be given several times
+    /// A group whose users may connect, by number; may be given several times
     #[arg(long, value_name = "GID")]
     pub allow_gid: Vec<u32>,
-    /// Consumers can write into the buffers as well, as Mesa's lavapipe must to import them
+    /// Consumers that ask for it can write into the buffers as well, as Mesa's lavapipe must to import them
     #[arg(long)]
     pub writable: bool,
     /// How long a consumer may keep a frame at least, in ms [default: three frame times]
@@ -232,6 +233,9 @@ pub struct Shape {
     /// When what is shared at unix:SOCKET ends, wait until it is there again
     #[arg(long)]
     pub reconnect: bool,
+    /// Of what is shared at unix:SOCKET, buffers to write to are asked for if there are such: devices may need that to import them.
+    #[arg(skip)]
+    pub writable: bool,
 }
 
 #[derive(ClapArgs)]

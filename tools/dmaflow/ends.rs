@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use anyhow::{Context, bail};
 use dmaflow::endpoint::{Sink, Source};
+use dmaflow::error::Kind;
 use dmaflow::format::{Format, Fourcc};
 #[cfg(feature = "gbm")]
 use dmaflow::gbm;
@@ -57,6 +58,18 @@ impl AnySink {
             AnySink::Null(null) => null,
             #[cfg(feature = "vulkan")]
             AnySink::Vulkan(vulkan) => vulkan.as_mut(),
+        }
+    }
+
+    /// Whether a device imports what it gets, or may be fed by one that does: some drivers map that for writing.
+    pub fn imports(&self) -> bool {
+        match self {
+            AnySink::Display(_) => true,
+            #[cfg(feature = "gbm")]
+            AnySink::Gbm(_) => true,
+            #[cfg(feature = "vulkan")]
+            AnySink::Vulkan(_) => true,
+            AnySink::Png(_) | AnySink::Y4m(_) | AnySink::Raw(_) | AnySink::Share(_) | AnySink::Null(_) => false,
         }
     }
 
@@ -254,7 +267,12 @@ fn open_share(
             bail!(Usage(format!("{option} is for who shares the source; {name} is as it is shared")));
         }
     }
-    let mut receiver = Receiver::connect(place, "dmaflow")?;
+    let writable = shape.writable.then(|| Receiver::connect_writable(place, "dmaflow"));
+    let mut receiver = match writable {
+        Some(Err(error)) if error.kind() == Kind::Permission => Receiver::connect(place, "dmaflow")?,
+        Some(other) => other?,
+        None => Receiver::connect(place, "dmaflow")?,
+    };
     if shape.reconnect {
         receiver.come_back_to_it()?;
     }

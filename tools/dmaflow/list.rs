@@ -1,17 +1,15 @@
 //! `dmaflow list`: what this machine has.
 
-use std::os::unix::fs::FileTypeExt;
 use std::process::ExitCode;
 
-use dmaflow::endpoint::Source;
 use dmaflow::format::Format;
 use dmaflow::kms::{Card, ConnectorOffer};
 use dmaflow::memory::Allocator;
-use dmaflow::share::Receiver;
 use dmaflow::v4l2::{Api, Device, FormatOffer};
 use serde::Serialize;
 
 use crate::args::ListArgs;
+use crate::list_shares::{ShareListing, shares};
 use crate::output;
 
 #[derive(Serialize)]
@@ -162,46 +160,6 @@ struct SharedListing {
     camera: String,
     display: String,
     formats: Vec<String>,
-}
-
-/// A source that another process shares.
-#[derive(Serialize)]
-struct ShareListing {
-    /// As `--from` takes it.
-    name: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    source: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    layout: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    fps: Option<f64>,
-    /// Why it cannot be used.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    why_not: Option<String>,
-}
-
-/// The shares whose sockets lie where this user's do. Each is connected to for a moment.
-fn shares() -> Vec<ShareListing> {
-    let Some(folder) = std::env::var_os("XDG_RUNTIME_DIR") else { return Vec::new() };
-    let Ok(entries) = std::fs::read_dir(std::path::Path::new(&folder).join("dmaflow")) else { return Vec::new() };
-    let socket = |entry: std::fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_socket()).then(|| entry.path());
-    let mut paths: Vec<_> = entries.flatten().filter_map(socket).collect();
-    paths.sort_unstable();
-    let listing = |path: std::path::PathBuf| {
-        let place = path.display().to_string();
-        let name = format!("unix:{place}");
-        match Receiver::connect(&place, "dmaflow list") {
-            Ok(receiver) => ShareListing {
-                name,
-                source: Some(receiver.source().to_owned()),
-                layout: Some(receiver.layout().to_string()),
-                fps: receiver.rate(),
-                why_not: None,
-            },
-            Err(error) => ShareListing { name, source: None, layout: None, fps: None, why_not: Some(error.line()) },
-        }
-    };
-    paths.into_iter().map(listing).collect()
 }
 
 pub fn run(args: &ListArgs) -> anyhow::Result<ExitCode> {
@@ -468,12 +426,7 @@ fn table(listing: &Listing) -> String {
     }
     lines.push("shares".to_owned());
     for share in &listing.shares {
-        let fps = share.fps.map_or(String::new(), |fps| format!(" at {fps:.1} fps"));
-        let state = match (&share.source, &share.layout, &share.why_not) {
-            (Some(source), Some(layout), _) => format!("{}: {layout}{fps}", crate::table::plain(source)),
-            (_, _, why) => why.clone().unwrap_or_default(),
-        };
-        lines.push(format!("  {}  {state}", share.name));
+        lines.push(format!("  {}  {}", share.name, share.state()));
     }
     if listing.shares.is_empty() {
         none(&mut lines);

@@ -9,6 +9,7 @@ mod failure;
 mod hear;
 mod keep;
 mod list;
+mod list_shares;
 mod live;
 mod output;
 mod pipe;

@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, anyhow};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// Makes sure before anything starts that the result can be written.
 ///
@@ -45,4 +46,14 @@ pub fn complain(line: &str) {
 /// As [`complain`], marked with the program's name.
 pub fn note(line: &str) {
     complain(&format!("dmaflow: {line}"));
+}
+
+/// As [`note`], but for a stderr that nobody reads and that is full: then the line is left out, for to write it would be to wait. To be used
+/// where others choose how many lines there are. (A pipe is writable while a whole page of it is free: pipe_poll in fs/pipe.c.)
+pub fn note_unless_full(line: &str) {
+    let stderr = io::stderr();
+    let mut fds = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
+    if poll(&mut fds, PollTimeout::ZERO) == Ok(1) {
+        note(line);
+    }
 }

@@ -15,7 +15,7 @@ use dmaflow::sink::write_png;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 
-use crate::args::{MakerChoice, PathChoice, PipeArgs, PolicyChoice};
+use crate::args::{MakerChoice, PathChoice, PipeArgs, PolicyChoice, Shape};
 use crate::ends::{AnySink, open_sink, open_source, takes_stdout, watch};
 use crate::failure::{NotPutBack, Usage, WRONG_FRAME, ZeroCopyRefused};
 use crate::keep::Keeper;
@@ -34,7 +34,8 @@ pub fn run(args: &PipeArgs) -> anyhow::Result<ExitCode> {
         bail!(Usage("--snap needs a display to look at".into()));
     }
     let formats = sink.as_dyn().formats();
-    let mut source = open_source(args.from.as_deref(), &args.shape, args.buffers, formats.as_deref())?;
+    let shape = Shape { writable: sink.imports(), ..args.shape.clone() };
+    let mut source = open_source(args.from.as_deref(), &shape, args.buffers, formats.as_deref())?;
     let mut report = Report::new(source.name(), sink.as_dyn().name(), source.layout());
     report.rated(source.rate());
     #[cfg(feature = "vulkan")]

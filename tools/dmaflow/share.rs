@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use dmaflow::endpoint::{JoinError, Rung, Shown, Sink};
@@ -19,7 +20,7 @@ use serde::Serialize;
 use crate::args::ShareArgs;
 use crate::ends::open_source;
 use crate::failure::Usage;
-use crate::output::{self, note};
+use crate::output::{self, note, note_unless_full};
 use crate::pipe::limits;
 use crate::report::LatencyReport;
 use crate::stop::catch_signals;
@@ -30,6 +31,8 @@ const BUFFERS: u32 = 8;
 
 /// The table on a terminal is written this often at most, in µs.
 const PERIOD_US: u64 = 250_000;
+/// Lines of who was disconnected are so far apart at least.
+const TOLD: Duration = Duration::from_secs(1);
 
 pub fn run(args: &ShareArgs) -> anyhow::Result<ExitCode> {
     let limits = limits(args.frames, args.seconds)?;
@@ -52,9 +55,8 @@ pub fn run(args: &ShareArgs) -> anyhow::Result<ExitCode> {
     let own = !args.from.as_deref().is_some_and(|name| name.starts_with("unix:"));
     let buffers = args.buffers.or(own.then_some(BUFFERS));
     let mut source = open_source(args.from.as_deref(), &args.shape, buffers, None)?;
-    if !args.writable {
-        source.export_read_only()?;
-    }
+    // Also where some may write: the others do not.
+    source.export_read_only()?;
     let at = server.name().to_owned();
     let mut shared = Shared::new(server);
     shared.server.describe(source.name(), source.watchdog());
@@ -135,6 +137,9 @@ struct Shared {
     last_us: u64,
     /// Whether it was told that consumers may starve the source.
     warned: bool,
+    /// How many departures were told of.
+    told: u64,
+    told_at: Option<Instant>,
 }
 
 impl Shared {
@@ -145,11 +150,9 @@ impl Shared {
             bar.set_style(ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_spinner()));
             bar
         });
-        Shared { server, live, last_us: 0, warned: false }
+        Shared { server, live, last_us: 0, warned: false, told: 0, told_at: None }
     }
-}
 
-impl Shared {
     /// Says once that consumers which do nothing wrong can starve the source: its losses would seem to be its own.
     fn warn(&mut self) {
         if self.warned || !self.server.may_starve() {
@@ -167,6 +170,42 @@ impl Shared {
             None => note(&line),
         }
     }
+
+    /// A line for each consumer that went otherwise than by hanging up, when it does; no more than one a second, for those that connect may do
+    /// so as fast as they like.
+    fn tell(&mut self) {
+        let departed = self.server.departed();
+        if departed == self.told || self.told_at.is_some_and(|at| at.elapsed() < TOLD) {
+            return;
+        }
+        // More than are kept are gone unseen only if so many went since the last look.
+        let new = usize::try_from(departed - self.told).unwrap_or(usize::MAX);
+        self.told = departed;
+        let all: Vec<_> = self.server.departures().collect();
+        let mut others = all.iter().skip(all.len().saturating_sub(new)).filter(|gone| !gone.left);
+        let Some(first) = others.next() else { return };
+        self.told_at = Some(Instant::now());
+        let more = match others.count() {
+            0 => String::new(),
+            more => format!("; and {more} others"),
+        };
+        let line = format!("{}{more}", departure(first));
+        match &self.live {
+            Some(live) => live.suspend(|| note_unless_full(&line)),
+            None => note_unless_full(&line),
+        }
+    }
+}
+
+/// What is said of a consumer that went otherwise than by itself.
+fn departure(gone: &Departure) -> String {
+    let Departure { consumer, why, at_fault, .. } = gone;
+    let who = match consumer.name.as_str() {
+        "" => "a connection".to_owned(),
+        name => format!("consumer {}", table::plain(name)),
+    };
+    let what = if *at_fault { "disconnected" } else { "lost" };
+    format!("{what}: {who} (process {}, user {}): {why}", consumer.pid, consumer.uid)
 }
 
 /// A table of consumers; the heading is a row of it.
@@ -201,6 +240,7 @@ impl Sink for Shared {
     fn present(&mut self, frame: Frame) -> Result<Option<Shown>> {
         let shown = self.server.present(frame)?;
         self.warn();
+        self.tell();
         if let (Some(live), Some(shown)) = (&self.live, &shown)
             && shown.at_us.saturating_sub(self.last_us) >= PERIOD_US
         {
@@ -222,7 +262,9 @@ impl Sink for Shared {
     }
 
     fn dispatch(&mut self) -> Result<Option<Shown>> {
-        self.server.dispatch()
+        let shown = self.server.dispatch()?;
+        self.tell();
+        Ok(shown)
     }
 
     fn waits_for<'a>(&'a self, next: Option<&'a Frame>) -> Vec<&'a SyncFile> {

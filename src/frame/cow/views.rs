@@ -86,6 +86,13 @@ impl Views {
         self.table.is_empty()
     }
 
+    /// A bit for each slot whose frame has a view.
+    pub(crate) fn slots(&self) -> u64 {
+        self.table
+            .all()
+            .fold(0, |bits, seen| bits | 1_u64.checked_shl(seen.slot).unwrap_or(0))
+    }
+
     /// Who has views, oldest first.
     pub(crate) fn infos(&self) -> Vec<ViewInfo> {
         let mut infos: Vec<_> = self.table.all().map(|seen| seen.info()).collect();

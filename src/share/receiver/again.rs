@@ -3,6 +3,7 @@
 //! It tries to connect ten times a second, until somebody is there who answers. Then the source has changed as far as the program can see:
 //! [`FormatChanged`](Kind::FormatChanged) comes, and [`follow`](crate::endpoint::Source::follow) goes on with the new server's buffers.
 
+use nix::libc;
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
@@ -10,6 +11,17 @@ use super::*;
 
 /// The time between two tries.
 const TRY: Duration = Duration::from_millis(100);
+/// How long the socket's file may say no before that is believed: a server that starts makes it for its own user alone, and opens it to
+/// others then.
+const DENIED: Duration = Duration::from_secs(5);
+
+/// How the server has ended.
+#[derive(Clone, Debug)]
+pub(super) enum End {
+    Said(Reason, String),
+    HungUp,
+    Nonsense(String),
+}
 
 /// How far it is.
 #[derive(Debug)]
@@ -17,6 +29,8 @@ pub(super) struct Back {
     /// Of the next try, or of the end of one. Readable from then on until it is set again.
     timer: TimerFd,
     stage: Stage,
+    /// Since when the socket's file says no, in µs.
+    denied_us: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -46,8 +60,29 @@ impl Receiver {
         self.epoll
             .add(timer.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, BACK))
             .context("wait for", about)?;
-        self.back = Some(Back { timer, stage: Stage::There });
+        self.back = Some(Back { timer, stage: Stage::There, denied_us: None });
         Ok(())
+    }
+
+    fn over(&self, end: &End) -> Error {
+        let gone = |why: String| Error::new(Kind::Disconnected, "read frames from", self.name.clone()).because(why);
+        match end {
+            End::Said(Reason::Ended, _) => Error::new(Kind::Ended, "read frames from", self.name.clone()),
+            End::Said(Reason::Failed, text) => gone(format!("its source failed: {text}")),
+            End::Said(Reason::Refused | Reason::Full, text) => gone(format!("its server refuses: {text}")),
+            End::Said(Reason::Broken, text) => {
+                gone(format!("its server says that this process broke the protocol: {text}"))
+            }
+            End::HungUp => gone("its server is gone".to_owned()).repair("start the server, then this again"),
+            End::Nonsense(why) => gone(format!("its server breaks the protocol: {why}")),
+        }
+    }
+
+    /// The end, if there is one and nothing is left in the ring.
+    pub(super) fn ended(&mut self) -> Result<()> {
+        let Some(end) = &self.end else { return Ok(()) };
+        let over = self.over(end);
+        self.come_back(over)
     }
 
     /// Whether the server has ended and the next is not followed yet.
@@ -136,14 +171,47 @@ impl Back {
     ///
     /// # Errors
     /// Why it will not.
-    fn later(&self, error: Error, name: &str) -> Result<Stage> {
-        match error.kind() {
-            Kind::NotFound | Kind::Busy | Kind::Disconnected | Kind::Timeout => {
-                let until = now_us() + TRY.as_micros() as u64;
-                self.set(until).context("set the timer of", || name)?;
-                Ok(Stage::Waiting(until))
+    fn later(&mut self, error: Error, name: &str) -> Result<Stage> {
+        let now = now_us();
+        let may_help = match error.kind() {
+            Kind::NotFound | Kind::Busy | Kind::Disconnected | Kind::Timeout => true,
+            // The server itself refuses without an errno.
+            Kind::Permission if error.errno() == Some(libc::EACCES) => {
+                let since = *self.denied_us.get_or_insert(now);
+                now.saturating_sub(since) < DENIED.as_micros() as u64
             }
-            _ => Err(error),
+            _ => return Err(error),
+        };
+        if !may_help {
+            return Err(error);
         }
+        if error.kind() != Kind::Permission {
+            self.denied_us = None;
+        }
+        let until = now + TRY.as_micros() as u64;
+        self.set(until).context("set the timer of", || name)?;
+        Ok(Stage::Waiting(until))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_pass_is_tried_again() {
+        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC).unwrap();
+        let mut back = Back { timer, stage: Stage::There, denied_us: None };
+        let denied = || Error::from_io("connect to", "x", std::io::Error::from_raw_os_error(libc::EACCES));
+        assert_eq!(denied().kind(), Kind::Permission);
+        // A server that has just made its socket, or whose places are all taken.
+        assert!(matches!(back.later(denied(), "x").unwrap(), Stage::Waiting(_)));
+        assert!(matches!(back.later(Error::new(Kind::Busy, "join", "x"), "x").unwrap(), Stage::Waiting(_)));
+        assert_eq!(back.denied_us, None);
+        // One whose file says no all the time, or that says no itself.
+        back.denied_us = Some(now_us() - DENIED.as_micros() as u64);
+        assert_eq!(back.later(denied(), "x").unwrap_err().kind(), Kind::Permission);
+        back.denied_us = None;
+        assert_eq!(back.later(Error::new(Kind::Permission, "join", "x"), "x").unwrap_err().kind(), Kind::Permission);
     }
 }

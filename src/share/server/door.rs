@@ -1,18 +1,26 @@
 //! Who comes in: connections, the hello, and what consumers say later.
 
+use std::io;
 use std::time::Duration;
 
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 
-use super::{LISTENER, MAX_CONSUMERS, Server, micros};
-use crate::share::consumer::{Consumer, Lost};
-use crate::share::socket::{Peer, Received, Socket};
-use crate::share::wire::{Message, Reason};
+use super::{Departure, LISTENER, MAX_CONSUMERS, Peer, Server, TELL_AGAIN, micros};
+use crate::share::consumer::{Consumer, ConsumerInfo, Lost};
+use crate::share::peer::is_own;
+use crate::share::socket::{Received, Rejected, Socket};
+use crate::share::wire::{Malformed, Message, Reason, VERSION};
 
 /// How long a connection may take to say hello.
 const HELLO: Duration = Duration::from_secs(2);
 /// How long no connection is accepted after that failed, as for want of descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// The connections that one other user than the server's own may have, and all those together: some places stay the server's user's.
+const FOREIGN_USER: usize = 16;
+const FOREIGN: usize = 48;
+/// How often one is noted at most that said something else than hello.
+const STRANGERS: Duration = Duration::from_secs(1);
 
 /// What a consumer is told that wants more than there is.
 const READ_ONLY: &str = "it is shared for reading alone; its server says whether consumers can write (--writable)";
@@ -30,16 +38,38 @@ fn full() -> String {
     format!("it has {MAX_CONSUMERS} consumers already, or as many connections that are none yet")
 }
 
+/// Why a user can have no other connection, besides those of `others`, if it is foreign.
+fn has_too_many(uid: u32, others: impl Iterator<Item = u32>) -> Option<String> {
+    let (mut of_user, mut of_all) = (0, 0);
+    for other in others.filter(|&other| !is_own(other)) {
+        of_all += 1;
+        of_user += usize::from(other == uid);
+    }
+    if is_own(uid) {
+        return None;
+    }
+    let user = (of_user >= FOREIGN_USER).then(|| format!("user {uid} has {FOREIGN_USER} connections to it already"));
+    user.or_else(|| {
+        (of_all >= FOREIGN).then(|| format!("others than its own user have {FOREIGN} connections to it already"))
+    })
+}
+
 fn refuse(socket: &Socket, text: String) {
+    end(socket, Reason::Refused, text);
+}
+
+fn end(socket: &Socket, reason: Reason, text: String) {
     // One that does not listen is not told.
-    let _ = socket.send(&Message::End { reason: Reason::Refused, text }, &[]);
+    let _ = socket.send(&Message::End { reason, text }, &[]);
 }
 
 impl Server {
-    fn allows(&self, peer: &Peer) -> bool {
-        let Peer { uid, gid, .. } = peer;
-        let own = nix::unistd::geteuid().as_raw();
-        *uid == own || self.request.allow_uids.contains(uid) || self.request.allow_gids.contains(gid)
+    /// Why there is no place for another consumer.
+    fn has_no_place(&self, uid: u32) -> Option<String> {
+        let is_full = self.consumers.len() >= MAX_CONSUMERS || self.waiting.len() >= MAX_CONSUMERS;
+        let consumers = self.consumers.iter().map(Consumer::uid);
+        let others = consumers.chain(self.waiting.iter().map(|waiting| waiting.peer.uid));
+        is_full.then(full).or_else(|| has_too_many(uid, others))
     }
 
     pub(super) fn accept(&mut self, now: u64) {
@@ -59,15 +89,13 @@ impl Server {
                 let _ = socket.send(&Message::End { reason: Reason::Ended, text: String::new() }, &[]);
                 continue;
             }
-            let refusal = if !self.allows(&peer) {
-                Some(format!("user {} may not use it; its server says who may (--allow-uid)", peer.uid))
-            } else if self.consumers.len() >= MAX_CONSUMERS || self.waiting.len() >= MAX_CONSUMERS {
-                Some(full())
-            } else {
-                None
-            };
-            if let Some(text) = refusal {
-                refuse(&socket, text);
+            if !self.access.allows(&peer) {
+                let who = "its server says who may (--allow-uid, --allow-gid, --group, --mode)";
+                refuse(&socket, format!("user {} may not use it; {who}", peer.uid));
+                continue;
+            }
+            if let Some(text) = self.has_no_place(peer.uid) {
+                end(&socket, Reason::Full, text);
                 continue;
             }
             self.connections += 1;
@@ -90,16 +118,23 @@ impl Server {
     /// Something came by a socket.
     pub(super) fn hear(&mut self, token: u64) {
         if let Some(index) = self.waiting.iter().position(|waiting| waiting.token == token) {
-            match self.waiting[index].socket.receive() {
+            match self.waiting[index].socket.receive(false) {
                 Ok(Received::Nothing) => {}
                 Ok(Received::Message(Message::Hello { name, writable }, _)) => {
                     let Waiting { socket, peer, .. } = self.waiting.swap_remove(index);
                     match writable && !self.request.writable {
                         true => refuse(&socket, READ_ONLY.to_owned()),
-                        false => self.serve(token, socket, peer, name),
+                        false => self.serve(token, socket, peer, (name, writable)),
                     }
                 }
-                Ok(_) | Err(_) => drop(self.waiting.swap_remove(index)),
+                Ok(Received::Closed) => drop(self.waiting.swap_remove(index)),
+                Ok(Received::Message(..)) => self.turn_away(index, "its first message is no hello"),
+                Err(Rejected::Malformed(Malformed::Version(version))) => {
+                    let why = format!("version {VERSION} of the protocol is spoken here, and not {version}");
+                    refuse(&self.waiting[index].socket, why);
+                    self.turn_away(index, &format!("it speaks version {version} of the protocol"));
+                }
+                Err(rejected) => self.turn_away(index, &rejected.to_string()),
             }
             return;
         }
@@ -109,12 +144,53 @@ impl Server {
         }
     }
 
-    fn serve(&mut self, token: u64, socket: Socket, peer: Peer, name: String) {
-        if self.consumers.len() >= MAX_CONSUMERS {
-            refuse(&socket, full());
+    /// Hangs up on one that has said something else than hello. Not each is noted: they may come as fast as they like, and the list of those
+    /// that were consumers is short.
+    fn turn_away(&mut self, index: usize, why: &str) {
+        let Waiting { peer, until_us, .. } = self.waiting.swap_remove(index);
+        // The time when it came.
+        let now = until_us.saturating_sub(micros(HELLO));
+        if self
+            .stranger_us
+            .is_some_and(|last| now.saturating_sub(last) < micros(STRANGERS))
+        {
             return;
         }
-        let made = Consumer::new(token, socket, peer, name, self.request.budget);
+        self.stranger_us = Some(now);
+        let Peer { pid, uid, gid, .. } = peer;
+        let consumer = ConsumerInfo { pid, uid, gid, ..ConsumerInfo::default() };
+        self.note(Departure { consumer, why: why.to_owned(), at_fault: true, left: false });
+    }
+
+    /// Tells those the rest that could not be told all at once, and when to try again. Those that leave unread what they were sent are in
+    /// the way then: descriptors that are on their way count against the server's user, whoever they are for.
+    pub(super) fn tell_again(&mut self, now: u64) -> Option<u64> {
+        if !self.consumers.iter().any(Consumer::is_untold) {
+            return None;
+        }
+        let welcome = self.welcome();
+        let mut lost = Vec::new();
+        for consumer in &mut self.consumers {
+            if let Err(error) = consumer.tell(&welcome) {
+                lost.push((consumer.token, Lost::untold(&error)));
+            } else if consumer.leaves_unread(now) {
+                lost.push((consumer.token, Lost::untold(&io::Error::other("it does not read what it is told"))));
+            }
+        }
+        self.lose_all(lost);
+        if self.consumers.iter().any(Consumer::is_untold) {
+            return Some(now + micros(TELL_AGAIN));
+        }
+        self.consumers.iter_mut().for_each(Consumer::may_read_later);
+        None
+    }
+
+    fn serve(&mut self, token: u64, socket: Socket, peer: Peer, hello: (String, bool)) {
+        if self.consumers.len() >= MAX_CONSUMERS {
+            end(&socket, Reason::Full, full());
+            return;
+        }
+        let made = Consumer::new(token, socket, peer, hello, self.request.budget);
         // For want of memory or descriptors: it hears that it was hung up on.
         let Ok(mut consumer) = made else { return };
         let input = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, token + 1);
@@ -127,7 +203,28 @@ impl Server {
         };
         self.consumers.push(consumer);
         if let Err(error) = greeted {
-            self.lose(token, Lost::left(&format!("it could not be told of the buffers: {error}")));
+            self.lose(token, Lost::untold(&error));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_users_leave_places_to_each_other_and_to_the_servers_own() {
+        let own = nix::unistd::geteuid().as_raw();
+        let with = |uids: &[(u32, usize)], uid| {
+            let others = uids.iter().flat_map(|&(uid, count)| std::iter::repeat_n(uid, count));
+            has_too_many(uid, others)
+        };
+        let [one, two, three, four] = [1, 2, 3, 4].map(|more| own + more);
+        assert_eq!(with(&[(own, 60), (one, FOREIGN_USER - 1)], one), None);
+        assert!(with(&[(one, FOREIGN_USER)], one).unwrap().contains(&one.to_string()));
+        assert_eq!(with(&[(one, FOREIGN_USER)], two), None);
+        let crowd = [(one, FOREIGN_USER), (two, FOREIGN_USER), (three, FOREIGN - 2 * FOREIGN_USER)];
+        assert!(with(&crowd, four).is_some());
+        assert_eq!(with(&crowd, own), None);
     }
 }

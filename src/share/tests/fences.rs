@@ -47,7 +47,7 @@ fn present_fenced(source: &mut Pattern, server: &mut Server) -> (Frame, OwnedFd)
 fn fences(socket: &Socket) -> Vec<u64> {
     let mut positions = Vec::new();
     loop {
-        match socket.receive().unwrap() {
+        match socket.receive(true).unwrap() {
             Received::Message(Message::Fence { position }, fds) => {
                 assert_eq!(fds.len(), 1);
                 positions.push(position);

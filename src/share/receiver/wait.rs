@@ -1,0 +1,114 @@
+//! How a receiver waits, and what it is woken for.
+//!
+//! Between two calls one of these holds, so that who waits for the descriptor is woken when a frame is there: the word that says "asleep" is
+//! set since before the newest frame, and the server rings for the next one; or an event is pending. Whoever takes the events out of the list
+//! ([`Receiver::listen`]) makes sure of it before it returns.
+
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+
+use super::*;
+
+/// Rings when a view is to be detached.
+#[derive(Debug)]
+pub(super) struct Alarm {
+    timer: TimerFd,
+    /// In µs of `CLOCK_MONOTONIC`.
+    at_us: Option<u64>,
+}
+
+impl Alarm {
+    pub(super) fn at_us(&self) -> Option<u64> {
+        self.at_us
+    }
+}
+
+/// Hears from now on what the server says and when it rings.
+pub(super) fn listen(epoll: &Epoll, server: &Joined) -> nix::Result<()> {
+    epoll.add(&server.socket, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, SOCKET))?;
+    epoll.add(&server.watch, edge(BELL))
+}
+
+impl Receiver {
+    /// An event comes at this time, and none before; none at all for `None`. A system call if that is not so yet.
+    pub(super) fn set_alarm(&mut self, at_us: Option<u64>) -> Result<()> {
+        let about = || self.name.as_str();
+        let alarm = match (&mut self.alarm, at_us) {
+            (None, None) => return Ok(()),
+            (Some(alarm), _) => alarm,
+            (empty, Some(_)) => {
+                let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
+                let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags).context("make a timer for", about)?;
+                self.epoll
+                    .add(timer.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, ALARM))
+                    .context("wait for", about)?;
+                empty.insert(Alarm { timer, at_us: None })
+            }
+        };
+        if alarm.at_us == at_us {
+            return Ok(());
+        }
+        let set = match at_us {
+            Some(at) => {
+                // A time of 0 would stop it.
+                let at = TimeSpec::from_duration(Duration::from_micros(at.max(1)));
+                alarm.timer.set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME)
+            }
+            None => alarm.timer.unset(),
+        };
+        set.context("set the timer of", about)?;
+        alarm.at_us = at_us;
+        Ok(())
+    }
+
+    /// Waits for what is said or rung, and tells whether there was anything. One system call; and more for what the server has said.
+    pub(super) fn listen(&mut self, time: EpollTimeout) -> Result<bool> {
+        let mut events = [EpollEvent::empty(); 4];
+        let count = match self.epoll.wait(&mut events, time) {
+            // As good as an event: who waits looks again.
+            Err(Errno::EINTR) => return Ok(true),
+            other => other.context("wait for", || self.name.as_str())?,
+        };
+        if events.iter().take(count).any(|event| event.data() == SOCKET) {
+            self.hear();
+        }
+        Ok(count > 0)
+    }
+
+    /// The next frame, waited for: for programs that wait for nothing else. `None` if the time is up. Others wait for the descriptor
+    /// together with what else they wait for, and call [`try_next`](Source::try_next); they may use both.
+    ///
+    /// Cost: none that is a system call if a frame is there, one if it has to be waited for; a second one if another is there by then.
+    ///
+    /// # Errors
+    /// As [`try_next`](Source::try_next).
+    pub fn next_within(&mut self, time: Duration) -> Result<Option<Frame>> {
+        let mut listened = false;
+        let next = self.wait_next(time, &mut listened);
+        // The events that told of this frame are gone. A frame that waits to be followed is in no entry of the ring.
+        if listened && (self.next.is_some() || !self.ring.sleep()) {
+            self.again.ring().context("wait for", || self.name.as_str())?;
+        }
+        next
+    }
+
+    fn wait_next(&mut self, time: Duration, listened: &mut bool) -> Result<Option<Frame>> {
+        let until = now_us().saturating_add(u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
+        loop {
+            self.give_back()?;
+            if let Some(frame) = self.found()? {
+                return Ok(Some(frame));
+            }
+            if !self.ring.sleep() {
+                continue;
+            }
+            self.ended()?;
+            let left = until.saturating_sub(now_us());
+            if left == 0 {
+                return Ok(None);
+            }
+            *listened = true;
+            self.listen(EpollTimeout::try_from(left.div_ceil(1000)).unwrap_or(EpollTimeout::MAX))?;
+        }
+    }
+}
