@@ -203,7 +203,7 @@ static bool hear(void)
 	const uint8_t *fields = bytes + 8;
 	len -= 8;
 	uint64_t kind = number(bytes + 6, 2);
-	if (kind != WELCOME && kind != BUFFER && count)
+	if (kind != WELCOME && kind != BUFFER && kind != FENCE && count)
 		fail("descriptors come with a message that has none");
 	struct stat area;
 	int said;

@@ -102,6 +102,8 @@ pub struct Server {
     number: u64,
     /// Those of the newest frame's source.
     slots: Option<SourceSlots>,
+    /// Whether a consumer is still to be told of buffers.
+    untold: bool,
     /// When connections are accepted again.
     paused_until_us: Option<u64>,
     /// What the timer is set to.
@@ -186,6 +188,7 @@ impl Server {
             connections: 0,
             number: 0,
             slots: None,
+            untold: false,
             paused_until_us: None,
             armed_us: None,
             looked_us: 0,
@@ -295,7 +298,8 @@ impl Server {
     /// What waits for a time: connections without a hello, the listener, the source. Nothing does with nearly every frame.
     #[inline]
     fn tend(&mut self, now: u64) -> Result<()> {
-        let nothing = self.waiting.is_empty() && self.paused_until_us.is_none() && self.armed_us.is_none();
+        let timed = self.paused_until_us.is_some() || self.armed_us.is_some() || self.untold;
+        let nothing = self.waiting.is_empty() && !timed;
         if nothing && !self.is_short() { Ok(()) } else { self.tend_what_waits(now) }
     }
 
@@ -410,6 +414,7 @@ impl Sink for Server {
             if let Err(error) = consumer.greet(&welcome, &generation) {
                 lost.push((consumer.token, Lost::untold(&error)));
             }
+            self.untold |= consumer.is_untold();
         }
         self.generation = Some(generation);
         self.slots = None;

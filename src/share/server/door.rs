@@ -165,7 +165,7 @@ impl Server {
     /// Tells those the rest that could not be told all at once, and when to try again. Those that leave unread what they were sent are in
     /// the way then: descriptors that are on their way count against the server's user, whoever they are for.
     pub(super) fn tell_again(&mut self, now: u64) -> Option<u64> {
-        if !self.consumers.iter().any(Consumer::is_untold) {
+        if !self.untold {
             return None;
         }
         let welcome = self.welcome();
@@ -178,7 +178,8 @@ impl Server {
             }
         }
         self.lose_all(lost);
-        if self.consumers.iter().any(Consumer::is_untold) {
+        self.untold = self.consumers.iter().any(Consumer::is_untold);
+        if self.untold {
             return Some(now + micros(TELL_AGAIN));
         }
         self.consumers.iter_mut().for_each(Consumer::may_read_later);
@@ -201,6 +202,7 @@ impl Server {
             Some(generation) => consumer.greet(&self.welcome(), generation),
             None => Ok(()),
         };
+        self.untold |= consumer.is_untold();
         self.consumers.push(consumer);
         if let Err(error) = greeted {
             self.lose(token, Lost::untold(&error));
