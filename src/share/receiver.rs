@@ -1,6 +1,7 @@
 //! `Receiver`: a source of frames that another process shares.
 
 mod again;
+mod hear;
 mod wait;
 
 use std::os::fd::{AsFd, BorrowedFd};
@@ -14,13 +15,12 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use super::area::SharedArea;
 use super::bell::Bell;
 use super::entry::Entry;
-use super::fences::sync_file;
 use super::held::{HELD, Held, HeldFrames};
-use super::incoming::{Generation, learn};
+use super::incoming::Generation;
 use super::join::{ANSWER, Hello, Joined, Joining};
 use super::ring::{Consumer, Taken};
-use super::socket::{Place, Received};
-use super::wire::{Message, Reason, Timing};
+use super::socket::Place;
+use super::wire::{Reason, Timing};
 use crate::clock::now_us;
 use crate::endpoint::{Ready, Source, SourceCounts};
 use crate::error::{Context, Error, Kind, Result};
@@ -37,9 +37,6 @@ const BELL: u64 = 1;
 const AGAIN: u64 = 2;
 const BACK: u64 = 3;
 const ALARM: u64 = 4;
-
-/// So many fences at once are more than a server sends to somebody who does not read them.
-const UNREAD: u32 = 256;
 
 fn edge(name: u64) -> EpollEvent {
     EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, name)
@@ -277,34 +274,6 @@ impl Receiver {
         if wake { self.server.bell.ring().context("wake", || self.name.as_str()) } else { Ok(()) }
     }
 
-    /// Reads what the socket has. Once the server has ended there is nothing more.
-    pub(super) fn hear(&mut self) {
-        let mut fences = 0;
-        while self.end.is_none() {
-            match self.server.socket.receive(true) {
-                Ok(Received::Nothing) => return,
-                Ok(Received::Closed) => self.end = Some(End::HungUp),
-                Ok(Received::Message(Message::End { reason, text }, _)) => self.end = Some(End::Said(reason, text)),
-                Ok(Received::Message(Message::Fence { position }, fds)) => {
-                    fences += 1;
-                    let added = match fences {
-                        0..=UNREAD => sync_file(fds).and_then(|fence| self.server.fences.add(position, fence)),
-                        _ => Err("it sends fences without an end".to_owned()),
-                    };
-                    if let Err(why) = added {
-                        self.end = Some(End::Nonsense(why));
-                    }
-                }
-                Ok(Received::Message(message, fds)) => {
-                    if let Err(why) = learn(&mut self.server.coming, message, fds) {
-                        self.end = Some(End::Nonsense(why));
-                    }
-                }
-                Err(rejected) => self.end = Some(End::Nonsense(rejected.to_string())),
-            }
-        }
-    }
-
     /// The frame of an entry, if it is of the generation that is followed.
     fn frame(&mut self, taken: Taken, entry: Entry) -> Result<Option<Frame>> {
         let lost = |why: &str| Error::new(Kind::Disconnected, "read frames from", &self.name).because(why.to_owned());
@@ -372,14 +341,6 @@ impl Receiver {
         self.last = None;
     }
 
-    /// Gives a frame back that cannot be shown: it is of buffers that were let go of for newer ones.
-    fn pass_over(&mut self, taken: Taken) -> Result<()> {
-        match self.server.area.release(taken.position) {
-            Ok(true) => self.server.bell.ring().context("wake", || self.name.as_str()),
-            Ok(false) | Err(Revoked) => Ok(()),
-        }
-    }
-
     /// The next entry of the ring.
     fn take(&mut self) -> Result<Option<(Taken, Entry)>> {
         if let Some((taken, entry)) = self.next.take() {
@@ -388,6 +349,7 @@ impl Receiver {
             }
             // It was taken back before the program followed.
             self.revoked += 1;
+            self.fence = None;
         }
         if !self.frames.has_room() {
             let busy = Error::new(Kind::Busy, "read frames from", self.name.clone());
@@ -410,28 +372,6 @@ impl Receiver {
                 Err(gone.because(format!("its server breaks the protocol: {why}")))
             }
         }
-    }
-}
-
-impl Receiver {
-    /// The acquire fence of a frame that was taken, if it has one: it was sent before. Those of frames before are closed.
-    #[cold]
-    fn find_fence(&mut self, position: u64, fenced: bool) -> Result<()> {
-        self.fence = self.server.fences.take(position);
-        if fenced && self.fence.is_none() {
-            self.hear();
-            self.fence = self.server.fences.take(position);
-        }
-        if fenced == self.fence.is_some() {
-            return Ok(());
-        }
-        let gone = Error::new(Kind::Disconnected, "read frames from", self.name.clone());
-        let why = match &self.end {
-            Some(End::Nonsense(why)) => why,
-            _ if fenced => "the fence of a frame has not come",
-            _ => "a fence is of a frame that has none",
-        };
-        Err(gone.because(format!("its server breaks the protocol: {why}")))
     }
 }
 

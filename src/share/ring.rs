@@ -42,11 +42,15 @@
 //! them sees the other (`loom_no_wake_is_lost`).
 
 // By their paths: ci/bench/share.rs has this file as a part of itself.
+#[path = "ring/consumer.rs"]
+mod consumer;
 #[path = "ring/fenced.rs"]
 mod fenced;
 #[cfg(all(test, loom))]
 #[path = "ring/loom_tests.rs"]
 mod loom_tests;
+#[path = "ring/take_back.rs"]
+mod take_back;
 #[cfg(test)]
 #[cfg(not(loom))]
 #[path = "ring/tests.rs"]
@@ -61,6 +65,10 @@ use std::sync::atomic;
 
 use crate::frame::Revoked;
 use atomic::{AtomicU32, AtomicU64, Ordering, fence};
+pub(super) use consumer::Consumer;
+#[allow(unused_imports, reason = "ci/bench/share.rs, which has the ring as a part, does not name it")]
+pub(super) use consumer::Taken;
+use take_back::end;
 
 /// Entries of a ring; more than any [budget](Server::new). loom's models have fewer, because each word counts.
 pub(super) const ENTRIES: usize = if cfg!(loom) { 3 } else { 16 };
@@ -206,25 +214,6 @@ pub(super) struct Published {
     pub wake: bool,
 }
 
-/// How many frames were taken back.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub(super) struct TakenBack {
-    /// Those that the consumer had not taken.
-    pub skipped: u32,
-    /// Those that it had.
-    pub revoked: u32,
-}
-
-impl TakenBack {
-    fn count(&mut self, ended: Option<Stage>) {
-        match ended {
-            Some(Stage::Skipped) => self.skipped += 1,
-            Some(Stage::Revoked) => self.revoked += 1,
-            _ => {}
-        }
-    }
-}
-
 /// The server's end. `T` is what is kept while a frame is with the consumer: its lease.
 #[derive(Debug)]
 pub(super) struct Server<A, T> {
@@ -236,10 +225,10 @@ pub(super) struct Server<A, T> {
     out: [Option<Out<T>>; ENTRIES],
     /// A bit for each place of `out` that may hold one: an empty ring is known by one look. Bits of empty places go when they are met.
     places: u32,
-    /// What the consumer told of its delays at last.
-    delays: u64,
     /// The same for those that were given back behind a fence.
     fenced: u32,
+    /// What the consumer told of its delays at last.
+    delays: u64,
 }
 
 /// The places of the bits that are set.
@@ -391,64 +380,6 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
         Ok(None)
     }
 
-    /// Takes the frames back whose lease is `like` that, taken or not: their buffers may be filled again, and the consumer is told when
-    /// it looks.
-    ///
-    /// # Errors
-    /// [`Broken`].
-    pub(super) fn take_back(&mut self, like: impl Fn(&T) -> bool) -> Result<TakenBack, Broken> {
-        self.end_all(like, true)
-    }
-
-    /// The same for frames that the consumer has not taken. One that it is just taking is its own, however close that was.
-    ///
-    /// # Errors
-    /// [`Broken`].
-    pub(super) fn skip(&mut self, like: impl Fn(&T) -> bool) -> Result<TakenBack, Broken> {
-        self.end_all(like, false)
-    }
-
-    fn end_all(&mut self, like: impl Fn(&T) -> bool, taken_too: bool) -> Result<TakenBack, Broken> {
-        let mut taken_back = TakenBack::default();
-        for out in self
-            .out
-            .iter_mut()
-            .filter(|out| out.as_ref().is_some_and(|out| like(&out.lease)))
-        {
-            taken_back.count(end(&self.area, out, taken_too)?);
-        }
-        Ok(taken_back)
-    }
-
-    /// Takes everything back, also from a consumer that is [`Broken`]: all its entries say so, whatever they held.
-    pub(super) fn take_all_back(&mut self) -> TakenBack {
-        let mut taken_back = TakenBack::default();
-        for out in &mut self.out {
-            let Some(position) = out.as_ref().map(|out| out.position) else { continue };
-            match end(&self.area, out, true) {
-                Ok(stage) => taken_back.count(stage),
-                Err(Broken { .. }) => {
-                    // As if it had taken it: perhaps it has, and something else there can still be one that it looks at.
-                    self.area
-                        .entry(position)
-                        .state
-                        .store(word(position, Stage::Revoked), Ordering::Release);
-                    *out = None;
-                    taken_back.revoked += 1;
-                }
-            }
-        }
-        taken_back
-    }
-
-    /// Whether the consumer has taken a frame whose lease is `like` that, and not released it, or behind a fence.
-    pub(super) fn has_taken(&self, like: impl Fn(&T) -> bool) -> bool {
-        self.out.iter().flatten().filter(|out| like(&out.lease)).any(|out| {
-            let found = self.area.entry(out.position).state.load(Ordering::Acquire);
-            found == word(out.position, Stage::Taken) || found == word(out.position, Stage::Fenced)
-        })
-    }
-
     /// What is kept for the frames that the consumer has.
     pub(super) fn leases(&self) -> impl Iterator<Item = &T> {
         self.out.iter().flatten().map(|out| &out.lease)
@@ -472,127 +403,7 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
     }
 }
 
-/// Ends one entry, if it is with the consumer, and tells as what. A frame that was taken only if that is wanted: else it goes on.
-///
-/// # Errors
-/// [`Broken`].
-fn end<T>(area: &Area, out: &mut Option<Out<T>>, taken_too: bool) -> Result<Option<Stage>, Broken> {
-    let Some(position) = out.as_ref().map(|out| out.position) else { return Ok(None) };
-    let state = &area.entry(position).state;
-    let mut found = state.load(Ordering::Acquire);
-    // Published, taken, released: a consumer that keeps to the rules is faster twice at most.
-    for _ in 0..3 {
-        let to = if found == word(position, Stage::Published) {
-            Stage::Skipped
-        } else if found == word(position, Stage::Taken) && taken_too {
-            Stage::Revoked
-        } else if found == word(position, Stage::Fenced) && taken_too {
-            // The consumer does not look at it any more.
-            *out = None;
-            return Ok(Some(Stage::Revoked));
-        } else if found == word(position, Stage::Taken) || found == word(position, Stage::Fenced) {
-            return Ok(None);
-        } else if found == word(position, Stage::Released) {
-            *out = None;
-            return Ok(Some(Stage::Released));
-        } else {
-            break;
-        };
-        match state.compare_exchange(found, word(position, to), Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) => {
-                *out = None;
-                return Ok(Some(to));
-            }
-            Err(now) => found = now,
-        }
-    }
-    Err(Broken { position, found })
-}
-
 fn index(position: u64) -> usize {
     // The remainder is less than the number of entries.
     (position % ENTRIES as u64) as usize
-}
-
-/// A frame that a consumer has taken.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Taken {
-    pub position: u64,
-    pub words: [u64; WORDS],
-}
-
-/// The consumer's end.
-#[derive(Debug)]
-pub(super) struct Consumer<A> {
-    area: A,
-    /// The position that is looked at next.
-    next: u64,
-    /// Of the frames that it has taken.
-    delays: Delays,
-}
-
-impl<A: Deref<Target = Area>> Consumer<A> {
-    pub(super) fn new(area: A) -> Consumer<A> {
-        Consumer { area, next: 1, delays: Delays::default() }
-    }
-
-    /// The next frame, in the order of capture; none if there is none yet. No system call.
-    pub(super) fn take(&mut self) -> Option<Taken> {
-        let head = self.area.head.0.load(Ordering::Acquire);
-        // Whatever the server says, no more steps than there are entries.
-        self.next = self.next.max(head.saturating_sub(ENTRIES as u64));
-        while self.next < head {
-            let position = self.next;
-            self.next += 1;
-            let entry = self.area.entry(position);
-            let (old, new) = (word(position, Stage::Published), word(position, Stage::Taken));
-            if entry
-                .state
-                .compare_exchange(old, new, Ordering::Acquire, Ordering::Relaxed)
-                .is_err()
-            {
-                continue;
-            }
-            let mut words = [0; WORDS];
-            for (word, from) in words.iter_mut().zip(&entry.words) {
-                *word = from.load(Ordering::Relaxed);
-            }
-            // It may have been taken back already, and the entry used for another frame.
-            if self.holds(position) {
-                return Some(Taken { position, words });
-            }
-        }
-        None
-    }
-
-    /// Tells the server how long after it was published a frame was taken, in µs. One store.
-    pub(super) fn tell_delay(&mut self, us: u64) {
-        let Delays { frames, sum_us } = &mut self.delays;
-        (*frames, *sum_us) = (frames.wrapping_add(1), sum_us.wrapping_add(us));
-        let told = *frames << SUM_BITS | *sum_us & SUM;
-        self.area.consumer.delays.store(told, Ordering::Relaxed);
-    }
-
-    /// See [`Area::release`].
-    #[cfg(test)]
-    pub(super) fn release(&self, position: u64) -> Result<bool, Revoked> {
-        self.area.release(position)
-    }
-
-    /// See [`Area::holds`].
-    pub(super) fn holds(&self, position: u64) -> bool {
-        self.area.holds(position)
-    }
-
-    /// Says that the consumer is about to sleep. `false` if a frame has come: then it must not.
-    pub(super) fn sleep(&self) -> bool {
-        let sleeps = &self.area.consumer.sleeps;
-        sleeps.store(1, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
-        let nothing = self.area.head.0.load(Ordering::Acquire) <= self.next;
-        if !nothing {
-            sleeps.store(0, Ordering::Relaxed);
-        }
-        nothing
-    }
 }

@@ -1,3 +1,4 @@
+use super::take_back::TakenBack;
 use super::*;
 use proptest::prelude::*;
 use std::rc::Rc;
