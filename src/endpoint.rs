@@ -40,6 +40,9 @@ impl Ready {
 pub struct SourceCounts {
     /// Frames that the source counted and never delivered (gaps in the sequence).
     pub dropped: u64,
+    /// Those of them that were lost while the source may have had no buffer to fill: when the frame before was taken, it had no other. The
+    /// rest were lost by the source itself.
+    pub starved: u64,
     /// Frames that came marked as damaged and were queued again.
     pub errored: u64,
     /// Whether more may have been dropped than were counted: the flow ended while the source had had no buffer to fill for a frame's

@@ -214,6 +214,7 @@ fn drops_at_the_end() -> anyhow::Result<Outcome> {
     camera.stop()?;
     let after = camera.counts();
     ensure!(after.dropped > before.dropped + 10, "{before:?}, then {after:?}");
+    ensure!(after.starved - before.starved == after.dropped - before.dropped, "{before:?}, then {after:?}");
     // And nothing to fill until the end.
     drop(held);
     camera.start()?;

@@ -379,7 +379,7 @@ impl Source for Pattern {
     }
 
     fn counts(&self) -> SourceCounts {
-        SourceCounts { dropped: self.dropped, errored: 0, uncounted: false }
+        SourceCounts { dropped: self.dropped, ..SourceCounts::default() }
     }
 }
 

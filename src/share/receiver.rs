@@ -486,7 +486,7 @@ impl Source for Receiver {
     }
 
     fn counts(&self) -> SourceCounts {
-        SourceCounts { dropped: self.dropped, errored: 0, uncounted: false }
+        SourceCounts { dropped: self.dropped, ..SourceCounts::default() }
     }
 
     fn copies(&self) -> Vec<Copies> {

@@ -76,6 +76,8 @@ pub struct Camera {
     read_only: bool,
     watchdog: Duration,
     last: Option<FrameMeta>,
+    /// Whether the driver had no other buffer when that was taken.
+    dry: bool,
     ended: bool,
     counts: SourceCounts,
 }
@@ -132,6 +134,7 @@ impl Camera {
             watchdog: WATCHDOG,
             last: None,
             ended: false,
+            dry: false,
             counts: SourceCounts::default(),
         };
         camera.allocate()?;
@@ -398,14 +401,17 @@ impl Source for Camera {
         let queue = self.streaming()?;
         queue.recycle()?;
         let next = queue.dequeue()?;
-        let idle = ready.failed && queue.counts().queued == 0;
+        let dry = queue.slots().queued() == 0;
+        let idle = ready.failed && dry;
         match next {
             Dequeued::Frame(frame) => {
                 self.count_gap(*frame.meta());
+                self.dry = dry;
                 Ok(Some(frame))
             }
             Dequeued::Damaged(meta) => {
                 self.count_gap(meta);
+                self.dry = dry;
                 self.counts.errored += 1;
                 Ok(None)
             }

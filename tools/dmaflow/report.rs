@@ -77,6 +77,8 @@ struct Frames {
     captured: u64,
     presented: u64,
     dropped_by_camera: u64,
+    /// Those of them that may have been lost for want of a buffer.
+    starved: u64,
     dropped_by_display: u64,
     errored: u64,
     /// The camera may have dropped more, at the end, than could be counted.
@@ -239,6 +241,7 @@ impl Report {
                 captured: account.captured,
                 presented: account.presented,
                 dropped_by_camera: account.lost.dropped,
+                starved: account.lost.starved,
                 dropped_by_display: account.dropped_by_sink,
                 errored: account.lost.errored,
                 more_dropped_by_camera: account.lost.uncounted,
@@ -306,10 +309,7 @@ impl Report {
                 rows.push(("copies", format!("{} of {} bytes: {}", copy.count, copy.bytes, copy.cause)));
             }
             let Frames { captured, presented, dropped_by_camera, dropped_by_display, errored, .. } = flow.frames;
-            let more = match flow.frames.more_dropped_by_camera {
-                true => " (and at the end, for want of a buffer, an unknown number)",
-                false => "",
-            };
+            let more = want_of_buffers(flow.frames.starved, flow.frames.more_dropped_by_camera);
             rows.push((
                 "frames",
                 format!(
@@ -376,6 +376,16 @@ pub fn verdict(account: &Account, sink: &SinkSays<'_>) -> Option<Verdict> {
     let copied = account.copies_verdict.unwrap_or_default();
     let first_wrong = [shown.first_wrong, copied.first_wrong].into_iter().flatten().min();
     Some(Verdict { checked: shown.checked, wrong: shown.wrong + copied.wrong, first_wrong })
+}
+
+/// What goes with the number of frames that a camera dropped: how many of them for want of a buffer, and whether there may be more at the end.
+pub fn want_of_buffers(starved: u64, more: bool) -> String {
+    match (starved, more) {
+        (0, false) => String::new(),
+        (0, true) => " (and at the end, for want of a buffer, an unknown number)".to_owned(),
+        (starved, false) => format!(" ({starved} of them for want of a buffer)"),
+        (starved, true) => format!(" ({starved} of them for want of a buffer, and at the end an unknown number more)"),
+    }
 }
 
 fn round(value: f64, scale: f64) -> f64 {

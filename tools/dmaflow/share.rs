@@ -22,7 +22,7 @@ use crate::ends::open_source;
 use crate::failure::Usage;
 use crate::output::{self, note, note_unless_full};
 use crate::pipe::limits;
-use crate::report::LatencyReport;
+use crate::report::{LatencyReport, want_of_buffers};
 use crate::stop::catch_signals;
 use crate::table;
 
@@ -299,6 +299,7 @@ struct Report {
 struct Frames {
     captured: u64,
     dropped_by_camera: u64,
+    starved: u64,
     errored: u64,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     more_dropped_by_camera: bool,
@@ -352,6 +353,7 @@ impl Report {
             frames: Frames {
                 captured: account.captured,
                 dropped_by_camera: account.lost.dropped,
+                starved: account.lost.starved,
                 errored: account.lost.errored,
                 more_dropped_by_camera: account.lost.uncounted,
             },
@@ -365,11 +367,11 @@ impl Report {
 
     fn table(&self) -> String {
         let Report { source, at, format, width, height, path, frames, seconds, .. } = self;
-        let more = if frames.more_dropped_by_camera { " or more" } else { "" };
+        let more = want_of_buffers(frames.starved, frames.more_dropped_by_camera);
         let mut lines = vec![
             format!("{source} at {at}: {format} {width}x{height}, {path}, {} bytes copied", self.bytes_copied),
             format!(
-                "{} in {seconds:.1} s, {}{more} dropped by the camera, {} errored",
+                "{} in {seconds:.1} s, {} dropped by the camera{more}, {} errored",
                 table::count(frames.captured, "frame"),
                 frames.dropped_by_camera,
                 frames.errored

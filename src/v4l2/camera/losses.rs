@@ -8,7 +8,9 @@ impl Camera {
     pub(super) fn count_gap(&mut self, meta: FrameMeta) {
         let step = self.last.map_or(1, |last| meta.sequence.wrapping_sub(last.sequence));
         if (2..=u32::MAX / 2).contains(&step) {
-            self.counts.dropped += u64::from(step - 1);
+            let lost = u64::from(step - 1);
+            self.counts.dropped += lost;
+            self.counts.starved += if self.dry { lost } else { 0 };
         }
         self.last = Some(meta);
     }
@@ -20,7 +22,9 @@ impl Camera {
         for _ in 0..most {
             let State::Streaming(queue) = &mut self.queue else { return };
             let Some(meta) = queue.discard() else { break };
+            let dry = queue.slots().queued() == 0;
             self.count_gap(meta);
+            self.dry = dry;
         }
         let State::Streaming(queue) = &self.queue else { return };
         if self.ended || queue.counts().queued > 0 {
