@@ -13,7 +13,9 @@ use dmaflow::memory::Access;
 
 use crate::crc::{changed_from, crc};
 use crate::display::join;
-use crate::fences_shown::{NOT_YET, WAITS_NOT, camera, fifo_request, lit, mailbox_request, signalled, wait_shown};
+use crate::fences_shown::{
+    NOT_YET, WAITS_NOT, camera, fifo_request, lit, mailbox_request, settled, signalled, wait_shown,
+};
 use crate::harness::{Outcome, PASSED, Test, note};
 use crate::modules::Witness;
 use crate::process::State;
@@ -91,7 +93,7 @@ fn never(implied: bool) -> anyhow::Result<Outcome> {
     let request = DisplayRequest { fence_timeout: Some(SHORT), ..fifo_request() };
     let mut display = Display::find("vkms", request)?;
     join(&mut display, &camera)?;
-    let frame = camera.next()?;
+    let frame = settled(&mut camera)?;
     let on_screen = frame.slot();
     display.present(frame)?;
     let before = crc()?;

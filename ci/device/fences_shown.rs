@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use dmaflow::endpoint::{Shown, Sink, Source};
 use dmaflow::fence::{CpuWait, FenceState};
+use dmaflow::frame::Frame;
 use dmaflow::kms::{Display, DisplayRequest, Present};
 use dmaflow::memory::Access;
 use dmaflow::v4l2::{Camera, CameraRequest, Device};
@@ -59,11 +60,23 @@ pub fn camera_with(buffers: u32) -> Result<Camera> {
     Ok(Camera::open(Device::find("vivid")?, &request)?)
 }
 
-/// A display that shows the camera's first frame.
+/// A frame of a camera that has just started, with another picture than each that comes after it: vivid gives its first twice now and then,
+/// the same to the bit.
+pub fn settled(camera: &mut Camera) -> Result<Frame> {
+    let first = camera.next()?.meta().sequence;
+    loop {
+        let frame = camera.next()?;
+        if frame.meta().sequence != first {
+            return Ok(frame);
+        }
+    }
+}
+
+/// A display that shows a frame of the camera, and has shown none before.
 pub fn lit(camera: &mut Camera, request: DisplayRequest) -> Result<Display> {
     let mut display = Display::find("vkms", request)?;
     join(&mut display, camera)?;
-    ensure!(display.present(camera.next()?)?.is_some(), "the first frame is on screen when presented");
+    ensure!(display.present(settled(camera)?)?.is_some(), "the first frame is on screen when presented");
     Ok(display)
 }
 
