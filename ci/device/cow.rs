@@ -234,6 +234,13 @@ fn with_the_driver(camera: &Camera) -> Result<usize> {
 fn hoarder_is_detached() -> anyhow::Result<Outcome> {
     let mut camera = camera_at(Pool::Vmalloc, RATE)?;
     let mut views: Vec<(CowView, Vec<u8>)> = Vec::new();
+    // Who keeps none has none detached.
+    for number in 0..60 {
+        let view = camera.next()?.view("no hoarder")?;
+        let bytes = seen(&view);
+        ensure!(seen(&view) == bytes, "frame {number} changed");
+    }
+    ensure!(copied(&camera, "detached").0 == 0, "{:?}", camera.view_copies());
     for number in 0..300_usize {
         let frame = camera.next()?;
         let left = with_the_driver(&camera)?;
