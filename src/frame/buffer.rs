@@ -92,6 +92,14 @@ impl Buffer {
         &self.0.lens[..self.0.memory.len()]
     }
 
+    /// Takes bytes used of each memory plane for no more than there are.
+    pub(crate) fn limit(&self, bytes_used: &mut [u32; MAX_PLANES]) {
+        // Planes that are not there have 0.
+        for (used, len) in bytes_used.iter_mut().zip(self.0.lens) {
+            *used = (*used).min(u32::try_from(len).unwrap_or(u32::MAX));
+        }
+    }
+
     /// The same dma-bufs with another layout; the very same handle if it has that layout already.
     ///
     /// # Errors

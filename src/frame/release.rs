@@ -43,10 +43,12 @@ impl Releases {
 
     /// Whether no fence keeps the slot, which nobody holds, or holds to add one. Fences that have signalled are closed. One system call
     /// for each, none without.
+    #[inline]
     pub(super) fn is_done(&self, index: u32) -> bool {
-        if self.fenced.load(Ordering::Relaxed) & (1 << index) == 0 {
-            return true;
-        }
+        self.fenced.load(Ordering::Relaxed) & (1 << index) == 0 || self.are_done(index)
+    }
+
+    fn are_done(&self, index: u32) -> bool {
         let Some(fences) = self.fences.get(index as usize) else { return true };
         let mut fences = fences.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         // Also one whose work has failed: that device is done with the memory.

@@ -25,7 +25,7 @@ use crate::clock::now_us;
 use crate::endpoint::{Ready, Source, SourceCounts};
 use crate::error::{Context, Error, Kind, Result};
 use crate::fence::SyncFile;
-use crate::format::{Layout, MAX_PLANES};
+use crate::format::Layout;
 use crate::frame::{Buffer, Frame, Revoked, Room, ViewPolicy};
 use crate::ledger::Copies;
 use again::{Back, End};
@@ -227,15 +227,21 @@ impl Receiver {
     /// Gives up what was dropped, and detaches views whose lease is about to run out.
     fn give_back(&mut self) -> Result<()> {
         self.release()?;
-        if self.view_policy == ViewPolicy::Wait {
+        let viewed = |frames: &HeldFrames| !frames.slots().views().is_empty();
+        let views = viewed(&self.frames) || self.old.iter().any(viewed);
+        if self.view_policy == ViewPolicy::Wait || (!views && self.alarm.is_none()) {
             return Ok(());
+        }
+        self.detach_due(views)
+    }
+
+    #[cold]
+    fn detach_due(&mut self, views: bool) -> Result<()> {
+        if !views {
+            return self.set_alarm(None);
         }
         let early = self.timing().lease_us / 4;
         let due = |now: u64| now.saturating_add(early);
-        let viewed = |frames: &HeldFrames| !frames.slots().views().is_empty();
-        if !viewed(&self.frames) && !self.old.iter().any(viewed) {
-            return self.set_alarm(None);
-        }
         let mut detached = false;
         for frames in std::iter::once(&self.frames).chain(&self.old) {
             while frames.detach_view_due(due(now_us())) {
@@ -258,17 +264,19 @@ impl Receiver {
     }
 
     fn release(&mut self) -> Result<()> {
-        let mut wake = false;
-        for frames in std::iter::once(&mut self.frames).chain(&mut self.old) {
-            let here = frames.is_of(&self.server.area);
-            let released = frames.release((here && self.server.welcome.fences).then_some(&self.server.socket));
+        let (server, revoked) = (&self.server, &mut self.revoked);
+        let mut release = |frames: &mut HeldFrames| {
+            let here = frames.is_of(&server.area);
+            let released = frames.release((here && server.welcome.fences).then_some(&server.socket));
             // What is left of a server that is gone is nobody's loss.
             if here {
-                wake |= released.wake;
-                self.revoked += released.revoked;
+                *revoked += released.revoked;
             }
-        }
+            here && released.wake
+        };
+        let mut wake = release(&mut self.frames);
         if !self.old.is_empty() {
+            self.old.iter_mut().for_each(|frames| wake |= release(frames));
             self.old.retain(|frames| !frames.is_empty());
         }
         if wake { self.server.bell.ring().context("wake", || self.name.as_str()) } else { Ok(()) }
@@ -282,9 +290,7 @@ impl Receiver {
             .ok_or_else(|| lost("its server names a buffer that it has not sent"))?
             .clone();
         let mut meta = entry.meta;
-        for (used, len) in meta.bytes_used.iter_mut().zip(lens(&buffer)) {
-            *used = (*used).min(len);
-        }
+        buffer.limit(&mut meta.bytes_used);
         let (now, lease) = (now_us(), self.timing().lease_us);
         // The clocks are the same, unless the server is in another time namespace.
         let until_us = entry.published_us.min(now).saturating_add(lease);
@@ -306,7 +312,7 @@ impl Receiver {
                 .take()
                 .and_then(|fence| self.frames.hold_fenced(held, buffer, meta, fence)),
         };
-        if frame.is_some() { Ok(frame) } else { Err(lost("too many of its frames are held")) }
+        frame.map(Some).ok_or_else(|| lost("too many of its frames are held"))
     }
 
     /// The next frame that is there; no system call if there is none.
@@ -343,9 +349,10 @@ impl Receiver {
 
     /// The next entry of the ring.
     fn take(&mut self) -> Result<Option<(Taken, Entry)>> {
-        if let Some((taken, entry)) = self.next.take() {
-            if self.ring.holds(taken.position) {
-                return Ok(Some((taken, entry)));
+        if let Some(next) = self.next {
+            self.next = None;
+            if self.ring.holds(next.0.position) {
+                return Ok(Some(next));
             }
             // It was taken back before the program followed.
             self.revoked += 1;
@@ -373,12 +380,6 @@ impl Receiver {
             }
         }
     }
-}
-
-/// The bytes of each memory plane, as far as they are counted.
-fn lens(buffer: &Buffer) -> impl Iterator<Item = u32> {
-    let known = buffer.memory_lens().iter().map(|&len| u32::try_from(len).unwrap_or(u32::MAX));
-    known.chain(std::iter::repeat(0)).take(MAX_PLANES)
 }
 
 impl Source for Receiver {
