@@ -352,7 +352,7 @@ fn hostile() -> Result<Outcome> {
         let (socket, (fence, signal)) = (raw(&mut shared)?, vgem.fence()?);
         drop(shared.give(&mut good)?);
         for position in positions {
-            let bytes = [&b"dmaf\x02\0\x06\0"[..], &position.to_le_bytes()].concat();
+            let bytes = [&b"dmaf\x01\0\x06\0"[..], &position.to_le_bytes()].concat();
             let fd = [fence.as_fd().as_raw_fd()];
             let rights = [ControlMessage::ScmRights(&fd)];
             sendmsg::<UnixAddr>(socket.as_raw_fd(), &[IoSlice::new(&bytes)], &rights, MsgFlags::empty(), None)?;
@@ -377,7 +377,7 @@ fn raw(shared: &mut Shared) -> Result<OwnedFd> {
     let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
     let name = shared.at.strip_prefix('@').context("a name without a file")?;
     connect(fd.as_raw_fd(), &UnixAddr::new_abstract(name.as_bytes())?)?;
-    let hello = [IoSlice::new(b"dmaf\x02\0\x01\0\0\0\0\0\x07\0hostile")];
+    let hello = [IoSlice::new(b"dmaf\x01\0\x01\0\0\0\0\0\x07\0hostile")];
     sendmsg::<UnixAddr>(fd.as_raw_fd(), &hello, &[], MsgFlags::empty(), None)?;
     let count = shared.server.consumers().len();
     for _ in 0..4 {
