@@ -21,7 +21,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/epoll.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -61,7 +60,7 @@ struct generation {
 };
 
 static struct area *ring;
-static int server, watch_fd, bell;
+static int server, bell;
 static uint64_t next = 1;
 /* Those of frames to come, at the place of their entry in the ring. */
 static struct fence {
@@ -210,7 +209,7 @@ static bool hear(void)
 	switch (kind) {
 	case WELCOME:
 		said = text(fields, len, 8);
-		if (count != 3 || ring)
+		if (count != 2 || ring)
 			fail("the welcome is not right");
 		/* The size after the seals: until they are there, it changes. */
 		if (!stays(fds[0], F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) || fstat(fds[0], &area) || area.st_size < (off_t)sizeof *ring)
@@ -219,8 +218,7 @@ static bool hear(void)
 		if (ring == MAP_FAILED)
 			fail("the ring cannot be mapped");
 		close(fds[0]);
-		watch_fd = fds[1];
-		bell = fds[2];
+		bell = fds[1];
 		printf("welcome: %u frames at a time, of %.*s\n", (unsigned)number(fields, 4), said, (const char *)fields + 10);
 		break;
 	case FORMAT:
@@ -288,16 +286,17 @@ static uint64_t take(uint64_t words[WORDS])
 
 static void release(uint64_t position)
 {
-	uint64_t taken = position << 3 | TAKEN, one = 1;
-	atomic_compare_exchange_strong_explicit(&ring->entries[position % ENTRIES].state, &taken, position << 3 | RELEASED,
-						memory_order_release, memory_order_relaxed);
+	uint64_t taken = position << 3 | TAKEN;
+	/* One that was taken back is not given back, nor rung for. */
+	if (!atomic_compare_exchange_strong_explicit(&ring->entries[position % ENTRIES].state, &taken, position << 3 | RELEASED,
+						     memory_order_release, memory_order_relaxed))
+		return;
 	atomic_thread_fence(memory_order_seq_cst);
 	if (!atomic_load(&ring->server_sleeps) || !atomic_exchange(&ring->server_sleeps, 0))
 		return;
-	/* One that is full (EAGAIN) was rung before. */
-	while (write(bell, &one, sizeof one) < 0 && errno != EAGAIN)
-		if (errno != EINTR)
-			fail("the bell cannot be rung");
+	/* One that is gone says so by its socket. */
+	while (send(bell, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 && errno == EINTR)
+		;
 }
 
 /* Waits until the frame is written. */
@@ -372,11 +371,6 @@ int main(int argc, char **argv)
 		poll(&fd, 1, -1);
 		hear();
 	}
-	int events = epoll_create1(EPOLL_CLOEXEC);
-	struct epoll_event on_socket = { .events = EPOLLIN, .data.fd = server };
-	struct epoll_event on_bell = { .events = EPOLLIN | EPOLLET, .data.fd = watch_fd };
-	if (events < 0 || epoll_ctl(events, EPOLL_CTL_ADD, server, &on_socket) || epoll_ctl(events, EPOLL_CTL_ADD, watch_fd, &on_bell))
-		fail("epoll");
 	while (frames) {
 		uint64_t words[WORDS], position = take(words);
 		if (position) {
@@ -394,8 +388,12 @@ int main(int argc, char **argv)
 			atomic_store(&ring->consumer_sleeps, 0);
 			continue;
 		}
-		struct epoll_event event;
-		if (epoll_wait(events, &event, 1, -1) == 1 && event.data.fd == server)
+		struct pollfd fds[] = { { .fd = server, .events = POLLIN }, { .fd = bell, .events = POLLIN } };
+		uint8_t rings[64];
+		poll(fds, 2, -1);
+		if (fds[1].revents)
+			recv(bell, rings, sizeof rings, MSG_DONTWAIT);
+		if (fds[0].revents)
 			hear();
 	}
 	return 0;

@@ -172,7 +172,7 @@ fn a_program_in_c_checks_what_it_is_told() {
             .unwrap();
         // SAFETY: the kernel has just made it for this process, and nobody else owns it.
         let peer = unsafe { OwnedFd::from_raw_fd(accept(listener.as_raw_fd()).unwrap()) };
-        let fds: Vec<_> = fd.iter().flat_map(|fd| [fd.as_raw_fd(); 3]).collect();
+        let fds: Vec<_> = fd.iter().flat_map(|fd| [fd.as_raw_fd(); 2]).collect();
         let rights = [ControlMessage::ScmRights(&fds)];
         let control = if fds.is_empty() { &[][..] } else { &rights[..] };
         sendmsg::<UnixAddr>(peer.as_raw_fd(), &[IoSlice::new(bytes)], control, MsgFlags::empty(), None).unwrap();

@@ -273,23 +273,25 @@ impl Slots {
     }
 
     /// Whether fewer are free or with the driver than it needs so as not to starve before somebody looks again: one to fill, and the next
-    /// where there are so many. One that a release fence keeps is not free. Without release fences no system call.
-    pub(crate) fn are_short(&self) -> bool {
-        let leased = |slot: &&Slot| slot.stage.load(Ordering::Relaxed) == Stage::Dequeued as u8;
+    /// where there are so many. One that a release fence keeps is not free; that which is `passing` is as good as free, whoever has it. Without
+    /// release fences no system call.
+    pub(crate) fn are_short(&self, passing: Option<u32>) -> bool {
         let least = Slots::least(self.slots.len());
-        if self.releases.among(u64::MAX) != 0 {
-            return self.are_short_for_fences(least);
+        if self.releases.among(u64::MAX) != 0 || passing.is_some() {
+            return self.are_short_besides(least, passing);
         }
+        let leased = |slot: &&Slot| slot.stage.load(Ordering::Relaxed) == Stage::Dequeued as u8;
         self.slots.iter().filter(|slot| !leased(slot)).take(least).count() < least
     }
 
     #[cold]
-    fn are_short_for_fences(&self, least: usize) -> bool {
+    fn are_short_besides(&self, least: usize, passing: Option<u32>) -> bool {
         let free = self.free.load(Ordering::Acquire);
         let there = |&(index, slot): &(u32, &Slot)| match free & (1 << index) {
             0 => slot.stage.load(Ordering::Relaxed) == Stage::Queued as u8,
             _ => self.releases.is_done(index),
         };
+        let there = |slot: &(u32, &Slot)| passing == Some(slot.0) || there(slot);
         (0u32..).zip(&self.slots).filter(there).take(least).count() < least
     }
 

@@ -1,65 +1,83 @@
-//! How a side that sleeps is woken: an eventfd, rung by a write and never read.
+//! How a side that sleeps is woken: by a byte through a pair of stream sockets (socketpair(2)), of which each side has one end.
 //!
-//! It stays readable once it was rung, so whoever waits for it does so edge-triggered (`EPOLLET`): each write is an event of its own, also
-//! while the count is above zero (`eventfd_write` wakes its waiters every time).
+//! The server makes the pair and gives one end away with the welcome. It is rung by sending a byte, whatever byte, and never more of them
+//! than there were sleepers to wake; who sleeps waits for its end to be readable, edge-triggered (`EPOLLET`), so that it need not read each
+//! time: each byte that comes is an event of its own. It does read when it has been woken so often that the other side could find no room
+//! ([`UNREAD`]).
 //!
-//! Whoever holds a descriptor of an eventfd can make its writers block: `O_NONBLOCK` is a property of what both sides have open, and can be
-//! cleared by either, and a count that is full lets nobody write. So the server, which may wait for no consumer, keeps the eventfds that it
-//! rings to itself and gives away a [`BellWatch`] of each: an epoll descriptor that is readable when the bell was rung. Through it nobody
-//! gets at the eventfd.
-//!
-//! Of the bell that consumers ring the server has made the eventfd, and each consumer gets that: a hostile server can make its consumers
-//! wait when they ring. They depend on it for their frames in any case; who cannot afford that writes to it from a thread of its own.
+//! Not an eventfd, which both sides would have open: whoever has that can make the other wait. `O_NONBLOCK` is a property of what is open
+//! and not of who has it; a count that is full lets nobody write; and the last close of a file waits for every epoll list that it is in
+//! (`eventpoll_release_file` in fs/eventpoll.c), also for another process's, which can keep its list from being left for as long as it
+//! likes. The end of a socket that is kept here nobody else has.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, getsockopt, recv, send, socketpair, sockopt};
 
-/// The side that rings.
+use super::socket::let_descriptors_come;
+
+/// So often one may have been woken before it reads: each byte takes the room of some hundreds in the kernel (`SKB_TRUESIZE`), of 208 KiB
+/// (net.core.wmem_default).
+pub(super) const UNREAD: u32 = 64;
+
+/// One end.
 #[derive(Debug)]
 pub(super) struct Bell(OwnedFd);
 
-/// What the side that sleeps gets of another's bell; to be polled edge-triggered.
-#[derive(Debug)]
-pub(super) struct BellWatch(OwnedFd);
-
 impl Bell {
-    /// # Errors
-    /// What `eventfd2` says: no descriptor left.
-    pub(super) fn new() -> io::Result<Bell> {
-        Ok(Bell(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?.into()))
-    }
-
-    /// One that another process has made.
-    pub(super) fn from_fd(fd: OwnedFd) -> Bell {
-        Bell(fd)
-    }
-
-    /// Wakes who waits for it: one system call, which does not wait. A count that is full was rung before and says so still.
+    /// A pair: the end that is kept, by which no descriptors come, and the one that is given away.
     ///
     /// # Errors
-    /// What `write` says of a descriptor that is no eventfd.
+    /// What `socketpair` says: no descriptor left.
+    pub(super) fn pair() -> io::Result<(Bell, OwnedFd)> {
+        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?;
+        let_descriptors_come(&ours, false)?;
+        Ok((Bell(ours), theirs))
+    }
+
+    /// The end that another process has given away.
+    ///
+    /// # Errors
+    /// `EINVAL` for what is no Unix stream socket: to write to that could take for ever.
+    pub(super) fn from_fd(fd: OwnedFd) -> io::Result<Bell> {
+        // `ENOTSOCK` for what is none.
+        let unix = nix::sys::socket::getsockname::<nix::sys::socket::UnixAddr>(fd.as_raw_fd()).is_ok();
+        if !unix || getsockopt(&fd, sockopt::SockType)? != SockType::Stream {
+            return Err(Errno::EINVAL.into());
+        }
+        let_descriptors_come(&fd, false)?;
+        Ok(Bell(fd))
+    }
+
+    /// Wakes who waits at the other end: one system call, which does not wait. If there is no room for another ring the other side has
+    /// not read many that it was woken by, against the rules; and one that is gone needs none.
+    ///
+    /// # Errors
+    /// What `send` says of a descriptor that is no such socket.
     pub(super) fn ring(&self) -> io::Result<()> {
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         loop {
-            match nix::unistd::write(&self.0, &1u64.to_ne_bytes()) {
-                Ok(_) | Err(Errno::EAGAIN) => return Ok(()),
+            match send(self.0.as_raw_fd(), &[1], flags) {
+                Ok(_) | Err(Errno::EAGAIN | Errno::EPIPE | Errno::ECONNRESET) => return Ok(()),
                 Err(Errno::EINTR) => {}
                 Err(errno) => return Err(errno.into()),
             }
         }
     }
 
-    /// What to give to the side that sleeps. It works for as long as this bell is open.
-    ///
-    /// # Errors
-    /// What `epoll_create1` and `epoll_ctl` say.
-    pub(super) fn watch(&self) -> io::Result<BellWatch> {
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        epoll.add(&self.0, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, 0))?;
-        Ok(BellWatch(epoll.0))
+    /// How often it was rung since this was asked, 4096 at most: more may be there then. One system call, which does not wait. Descriptors
+    /// that came along are let go of by the kernel.
+    pub(super) fn heard(&self) -> usize {
+        loop {
+            match recv(self.0.as_raw_fd(), &mut [0; 4096], MsgFlags::MSG_DONTWAIT) {
+                Ok(count) => return count,
+                Err(Errno::EINTR) => {}
+                // Nothing, or nobody there: the connection says that.
+                Err(_) => return 0,
+            }
+        }
     }
 }
 
@@ -69,16 +87,10 @@ impl AsFd for Bell {
     }
 }
 
-impl AsFd for BellWatch {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nix::sys::epoll::EpollTimeout;
+    use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
     /// How many events there are for who waits as the two sides do: in a list of its own, which another one waits for.
     fn waiting(fd: impl AsFd) -> impl FnMut() -> (usize, usize) {
@@ -94,32 +106,42 @@ mod tests {
     }
 
     #[test]
-    fn each_ring_is_heard_once_and_nothing_need_be_read() {
-        let bell = Bell::new().unwrap();
-        let watch = bell.watch().unwrap();
-        let mut by_watch = waiting(&watch);
-        let mut by_bell = waiting(&bell);
-        for _ in 0..3 {
-            assert_eq!((by_watch(), by_bell()), ((0, 0), (0, 0)));
-            bell.ring().unwrap();
-            bell.ring().unwrap();
-            assert_eq!((by_watch(), by_bell()), ((1, 1), (1, 1)));
+    fn each_ring_is_an_event_and_need_not_be_read() {
+        let (ours, theirs) = Bell::pair().unwrap();
+        let theirs = Bell::from_fd(theirs).unwrap();
+        let (mut here, mut there) = (waiting(&ours), waiting(&theirs));
+        for _ in 0..UNREAD / 2 {
+            assert_eq!((here(), there()), ((0, 0), (0, 0)));
+            ours.ring().unwrap();
+            ours.ring().unwrap();
+            assert_eq!((here(), there()), ((0, 0), (1, 1)));
+            theirs.ring().unwrap();
+            assert_eq!((here(), there()), ((1, 1), (0, 0)));
         }
-        assert_eq!((by_watch(), by_bell()), ((0, 0), (0, 0)));
+        assert_eq!((ours.heard(), theirs.heard()), (UNREAD as usize / 2, UNREAD as usize));
+        assert_eq!((ours.heard(), theirs.heard()), (0, 0));
     }
 
     #[test]
-    fn a_full_bell_does_not_make_its_ringer_wait() {
-        let bell = Bell::new().unwrap();
-        nix::unistd::write(&bell, &(u64::MAX - 1).to_ne_bytes()).unwrap();
-        bell.ring().unwrap();
-        // What is no eventfd at all.
-        assert!(Bell::from_fd(std::fs::File::open("/dev/null").unwrap().into()).ring().is_err());
+    fn who_rings_does_not_wait_for_who_does_not_read() {
+        let (ours, theirs) = Bell::pair().unwrap();
+        for _ in 0..10_000 {
+            ours.ring().unwrap();
+        }
+        drop(theirs);
+        ours.ring().unwrap();
+        assert_eq!(ours.heard(), 0);
     }
 
     #[test]
-    fn through_a_watch_nobody_gets_at_the_bell() {
-        let watch = Bell::new().unwrap().watch().unwrap();
-        assert_eq!(nix::unistd::write(&watch, &[0; 8]), Err(Errno::EINVAL));
+    fn what_could_make_its_ringer_wait_is_no_bell() {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let (packets, _end) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
+        let (pipe, _other) = nix::unistd::pipe().unwrap();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let inet = nix::sys::socket::socket(AddressFamily::Inet, SockType::Stream, flags, None).unwrap();
+        for fd in [packets, pipe, file.into(), inet] {
+            assert!(Bell::from_fd(fd).is_err());
+        }
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use nix::libc;
 
 use super::area::SharedArea;
-use super::bell::{Bell, BellWatch};
+use super::bell::Bell;
 use super::entry::Entry;
 use super::fences::{Returning, sync_file};
 use super::give::Gift;
@@ -170,12 +170,12 @@ pub(super) struct Consumer {
     pub token: u64,
     socket: Socket,
     pub ring: ring::Server<SharedArea, Held>,
-    /// Rung for it.
-    bell: Bell,
-    /// Rung by it.
-    pub server_bell: Bell,
-    /// What goes with the welcome; none when that was sent.
-    unsent: Option<(OwnedFd, BellWatch)>,
+    /// Rung for it, and by it.
+    pub bell: Bell,
+    /// How often it has rung at least, see [`Consumer::heard`].
+    rung: u64,
+    /// What goes with the welcome, ring and bell; none when that was sent.
+    unsent: Option<[OwnedFd; 2]>,
     /// Of frames that it is about to give back.
     returning: Returning,
     /// What it is not told yet, the oldest first; so no frame goes to it.
@@ -206,16 +206,15 @@ impl Consumer {
             let_descriptors_come(&socket, true)?;
         }
         let (area, fd) = SharedArea::create()?;
-        let bell = Bell::new()?;
-        let watch = bell.watch()?;
+        let (bell, theirs) = Bell::pair()?;
         let ring = ring::Server::new(area, budget as usize);
         Ok(Consumer {
             token,
             socket,
             ring,
             bell,
-            server_bell: Bell::new()?,
-            unsent: Some((fd, watch)),
+            rung: 0,
+            unsent: Some([fd, theirs]),
             returning: Returning::default(),
             untold: VecDeque::new(),
             unread_us: None,
@@ -260,8 +259,8 @@ impl Consumer {
     }
 
     fn send_untold(&mut self, welcome: &Welcome) -> io::Result<()> {
-        if let Some((ring, watch)) = self.unsent.as_ref().filter(|_| !self.untold.is_empty()) {
-            let fds = [ring.as_fd(), watch.as_fd(), self.server_bell.as_fd()];
+        if let Some(fds) = self.unsent.as_ref().filter(|_| !self.untold.is_empty()) {
+            let fds = fds.each_ref().map(AsFd::as_fd);
             let welcome = Welcome { fences: is_own(self.peer.uid), ..welcome.clone() };
             self.socket.send(&Message::Welcome(welcome), &fds)?;
             self.unsent = None;
@@ -307,8 +306,8 @@ impl Consumer {
         let _ = self.socket.send(message, &[]);
     }
 
-    /// Gives it a frame, with the fence before which that does not hold the picture, if it has one. Some ten loads and stores; a system call
-    /// only if it sleeps, and two for the fence.
+    /// Gives it a frame, with the fence before which that does not hold the picture, if it has one, and tells whether it got it. Some ten
+    /// loads and stores; a system call only if it sleeps, and two for the fence.
     ///
     /// # Errors
     /// It has written nonsense.
@@ -318,13 +317,13 @@ impl Consumer {
         number: u64,
         frame: &Frame,
         fence: Option<&SyncFile>,
-    ) -> std::result::Result<(), Lost> {
+    ) -> std::result::Result<bool, Lost> {
         if self.unsent.is_some() {
-            return Ok(());
+            return Ok(false);
         }
         if !self.untold.is_empty() {
             self.skipped += 1;
-            return Ok(());
+            return Ok(false);
         }
         if self.ring.has_fenced() {
             self.settle()?;
@@ -351,11 +350,14 @@ impl Consumer {
         self.frames += u64::from(published.given);
         self.latencies.add(self.ring.delays());
         if published.wake {
-            // Its own bell, which nobody else has: it cannot fail.
+            // The server's own end of it: it cannot fail.
             let _ = self.bell.ring();
         }
         // Those that were found just now.
-        if self.ring.has_fenced() { self.settle() } else { Ok(()) }
+        if self.ring.has_fenced() {
+            self.settle()?;
+        }
+        Ok(published.given)
     }
 
     /// Sends the acquire fence of the next frame. `false` if it does not read its messages, or has hung up, or if too many descriptors
@@ -363,6 +365,20 @@ impl Consumer {
     fn send_fence(&self, fence: &SyncFile) -> bool {
         let message = Message::Fence { position: self.ring.position() };
         self.socket.unread().is_ok_and(|unread| unread < UNREAD) && self.socket.send(&message, &[fence.as_fd()]).is_ok()
+    }
+
+    /// It has rung. It may for each frame that it gives back, and for nothing else: so one that would keep the server awake is not served.
+    ///
+    /// # Errors
+    /// It has rung more often, or has written nonsense.
+    pub(super) fn heard(&mut self) -> std::result::Result<(), Lost> {
+        let (rung, frames) = (self.rung + self.bell.heard() as u64, self.ring.position());
+        if rung > frames {
+            return Err(Lost::broken("it rings without having given a frame back"));
+        }
+        // What it did not ring for long ago it cannot ring for now: those that it has are fewer.
+        self.rung = rung.max(frames.saturating_sub(2 * ring::ENTRIES as u64));
+        self.collect()
     }
 
     /// Gives up what it has released, and hands its release fences on.

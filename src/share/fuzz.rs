@@ -155,12 +155,12 @@ struct Theirs {
 impl Theirs {
     fn hear(&mut self, socket: &Socket) {
         while let Ok(Received::Message(message, fds)) = socket.receive(true) {
-            let (Message::Welcome(_), Ok([ring, _, bell])) = (message, <[OwnedFd; 3]>::try_from(fds)) else { continue };
+            let (Message::Welcome(_), Ok([ring, bell])) = (message, <[OwnedFd; 2]>::try_from(fds)) else { continue };
             let area = SharedArea::open(ring.as_fd()).unwrap();
             let mapping = Mapping::new(ring.as_fd(), size_of::<Area>(), Access::ReadWrite).unwrap();
             self.consumer = Some(ring::Consumer::new(area.clone()));
             self.area = Some((area, mapping));
-            self.bell = Some(Bell::from_fd(bell));
+            self.bell = Some(Bell::from_fd(bell).unwrap());
         }
     }
 }
@@ -216,7 +216,7 @@ fn consumers_of_all_sorts() {
                 Act::Ring => drop(theirs.bell.as_ref().map(Bell::ring)),
                 Act::Take => drop(theirs.consumer.as_mut().map(ring::Consumer::take)),
                 Act::Release(position) => drop(theirs.area.as_ref().map(|(area, _)| area.release(position))),
-                Act::Sleep => drop(theirs.consumer.as_ref().map(ring::Consumer::sleep)),
+                Act::Sleep => drop(theirs.consumer.as_mut().map(ring::Consumer::sleep)),
                 Act::Frame => {
                     let sequence = source.present(server);
                     let frame = good.try_next(Ready::FRAME).unwrap();
@@ -285,7 +285,7 @@ struct Liar {
     socket: Option<Socket>,
     ring: ring::Server<SharedArea, ()>,
     mapping: Mapping,
-    bells: [Bell; 2],
+    bell: Bell,
     writer: OwnedFd,
 }
 
@@ -338,16 +338,16 @@ fn servers_of_all_sorts() {
         let mut joining = Joining::begin(&hello).unwrap();
         let (area, memfd) = SharedArea::create().unwrap();
         let (reader, writer) = tell_tale();
+        let (bell, theirs) = Bell::pair().unwrap();
         let mut liar = Liar {
             socket: listener.accept().unwrap().map(|(socket, _)| socket),
             ring: ring::Server::new(area, 15),
             mapping: Mapping::new(memfd.as_fd(), size_of::<Area>(), Access::ReadWrite).unwrap(),
-            bells: [(); 2].map(|()| Bell::new().unwrap()),
+            bell,
             writer,
         };
-        let watch = liar.bells[0].watch().unwrap();
         let welcome = Message::Welcome(wire::Welcome { budget: 2, fences: true, source: "liar".into() });
-        liar.send(&welcome, &[memfd.as_fd(), watch.as_fd(), liar.bells[1].as_fd()]);
+        liar.send(&welcome, &[memfd.as_fd(), theirs.as_fd()]);
         if whole {
             liar.format(&still, 1, 2);
         }
@@ -393,7 +393,7 @@ fn servers_of_all_sorts() {
                     let room = (size_of::<Area>() - at).min(bytes.len());
                     liar.mapping.write(at, &bytes[..room]);
                 }
-                (Deed::Ring, _) => liar.bells[0].ring().unwrap(),
+                (Deed::Ring, _) => liar.bell.ring().unwrap(),
                 (Deed::HangUp, _) => liar.socket = None,
                 (Deed::Next, Some(receiver)) => {
                     if let Ok(Some(frame)) = receiver.try_next(Ready::FRAME) {

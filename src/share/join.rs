@@ -38,9 +38,7 @@ impl Hello {
 pub(super) struct Joined {
     pub socket: Socket,
     pub area: SharedArea,
-    /// The bell that the server rings; in a list of descriptors while it is open here.
-    pub watch: OwnedFd,
-    /// Rung for the server.
+    /// Rung by the server, and for it.
     pub bell: Bell,
     pub welcome: Welcome,
     pub generation: Generation,
@@ -65,7 +63,6 @@ pub(super) struct Joining {
 struct Welcomed {
     welcome: Welcome,
     area: SharedArea,
-    watch: OwnedFd,
     bell: Bell,
 }
 
@@ -149,14 +146,16 @@ impl Joining {
     }
 
     fn welcomed(&self, welcome: Welcome, fds: Vec<OwnedFd>) -> Result<Welcomed> {
-        let fds: [OwnedFd; 3] = fds
+        let fds: [OwnedFd; 2] = fds
             .try_into()
             .map_err(|_| nonsense(&self.place, "its welcome lacks descriptors"))?;
-        let [ring, watch, bell] = fds;
+        let [ring, bell] = fds;
         let area = SharedArea::open(ring.as_fd()).map_err(|cause| {
             nonsense(&self.place, "its ring could not be mapped, or is not sealed as it must be").because(cause)
         })?;
-        Ok(Welcomed { welcome, area, watch, bell: Bell::from_fd(bell) })
+        let bell = Bell::from_fd(bell)
+            .map_err(|cause| nonsense(&self.place, "its bell is no socket of that sort").because(cause))?;
+        Ok(Welcomed { welcome, area, bell })
     }
 
     /// What there is when [`step`](Joining::step) has said so.
@@ -165,9 +164,9 @@ impl Joining {
     /// [`Kind::Invalid`] if it has not.
     pub(super) fn joined(mut self) -> Result<Joined> {
         match (self.welcome, self.coming.pop_front()) {
-            (Some(Welcomed { welcome, area, watch, bell }), Some(generation)) => {
+            (Some(Welcomed { welcome, area, bell }), Some(generation)) => {
                 let (socket, coming, fences) = (self.socket, self.coming, Announced::default());
-                Ok(Joined { socket, area, watch, bell, welcome, generation, coming, fences })
+                Ok(Joined { socket, area, bell, welcome, generation, coming, fences })
             }
             _ => Err(nonsense(&self.place, "it has no buffers")),
         }

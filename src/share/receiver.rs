@@ -11,9 +11,9 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::area::SharedArea;
-use super::bell::Bell;
 use super::entry::Entry;
 use super::held::{HELD, Held, HeldFrames};
 use super::incoming::Generation;
@@ -29,7 +29,7 @@ use crate::format::Layout;
 use crate::frame::{Buffer, Frame, Revoked, Room, ViewPolicy};
 use crate::ledger::Copies;
 use again::{Back, End};
-use wait::{Alarm, listen};
+use wait::{Alarm, TRIES, listen};
 
 /// Names in the list of descriptors.
 const SOCKET: u64 = 0;
@@ -98,7 +98,7 @@ pub struct Receiver {
     ring: Consumer<SharedArea>,
     /// Rung by this side itself where frames are there and nobody rang for them: while it does not sleep, an event is pending, so that who
     /// waits for the descriptor calls again.
-    again: Bell,
+    again: EventFd,
     /// Set to when the next view is to be detached; none until a frame has a view.
     alarm: Option<Alarm>,
     frames: HeldFrames,
@@ -162,9 +162,9 @@ impl Receiver {
         let about = || name.clone();
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("wait for", about)?;
         listen(&epoll, &server).context("wait for", about)?;
-        let again = Bell::new().context("wait for", about)?;
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let again = EventFd::from_value_and_flags(1, flags).context("wait for", about)?;
         epoll.add(&again, edge(AGAIN)).context("wait for", about)?;
-        again.ring().context("wait for", about)?;
         Ok(Receiver {
             name,
             hello,
@@ -263,6 +263,7 @@ impl Receiver {
         self.set_alarm(until.map(next))
     }
 
+    #[inline]
     fn release(&mut self) -> Result<()> {
         let (server, revoked) = (&self.server, &mut self.revoked);
         let mut release = |frames: &mut HeldFrames| {
@@ -413,7 +414,7 @@ impl Source for Receiver {
 
     fn try_next(&mut self, _: Ready) -> Result<Option<Frame>> {
         self.give_back()?;
-        loop {
+        for _ in 0..TRIES {
             match self.found() {
                 Ok(None) => {}
                 found => return found,
@@ -421,11 +422,12 @@ impl Source for Receiver {
             // This also says that the bell was heard: it is an event again only when it is rung again.
             self.listen(EpollTimeout::ZERO)?;
             // A frame that was published before the end, or before this said that it sleeps, is there now.
-            if self.ring.sleep() {
+            if self.falls_asleep() {
                 return self.ended().map(|()| None);
             }
-            self.again.ring().context("wait for", || self.name.as_str())?;
+            self.call_again()?;
         }
+        Ok(None)
     }
 
     fn recycle(&mut self) -> Result<()> {

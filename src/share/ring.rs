@@ -37,7 +37,7 @@
 //! consumer is [`Broken`]; whether the consumer sleeps, where anything but 0 means that it does and costs a ring of its bell; and the delays,
 //! which it passes on to be shown. No value read there is ever an index, a length or an address.
 //!
-//! Somebody who waits says so in a word of the area, looks once more, and sleeps on an eventfd; the other side rings it only if it reads
+//! Somebody who waits says so in a word of the area, looks once more, and sleeps on its bell; the other side rings it only if it reads
 //! that word as 1 and exchanges it for 0. Both sides store and then load with a sequentially consistent fence between, so at least one of
 //! them sees the other (`loom_no_wake_is_lost`).
 
@@ -271,6 +271,7 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
     ///
     /// # Errors
     /// [`Broken`].
+    #[inline]
     pub(super) fn make_room(&mut self) -> Result<Published, Broken> {
         let mut published = Published::default();
         let mut held = self.collect()?;
@@ -285,12 +286,26 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
             }
             held -= 1;
         }
-        // An entry whose last frame is still held is passed over: the consumer sees a position that is not there.
-        while self.out[index(self.next)].is_some() {
-            self.next += 1;
+        if self.out[index(self.next)].is_some() {
+            published.skipped += self.pass_over()?;
         }
         published.given = true;
         Ok(published)
+    }
+
+    /// An entry whose last frame is still held is passed over: the consumer sees a position that is not there. A frame that it has not taken
+    /// it would not look for any more, so that one is skipped. How many were.
+    #[cold]
+    fn pass_over(&mut self) -> Result<u32, Broken> {
+        let mut skipped = 0;
+        while self.out[index(self.next)].is_some() {
+            match end(&self.area, &mut self.out[index(self.next)], false)? {
+                Some(Stage::Skipped) => skipped += 1,
+                Some(_) => {}
+                None => self.next += 1,
+            }
+        }
+        Ok(skipped)
     }
 
     /// That of the next frame, once there is room for it.

@@ -71,8 +71,10 @@ const TIMER: u64 = 1;
 /// is shared must be such that this can be had. A camera's own buffers are, once it was told to
 /// [export them so](crate::endpoint::Source::export_read_only); those of plain memory and udmabufs are. This binds the CPU alone: a consumer
 /// that has a device which writes into dma-bufs (a V4L2 node, a GPU) can have it write into these, and the kernel knows no dma-buf of which
-/// that is not so. Who is let in is trusted that far. Only processes of the server's own
-/// user may connect, unless the request says otherwise.
+/// that is not so; with a GPU it can also put fences into them for which others' displays wait (`DMA_BUF_IOCTL_IMPORT_SYNC_FILE` looks at no
+/// mode). And whoever has got a buffer or a fence can make the last close of it wait, by an epoll list that it is in
+/// (`eventpoll_release_file` in fs/eventpoll.c): at a change of the format, at the end, after a frame with a fence. Who is let in is trusted
+/// that far. Only processes of the server's own user may connect, unless the request says otherwise.
 ///
 /// Dropping it takes all frames back and tells the consumers that the source has ended. To let them have the frames that are on their way,
 /// [`end`](Server::end) it after the source was stopped.
@@ -102,6 +104,8 @@ pub struct Server {
     number: u64,
     /// Those of the newest frame's source.
     slots: Option<SourceSlots>,
+    /// The slot of the frame that is just presented, if no consumer got it: whoever presents it may have it still, and not for longer.
+    passing: Option<u32>,
     /// Whether a consumer is still to be told of buffers.
     untold: bool,
     /// When connections are accepted again.
@@ -188,6 +192,7 @@ impl Server {
             connections: 0,
             number: 0,
             slots: None,
+            passing: None,
             untold: false,
             paused_until_us: None,
             armed_us: None,
@@ -275,8 +280,6 @@ impl Server {
         if at_fault {
             consumer.part(&Message::End { reason: Reason::Broken, text: why.clone() });
         }
-        // The consumer has it open too, so it would stay in the list.
-        let _ = self.epoll.delete(&consumer.server_bell);
         self.note(Departure { consumer: info, why, at_fault, left });
     }
 
@@ -348,7 +351,7 @@ impl Server {
                     let consumer = self.consumers.iter_mut().find(|consumer| consumer.token + 1 == bell);
                     let Some(consumer) = consumer else { continue };
                     let token = consumer.token;
-                    if let Err(lost) = consumer.collect() {
+                    if let Err(lost) = consumer.heard() {
                         self.lose(token, lost);
                     }
                 }
@@ -453,10 +456,11 @@ impl Sink for Server {
         let (generation, fenced) = (generation.shape.generation, fence.is_some());
         let entry = Entry { generation, buffer, meta, skipped: 0, published_us: now, fenced };
         self.number += 1;
-        let mut lost = None;
+        let (mut lost, mut given) = (None, false);
         for consumer in &mut self.consumers {
-            if let Err(why) = consumer.publish(&entry, self.number, &frame, fence) {
-                lost.get_or_insert_with(Vec::new).push((consumer.token, why));
+            match consumer.publish(&entry, self.number, &frame, fence) {
+                Ok(got) => given |= got,
+                Err(why) => lost.get_or_insert_with(Vec::new).push((consumer.token, why)),
             }
         }
         if let Some(lost) = lost {
@@ -466,6 +470,7 @@ impl Sink for Server {
         if !self.slots.as_ref().is_some_and(|before| SlotsArc::ptr_eq(&before.0, slots)) {
             self.slots = Some(SourceSlots(SlotsArc::clone(slots)));
         }
+        self.passing = (!given).then_some(frame.slot());
         drop(frame);
         match now.saturating_sub(self.looked_us) >= micros(LOOK) {
             true => self.look()?,
@@ -494,6 +499,7 @@ impl Sink for Server {
     }
 
     fn dispatch(&mut self) -> Result<Option<Shown>> {
+        self.passing = None;
         self.look()?;
         Ok(None)
     }

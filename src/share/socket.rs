@@ -7,8 +7,8 @@
 //! To close a descriptor can take for ever, if somebody else has chosen it: close(2) asks the file's owner to write back what it has
 //! (`flush`), which for a file of FUSE is whatever program its sender runs. So a server takes none from consumers: it
 //! [receives without room for them](Socket::receive), and the kernel lets go of them without that (scm_destroy in net/core/scm.c). What
-//! remains is a file whose last close waits, as that of a TCP socket with `SO_LINGER`; so from Linux 6.16 on nobody can send it any
-//! ([`let_descriptors_come`]).
+//! remains is a file whose last close waits, as that of a TCP socket with `SO_LINGER`, or of any file that is in an epoll list which its
+//! owner keeps from being left; so from Linux 6.16 on nobody can send it any ([`let_descriptors_come`]).
 
 use std::fmt;
 use std::io::{self, IoSlice};

@@ -1,6 +1,7 @@
 mod fences;
 mod guard;
 mod taken_back;
+mod wakes;
 
 use std::os::fd::AsFd;
 use std::thread;
@@ -438,7 +439,7 @@ fn a_server_that_lies_is_refused() {
     let memfd = memfd_create("x", MFdFlags::MFD_CLOEXEC).unwrap();
     nix::unistd::ftruncate(&memfd, 4096).unwrap();
     let welcome = super::wire::Welcome { budget: 2, fences: true, source: String::new() };
-    socket.send(&Message::Welcome(welcome), &[memfd.as_fd(); 3]).unwrap();
+    socket.send(&Message::Welcome(welcome), &[memfd.as_fd(); 2]).unwrap();
     let error = connecting.join().unwrap().unwrap_err();
     assert_eq!(error.kind(), Kind::Invalid);
     assert_eq!(error.errno(), Some(nix::libc::EPERM), "{error:?}");

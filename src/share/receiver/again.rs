@@ -103,7 +103,7 @@ impl Receiver {
                 Stage::There => {
                     // Nothing more comes from there, and what has hung up is readable for ever.
                     let _ = self.epoll.delete(&self.server.socket);
-                    let _ = self.epoll.delete(&self.server.watch);
+                    let _ = self.epoll.delete(&self.server.bell);
                     Stage::Waiting(0)
                 }
                 Stage::Waiting(until) if now_us() < *until => return Ok(()),
@@ -151,7 +151,7 @@ impl Receiver {
         let about = || self.name.as_str();
         back.timer.unset().context("set the timer of", about)?;
         listen(&self.epoll, &server).context("wait for", about)?;
-        self.again.ring().context("wait for", about)?;
+        self.again.write(1).context("wait for", about)?;
         self.ring = Consumer::new(server.area.clone());
         self.server = *server;
         (self.end, self.next, self.fence) = (None, None, None);

@@ -6,24 +6,26 @@ use crate::share::incoming::learn;
 use crate::share::socket::Received;
 use crate::share::wire::Message;
 
-/// So many fences at once are more than a server sends to somebody who does not read them.
-const UNREAD: u32 = 256;
+/// So many messages at once are more than a server has to say: 16 generations with 64 buffers each, and fences of those who do not read them.
+const MOST: u32 = 16 * 65 + 256;
 
 impl Receiver {
     /// Reads what the socket has. Once the server has ended there is nothing more.
     pub(in super::super) fn hear(&mut self) {
-        let mut fences = 0;
-        while self.end.is_none() {
+        for heard in 0.. {
+            if self.end.is_some() {
+                return;
+            }
+            if heard >= MOST {
+                self.end = Some(End::Nonsense("it sends messages without an end".to_owned()));
+                return;
+            }
             match self.server.socket.receive(true) {
                 Ok(Received::Nothing) => return,
                 Ok(Received::Closed) => self.end = Some(End::HungUp),
                 Ok(Received::Message(Message::End { reason, text }, _)) => self.end = Some(End::Said(reason, text)),
                 Ok(Received::Message(Message::Fence { position }, fds)) => {
-                    fences += 1;
-                    let added = match fences {
-                        0..=UNREAD => sync_file(fds).and_then(|fence| self.server.fences.add(position, fence)),
-                        _ => Err("it sends fences without an end".to_owned()),
-                    };
+                    let added = sync_file(fds).and_then(|fence| self.server.fences.add(position, fence));
                     if let Err(why) = added {
                         self.end = Some(End::Nonsense(why));
                     }

@@ -8,6 +8,8 @@ use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use super::*;
+use crate::share::bell::UNREAD;
+use crate::share::ring::ENTRIES;
 
 /// Rings when a view is to be detached.
 #[derive(Debug)]
@@ -26,8 +28,11 @@ impl Alarm {
 /// Hears from now on what the server says and when it rings.
 pub(super) fn listen(epoll: &Epoll, server: &Joined) -> nix::Result<()> {
     epoll.add(&server.socket, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, SOCKET))?;
-    epoll.add(&server.watch, edge(BELL))
+    epoll.add(&server.bell, edge(BELL))
 }
+
+/// So often a frame may seem to be there that is none, as of a server that says so all the time, until that is left to the next call.
+pub(super) const TRIES: usize = 2 * ENTRIES;
 
 impl Receiver {
     /// An event comes at this time, and none before; none at all for `None`. A system call if that is not so yet.
@@ -61,6 +66,20 @@ impl Receiver {
         Ok(())
     }
 
+    /// Says that this sleeps from now on. `false` if a frame is there: then it does not.
+    pub(super) fn falls_asleep(&mut self) -> bool {
+        if self.ring.woken >= UNREAD {
+            self.server.bell.heard();
+            self.ring.woken = 0;
+        }
+        self.ring.sleep()
+    }
+
+    /// Makes an event: somebody must call again who waits.
+    pub(super) fn call_again(&self) -> Result<()> {
+        self.again.write(1).map(drop).context("wait for", || self.name.as_str())
+    }
+
     /// Waits for what is said or rung, and tells whether there was anything. One system call; and more for what the server has said.
     pub(super) fn listen(&mut self, time: EpollTimeout) -> Result<bool> {
         let mut events = [EpollEvent::empty(); 4];
@@ -75,6 +94,21 @@ impl Receiver {
         Ok(count > 0)
     }
 
+    /// The same for so many ms, and no longer than until a release fence has signalled: what that keeps is to be given back then. Two system
+    /// calls if there is one.
+    fn wait_for_events(&mut self, ms: u64) -> Result<()> {
+        let fences = self.release_fences();
+        if fences.is_empty() {
+            return self.listen(EpollTimeout::try_from(ms).unwrap_or(EpollTimeout::MAX)).map(drop);
+        }
+        let all = std::iter::once(self.as_fd()).chain(fences.iter().map(|fence| fence.as_fd()));
+        let mut fds: Vec<_> = all.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        match poll(&mut fds, PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX)) {
+            Ok(_) | Err(Errno::EINTR) => self.listen(EpollTimeout::ZERO).map(drop),
+            Err(errno) => Err(errno).context("wait for", || self.name.as_str()),
+        }
+    }
+
     /// The next frame, waited for: for programs that wait for nothing else. `None` if the time is up. Others wait for the descriptor
     /// together with what else they wait for, and call [`try_next`](Source::try_next); they may use both.
     ///
@@ -86,20 +120,27 @@ impl Receiver {
         let mut listened = false;
         let next = self.wait_next(time, &mut listened);
         // The events that told of this frame are gone. A frame that waits to be followed is in no entry of the ring.
-        if listened && (self.next.is_some() || !self.ring.sleep()) {
-            self.again.ring().context("wait for", || self.name.as_str())?;
+        if listened && (self.next.is_some() || !self.falls_asleep()) {
+            self.call_again()?;
         }
         next
     }
 
     fn wait_next(&mut self, time: Duration, listened: &mut bool) -> Result<Option<Frame>> {
         let until = now_us().saturating_add(u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
+        let mut tries = 0;
         loop {
             self.give_back()?;
             if let Some(frame) = self.found()? {
                 return Ok(Some(frame));
             }
-            if !self.ring.sleep() {
+            if !self.falls_asleep() {
+                // The server may have seen that this slept, or not.
+                *listened = true;
+                tries += 1;
+                if tries >= TRIES && now_us() >= until {
+                    return Ok(None);
+                }
                 continue;
             }
             self.ended()?;
@@ -108,7 +149,7 @@ impl Receiver {
                 return Ok(None);
             }
             *listened = true;
-            self.listen(EpollTimeout::try_from(left.div_ceil(1000)).unwrap_or(EpollTimeout::MAX))?;
+            self.wait_for_events(left.div_ceil(1000))?;
         }
     }
 }

@@ -17,11 +17,13 @@ pub(in super::super) struct Consumer<A> {
     next: u64,
     /// Of the frames that it has taken.
     pub(super) delays: Delays,
+    /// How often it may have been rung for, since this was set to 0.
+    pub(in super::super) woken: u32,
 }
 
 impl<A: Deref<Target = Area>> Consumer<A> {
     pub(in super::super) fn new(area: A) -> Consumer<A> {
-        Consumer { area, next: 1, delays: Delays::default() }
+        Consumer { area, next: 1, delays: Delays::default(), woken: 0 }
     }
 
     /// The next frame, in the order of capture; none if there is none yet. No system call.
@@ -73,9 +75,12 @@ impl<A: Deref<Target = Area>> Consumer<A> {
     }
 
     /// Says that the consumer is about to sleep. `false` if a frame has come: then it must not.
-    pub(in super::super) fn sleep(&self) -> bool {
+    pub(in super::super) fn sleep(&mut self) -> bool {
         let sleeps = &self.area.consumer.sleeps;
-        sleeps.store(1, Ordering::Relaxed);
+        // The server has written 0, and rung.
+        if sleeps.swap(1, Ordering::Relaxed) == 0 {
+            self.woken = self.woken.saturating_add(1);
+        }
         fence(Ordering::SeqCst);
         let nothing = self.area.head.0.load(Ordering::Acquire) <= self.next;
         if !nothing {

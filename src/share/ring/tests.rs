@@ -264,3 +264,33 @@ proptest! {
         }
     }
 }
+
+/// What its consumer would not look for any more is skipped and counted, so that it keeps no buffer.
+#[test]
+fn a_frame_out_of_reach_is_skipped() {
+    let (mut server, mut consumer, _area) = ends(10);
+    let published: Vec<_> = (1..=8)
+        .map(|number| server.publish(|_| words(number), number).unwrap())
+        .collect();
+    assert!(published.iter().all(|published| published.given));
+    let held: Vec<_> = (0..8).map(|_| consumer.take().unwrap()).collect();
+    let mut skipped = 0;
+    let mut publish =
+        |server: &mut Server<_, _>, number| skipped += server.publish(|_| words(number), number).unwrap().skipped;
+    for number in 9..=16 {
+        publish(&mut server, number);
+        if number < 16 {
+            let taken = consumer.take().unwrap();
+            consumer.release(taken.position).unwrap();
+        }
+    }
+    publish(&mut server, 17);
+    assert!(held.iter().all(|taken| consumer.release(taken.position).is_ok()));
+    (18..=24).for_each(|number| publish(&mut server, number));
+    let mut taken = 0;
+    while consumer.take().is_some() {
+        taken += 1;
+    }
+    assert_eq!(server.leases().count(), taken, "one can neither be taken nor given up");
+    assert_eq!(8 + 7 + taken as u32 + skipped, 24);
+}

@@ -101,9 +101,11 @@ impl Server {
             self.connections += 1;
             let token = self.connections * 2;
             let input = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, token);
-            if self.epoll.add(&socket, input).is_ok() {
-                self.waiting
-                    .push(Waiting { token, socket, peer, until_us: now + micros(HELLO) });
+            match self.epoll.add(&socket, input) {
+                Ok(()) => self
+                    .waiting
+                    .push(Waiting { token, socket, peer, until_us: now + micros(HELLO) }),
+                Err(errno) => end(&socket, Reason::Full, format!("it cannot wait for another connection: {errno}")),
             }
         }
     }
@@ -191,13 +193,20 @@ impl Server {
             end(&socket, Reason::Full, full());
             return;
         }
-        let made = Consumer::new(token, socket, peer, hello, self.request.budget);
-        // For want of memory or descriptors: it hears that it was hung up on.
-        let Ok(mut consumer) = made else { return };
-        let input = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, token + 1);
-        if self.epoll.add(&consumer.server_bell, input).is_err() {
-            return;
-        }
+        let Peer { pid, uid, gid, .. } = peer;
+        let who = ConsumerInfo { pid, uid, gid, name: hello.0.clone(), ..ConsumerInfo::default() };
+        let made = Consumer::new(token, socket, peer, hello, self.request.budget).and_then(|consumer| {
+            self.epoll
+                .add(&consumer.bell, EpollEvent::new(EpollFlags::EPOLLIN, token + 1))?;
+            Ok(consumer)
+        });
+        let mut consumer = match made {
+            Ok(consumer) => consumer,
+            Err(error) => {
+                let why = format!("it could not be served: {error}");
+                return self.note(Departure { consumer: who, why, at_fault: false, left: false });
+            }
+        };
         let greeted = match &self.generation {
             Some(generation) => consumer.greet(&self.welcome(), generation),
             None => Ok(()),

@@ -15,7 +15,7 @@ const AGAIN: Duration = Duration::from_millis(1);
 impl Server {
     /// Whether the source has too few buffers to fill.
     pub(super) fn is_short(&self) -> bool {
-        self.slots.as_ref().is_some_and(|slots| slots.0.are_short())
+        self.slots.as_ref().is_some_and(|slots| slots.0.are_short(self.passing))
     }
 
     /// Whether the consumers that there are can leave the source hardly a buffer to fill, for as long as a lease, by keeping what they may
