@@ -102,7 +102,9 @@ impl Waiter {
                 true => self.wait_once(sink, EpollTimeout::NONE)?,
                 false => self.wait_with(sink, fences)?,
             };
-            if wake != Wake::default() || !timer {
+            // A sink may have something to say all the time: that does not put the end of the time off.
+            let for_sink = Wake { sink: wake.sink, ..Wake::default() };
+            if wake != for_sink || !timer {
                 return Ok(Some(wake));
             }
             match until_us {
@@ -110,6 +112,9 @@ impl Waiter {
                 Some(_) => return Ok(None),
                 // It was set for an earlier wait.
                 None => self.unset()?,
+            }
+            if wake.sink {
+                return Ok(Some(wake));
             }
         }
     }
@@ -202,6 +207,7 @@ mod tests {
         assert_eq!(wait(&mut waiter, Some(0), true).unwrap(), None);
         write(&sink.1, b"x").unwrap();
         assert_eq!(wait(&mut waiter, None, true).unwrap(), Some(Wake { sink: true, ..Wake::default() }));
+        assert_eq!(wait(&mut waiter, Some(0), true).unwrap(), None, "who always says something does not stop the time");
         assert_eq!(wait(&mut waiter, Some(0), false).unwrap(), None, "nobody asked for the sink");
         write(&stop.1, b"x").unwrap();
         assert_eq!(wait(&mut waiter, None, true).unwrap(), Some(Wake { sink: true, stop: true, ..Wake::default() }));
