@@ -273,25 +273,48 @@ fn consumers_come_back_to_the_next_server() {
     assert_eq!((receiver.revoked(), receiver.skipped()), (0, 0));
 }
 
+/// Frames that are pushed into a share are its source's own. What is shared is not shared on, but copied on.
 #[test]
-fn frames_are_pushed_and_shared_on() {
+fn frames_are_pushed_and_copied_on_and_not_shared_on() {
     let (at, on) = (socket_at("pushed"), socket_at("on"));
     let first =
-        Process::start(&format!("pipe --from pattern --size 64x48 --fps 25 --frames 100 --to unix:{at} --json"));
+        Process::start(&format!("pipe --from pattern --size 64x48 --fps 25 --frames 150 --to unix:{at} --json"));
     drop(connect(&at));
-    let second = Process::start(&format!("share --from unix:{at} --at {on} --json"));
+    let refused = Process::start(&format!("share --from unix:{at} --at {on}")).finish();
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(2), "{said}");
+    assert!(said.contains("cannot be shared on") && said.contains(&format!("connect to unix:{at} itself")), "{said}");
+    assert!(!PathBuf::from(&on).exists());
+    let line = format!("pipe --from unix:{at} --to unix:{on} --json");
+    let refused = Process::start(&format!("{line} --path zero-copy")).finish();
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(3), "{said}");
+    assert!(said.contains("another server's") && said.contains("connect to the first server itself"), "{said}");
+    let second = Process::start(&line);
     let mut receiver = connect(&on);
     assert_eq!(receiver.source(), format!("unix:{at}"));
-    let mut frames = 0;
+    let (mut frames, mut compared, expected) = (0, 0, expected(200));
     let end = loop {
         match next(&mut receiver) {
-            Ok(_) => frames += 1,
+            Ok(frame) => {
+                frames += 1;
+                if let Some(bytes) = expected.get(&frame.meta().sequence) {
+                    assert!(*bytes == pixels(&frame) && receiver.holds(&frame), "{:?}", frame.meta());
+                    compared += 1;
+                }
+            }
             Err(error) => break error,
         }
     };
-    assert!(frames > 10 && end.kind() == Kind::Ended, "{frames} frames, then {end:?}");
-    assert_eq!(first.json()["frames"]["captured"], 100);
-    assert_eq!(second.json()["bytes_copied"], 0);
+    assert!(frames > 10 && compared > 10 && end.kind() == Kind::Ended, "{frames} frames, then {end:?}");
+    let report = first.json();
+    assert_eq!((&report["frames"]["captured"], &report["bytes_copied"]), (&150.into(), &0.into()));
+    let report = second.json();
+    assert_eq!(report["path"], "copied", "{report}");
+    let copied = report["frames"]["presented"].as_u64().unwrap();
+    assert!(copied >= frames, "{report}");
+    assert!(report["bytes_copied"].as_u64().unwrap() >= copied * 64 * 48 * 4, "{report}");
+    assert!(report["refusals"][0]["why"].as_str().unwrap().contains("another server's"), "{report}");
 }
 
 /// Ten thousand connections, opened and dropped before, amid and after the hello, leave nothing.

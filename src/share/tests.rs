@@ -484,3 +484,21 @@ fn requests_out_of_range_are_refused() {
     assert!(server.join(source.layout(), None, &[]).is_err());
     assert_eq!(server.lease(), Duration::from_millis(100));
 }
+
+/// What is shared is not shared on: the first server may take frames back, and nobody would tell the consumers of the second.
+#[test]
+fn what_is_lent_is_not_shared_on() {
+    use crate::endpoint::JoinError;
+    let source = pattern(200.0, 3);
+    let mut server = serve("lent", two(), &source);
+    let receiver = connect(&mut server, "lent").unwrap();
+    assert!(source.buffers().iter().all(|buffer| !buffer.is_lent()));
+    assert!(receiver.buffers().iter().all(crate::frame::Buffer::is_lent));
+    let mut second = Server::bind(&name("lent-on"), two()).unwrap();
+    let Err(JoinError::Refused(refusal)) = second.join(receiver.layout(), None, receiver.buffers()) else {
+        panic!("it was shared on")
+    };
+    assert!(refusal.repair.contains("connect to the first server itself"), "{refusal}");
+    // Nor with another layout of the same memory, where that is dma-bufs.
+    second.join(source.layout(), None, source.buffers()).unwrap();
+}
