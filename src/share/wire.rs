@@ -5,7 +5,7 @@
 //!
 //! ```text
 //!  0  4  "dmaf"
-//!  4  2  version, 2
+//!  4  2  version, 1
 //!  6  2  kind
 //! ```
 //!
@@ -15,7 +15,7 @@
 //! | kind | from, fds | fields after the head |
 //! |---|---|---|
 //! | 1 hello | consumer | 4 wishes (bit 0: buffers that it can write to, or none), text: its name |
-//! | 2 welcome | server; the ring, the consumer's bell (an epoll descriptor, to be polled edge-triggered), the server's bell (an eventfd) | 4 frames it may have at a time, 4 bits: 0 if it may send fences, the others 0, text: the source |
+//! | 2 welcome | server; the ring, the consumer's bell (an epoll descriptor, to be polled edge-triggered), the server's bell (an eventfd) | 4 frames it may have at a time, 4 bits (bit 0: it may send fences; the others are 0), text: the source |
 //! | 3 format | server | 4 generation, 4 buffers, 8 µs it may keep a frame of this generation (the lease), 8 frames in 1,000,000 s (0: not known), 8 µs without a frame that are too long (0: any time is right), 4 DRM code (0: none), 4 V4L2 code (0: none), 4 width, 4 height, 8 modifier (`DRM_FORMAT_MOD_INVALID`: not stated), 1 encoding, 1 range, 1 colour planes, 1 memory planes, for each colour plane 4 memory plane, 4 offset, 4 stride, for each memory plane 8 bytes |
 //! | 4 buffer | server; one fd for each memory plane | 4 generation, 4 index, 8 identity: the inode (`st_ino` of fstat(2)) of the first memory plane's descriptor |
 //! | 5 end | either | 2 reason, text |
@@ -443,6 +443,16 @@ mod tests {
             b"\0\0\0\0\0\0\0\0\0\x01\0\0\0\x30\0\0\0\0\0\0",
         ];
         assert_eq!(shape.encode(), expected.concat());
+    }
+
+    /// Whoever speaks the protocol from the documentation alone speaks this version.
+    #[test]
+    fn the_documented_version_is_the_spoken_one() {
+        let lines = include_str!("wire.rs").lines();
+        let mut documented = lines.filter_map(|line| line.strip_prefix("//!  4  2  version, "));
+        assert_eq!((documented.next(), documented.next()), (Some(VERSION.to_string().as_str()), None));
+        let consumer = include_str!("../../examples/consume.c");
+        assert!(consumer.contains(&format!("\"dmaf\\{VERSION}\\0")), "the C program says another");
     }
 
     #[test]
