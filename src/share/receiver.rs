@@ -38,6 +38,9 @@ const AGAIN: u64 = 2;
 const BACK: u64 = 3;
 const ALARM: u64 = 4;
 
+/// How long a server may take to say why no frame comes, once it knows.
+const SAYS_WHY: Duration = Duration::from_secs(1);
+
 fn edge(name: u64) -> EpollEvent {
     EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, name)
 }
@@ -473,10 +476,13 @@ impl Source for Receiver {
         self.view_policy = policy;
     }
 
+    /// Twice what the server waits for a frame of its source, and a second: it may wait for a signal for that time when its source has
+    /// changed, and then for a frame, and who waits for the server is to hear from it what has gone wrong. `None` if the server waits for
+    /// any time, and with [`come_back_to_it`](Receiver::come_back_to_it): then a server that says nothing is as one that is away.
     fn watchdog(&self) -> Option<Duration> {
         let time = Duration::from_micros(self.timing().watchdog_us);
-        // While the server is away, nobody knows when it comes back.
-        (!time.is_zero() && !self.is_away()).then_some(time)
+        let longer = time.saturating_mul(2).saturating_add(SAYS_WHY);
+        (!time.is_zero() && self.back.is_none()).then_some(longer)
     }
 
     fn stalled(&self) -> Error {

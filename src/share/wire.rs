@@ -16,7 +16,7 @@
 //! |---|---|---|
 //! | 1 hello | consumer | 4 wishes (bit 0: buffers that it can write to, or none), text: its name |
 //! | 2 welcome | server; the ring, the consumer's bell (an epoll descriptor, to be polled edge-triggered), the server's bell (an eventfd) | 4 frames it may have at a time, 4 bits (bit 0: it may send fences; the others are 0), text: the source |
-//! | 3 format | server | 4 generation, 4 buffers, 8 µs it may keep a frame of this generation (the lease), 8 frames in 1,000,000 s (0: not known), 8 µs without a frame that are too long (0: any time is right), 4 DRM code (0: none), 4 V4L2 code (0: none), 4 width, 4 height, 8 modifier (`DRM_FORMAT_MOD_INVALID`: not stated), 1 encoding, 1 range, 1 colour planes, 1 memory planes, for each colour plane 4 memory plane, 4 offset, 4 stride, for each memory plane 8 bytes |
+//! | 3 format | server | 4 generation, 4 buffers, 8 µs it may keep a frame of this generation (the lease), 8 frames in 1,000,000 s (0: not known), 8 µs that the server waits for a frame of its source at most (0: for any time), 4 DRM code (0: none), 4 V4L2 code (0: none), 4 width, 4 height, 8 modifier (`DRM_FORMAT_MOD_INVALID`: not stated), 1 encoding, 1 range, 1 colour planes, 1 memory planes, for each colour plane 4 memory plane, 4 offset, 4 stride, for each memory plane 8 bytes |
 //! | 4 buffer | server; one fd for each memory plane | 4 generation, 4 index, 8 identity: the inode (`st_ino` of fstat(2)) of the first memory plane's descriptor |
 //! | 5 end | either | 2 reason, text |
 //! | 6 fence | either; a sync file | 8 position in the ring |
@@ -104,7 +104,7 @@ pub(super) struct Timing {
     pub lease_us: u64,
     /// Frames in 1,000,000 s; 0 if that is not known.
     pub rate_micro: u64,
-    /// 0 if any time without a frame is right.
+    /// How long the server waits for a frame of its source at most; 0 for any time.
     pub watchdog_us: u64,
 }
 

@@ -46,7 +46,8 @@ enum Stage {
 
 impl Receiver {
     /// From now on the end of the server, or of its source, is not the end: while it is away no frame comes, and when one is there again
-    /// [`FormatChanged`](Kind::FormatChanged) does. Frames that are held stay valid.
+    /// [`FormatChanged`](Kind::FormatChanged) does. Frames that are held stay valid. There is no [watchdog](Source::watchdog) any more: nobody
+    /// knows when a server comes back, and one that says nothing is as good as away.
     ///
     /// # Errors
     /// What `timerfd_create` and `epoll_ctl` say.
@@ -83,11 +84,6 @@ impl Receiver {
         let Some(end) = &self.end else { return Ok(()) };
         let over = self.over(end);
         self.come_back(over)
-    }
-
-    /// Whether the server has ended and the next is not followed yet.
-    pub(super) fn is_away(&self) -> bool {
-        self.back.as_ref().is_some_and(|back| !matches!(back.stage, Stage::There))
     }
 
     /// One step on the way back. `over` says why the server is gone.
