@@ -26,7 +26,10 @@ struct Process(Option<Child>);
 impl Process {
     fn start(line: &str) -> Process {
         let mut command = Command::new(env!("CARGO_BIN_EXE_dmaflow"));
-        command.args(line.split(' ')).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .args(line.split_whitespace())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         Process(Some(command.spawn().unwrap()))
     }
 
@@ -185,7 +188,8 @@ fn who_is_stopped_or_killed_hurts_nobody_else() {
             killed = true;
         }
     }
-    assert_eq!((receiver.counts().dropped, receiver.skipped(), receiver.revoked()), (0, 0, 0));
+    let counts = receiver.counts();
+    assert_eq!((counts.dropped, counts.skipped, receiver.revoked()), (0, 0, 0));
     server.signal(Signal::SIGINT);
     let report = server.json();
     assert_eq!(
@@ -221,6 +225,39 @@ fn a_server_that_is_killed_ends_the_stream_and_what_is_held_stays() {
     assert!(second.status.code() == Some(1) && String::from_utf8_lossy(&second.stderr).contains("another server"));
     server.signal(Signal::SIGINT);
     server.json();
+}
+
+/// What a program is too late for is skipped, and none of it is a loss of its source's.
+#[test]
+fn who_is_late_is_told_what_it_skipped() {
+    let at = socket_at("late");
+    let server = Process::start(&format!("share --from pattern --size 64x48 --fps 25 --at {at} --json"));
+    let mut receiver = connect(&at);
+    let pipe = |options: &str| Process::start(&format!("pipe --from unix:{at} --to null --frames 60 {options}"));
+    let pipes = [pipe("--json"), pipe("")];
+    for _ in 0..4 {
+        std::thread::sleep(Duration::from_millis(300));
+        drop(next(&mut receiver).unwrap());
+        pipes.iter().for_each(|pipe| pipe.signal(Signal::SIGSTOP));
+        std::thread::sleep(Duration::from_millis(500));
+        pipes.iter().for_each(|pipe| pipe.signal(Signal::SIGCONT));
+    }
+    let [told, table] = pipes;
+    let (told, table) = (told.json(), table.finish());
+    let table = format!("{}{}", String::from_utf8_lossy(&table.stdout), String::from_utf8_lossy(&table.stderr));
+    drop(next(&mut receiver).unwrap());
+    server.signal(Signal::SIGINT);
+    let report = server.json();
+    // A machine that is busy leaves frames out itself.
+    let lost = report["frames"]["dropped_by_camera"].as_u64().unwrap();
+    let counts = receiver.counts();
+    assert!(
+        counts.skipped > 10 && counts.skipped == receiver.skipped() && counts.dropped <= lost,
+        "{counts:?}, {report}"
+    );
+    let [skipped, dropped] = ["skipped", "dropped_by_camera"].map(|name| told["frames"][name].as_u64().unwrap());
+    assert!(skipped > 10 && dropped <= lost && told["frames"]["captured"] == 60, "{told}, {report}");
+    assert!(table.contains(" skipped for being late, 0 by the display"), "{table}");
 }
 
 /// A consumer that is to come back does so, whether its server was killed or ended in order, and whatever the next one shares.

@@ -2,6 +2,7 @@
 
 mod again;
 mod hear;
+mod lost;
 mod wait;
 
 use std::os::fd::{AsFd, BorrowedFd};
@@ -29,6 +30,7 @@ use crate::format::Layout;
 use crate::frame::{Buffer, Frame, Revoked, Room, ViewPolicy};
 use crate::ledger::Copies;
 use again::{Back, End};
+use lost::Lost;
 use wait::{Alarm, listen};
 
 /// Names in the list of descriptors.
@@ -84,7 +86,7 @@ fn join(hello: &Hello) -> Result<Joined> {
 /// buffer may be filled while it is read, and nobody here is told. Where the fence cannot be sent, since the server has not read those
 /// before, the frame is given back when it has signalled. With a fence a frame costs some system calls each way.
 ///
-/// Frames come in order; a receiver that is late gets the newest, and [counts](Source::counts) the others as dropped. When the source
+/// Frames come in order; a receiver that is late gets the newest, and [counts](Source::counts) the others as skipped. When the source
 /// changes its format, [`FormatChanged`](Kind::FormatChanged) comes and [`follow`](Source::follow) goes on; frames of before stay valid.
 /// There is one format for all who share the source, so other strides or buffers are refused.
 ///
@@ -112,10 +114,7 @@ pub struct Receiver {
     /// The acquire fence of the frame that was taken last, until that is handed out.
     fence: Option<SyncFile>,
     view_policy: ViewPolicy,
-    last: Option<u32>,
-    dropped: u64,
-    /// By servers before, and by this one.
-    skipped: (u64, u64),
+    lost: Lost,
     revoked: u64,
     end: Option<End>,
     /// How to come back when the server has ended.
@@ -181,9 +180,7 @@ impl Receiver {
             next: None,
             fence: None,
             view_policy: ViewPolicy::default(),
-            last: None,
-            dropped: 0,
-            skipped: (0, 0),
+            lost: Lost::default(),
             revoked: 0,
             end: None,
             back: None,
@@ -221,10 +218,9 @@ impl Receiver {
         self.revoked
     }
 
-    /// Frames that the server had for this receiver and did not give it, because it was late; of [`counts`](Source::counts) those that
-    /// were not lost before.
+    /// Frames that the server had for this receiver and did not give it, because it was late: those of [`counts`](Source::counts).
     pub fn skipped(&self) -> u64 {
-        self.skipped.0 + self.skipped.1
+        self.lost.skipped()
     }
 
     /// Gives up what was dropped, and detaches views whose lease is about to run out.
@@ -300,13 +296,7 @@ impl Receiver {
         if let Some(late) = now.checked_sub(entry.published_us) {
             self.ring.tell_delay(late);
         }
-        if let Some(last) = self.last {
-            // A number that is not above the last, as of a camera that started again, is no gap.
-            let ahead = meta.sequence.wrapping_sub(last).cast_signed();
-            self.dropped += u64::try_from(ahead.saturating_sub(1)).unwrap_or(0);
-        }
-        self.last = Some(meta.sequence);
-        self.skipped.1 = entry.skipped;
+        self.lost.came(meta.sequence, entry.skipped);
         let held = Held { position: taken.position, until_us };
         let frame = match &self.fence {
             None => self.frames.hold(held, buffer, meta),
@@ -347,7 +337,7 @@ impl Receiver {
     fn begin_anew(&mut self) {
         let before = std::mem::replace(&mut self.frames, HeldFrames::new(self.server.area.clone()));
         self.old.push(before);
-        self.last = None;
+        self.lost.begin_anew();
     }
 
     /// The next entry of the ring.
@@ -493,7 +483,7 @@ impl Source for Receiver {
     }
 
     fn counts(&self) -> SourceCounts {
-        SourceCounts { dropped: self.dropped, ..SourceCounts::default() }
+        SourceCounts { dropped: self.lost.dropped(), skipped: self.lost.skipped(), ..SourceCounts::default() }
     }
 
     fn copies(&self) -> Vec<Copies> {

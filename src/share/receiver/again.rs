@@ -151,7 +151,7 @@ impl Receiver {
         self.ring = Consumer::new(server.area.clone());
         self.server = *server;
         (self.end, self.next, self.fence) = (None, None, None);
-        self.skipped = (self.skipped.0 + self.skipped.1, 0);
+        self.lost.begin_with_another();
         self.begin_anew();
         Ok(())
     }
