@@ -18,7 +18,7 @@ use super::bell::Bell;
 use super::entry::Entry;
 use super::held::{HELD, Held, HeldFrames};
 use super::incoming::Generation;
-use super::join::{ANSWER, Hello, Joined, Joining};
+use super::join::{ANSWER, Hello, Joined, Joining, Wish};
 use super::ring::{Consumer, Taken};
 use super::socket::Place;
 use super::wire::{Reason, Timing};
@@ -49,17 +49,14 @@ fn edge(name: u64) -> EpollEvent {
 
 /// Joins a server, and waits for it.
 fn join(hello: &Hello) -> Result<Joined> {
-    let until = now_us().saturating_add(hello.answer_us());
-    let mut joining = loop {
-        match Joining::begin(hello) {
-            // More want to connect at the moment than the server has let in.
-            Err(error) if error.kind() == Kind::Busy && now_us() < until => {
-                std::thread::sleep(Duration::from_millis(10))
-            }
-            other => break other?,
+    let mut joining = begin(hello)?;
+    loop {
+        match joining.step() {
+            Ok(true) => return joining.joined(),
+            Ok(false) => {}
+            Err(error) if joining.may_read_instead(&error) => joining = begin(&hello.for_reading())?,
+            Err(error) => return Err(error),
         }
-    };
-    while !joining.step()? {
         let left = joining.until_us().saturating_sub(now_us()).div_ceil(1000);
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
         match poll(&mut [PollFd::new(joining.as_fd(), PollFlags::POLLIN)], timeout) {
@@ -67,7 +64,20 @@ fn join(hello: &Hello) -> Result<Joined> {
             Err(errno) => return Err(errno).context("wait for", || hello.place.to_string()),
         }
     }
-    joining.joined()
+}
+
+/// Connects, and waits for that where many do so.
+fn begin(hello: &Hello) -> Result<Joining> {
+    let until = now_us().saturating_add(hello.answer_us());
+    loop {
+        match Joining::begin(hello) {
+            // More want to connect at the moment than the server has let in.
+            Err(error) if error.kind() == Kind::Busy && now_us() < until => {
+                std::thread::sleep(Duration::from_millis(10))
+            }
+            other => return other,
+        }
+    }
 }
 
 /// A [`Source`] whose frames another process shares ([`Server`](super::Server)): the source's own buffers, no copy.
@@ -130,7 +140,7 @@ impl Receiver {
     /// the moment; [`Kind::Timeout`];
     /// [`Kind::Invalid`] if it does not speak the protocol.
     pub fn connect(place: &str, name: &str) -> Result<Receiver> {
-        Receiver::wishing(place, name, false, ANSWER)
+        Receiver::wishing(place, name, Wish::Read, ANSWER)
     }
 
     /// The same, waiting for `time` at most.
@@ -138,7 +148,7 @@ impl Receiver {
     /// # Errors
     /// As [`Receiver::connect`].
     pub fn connect_within(place: &str, name: &str, time: Duration) -> Result<Receiver> {
-        Receiver::wishing(place, name, false, time)
+        Receiver::wishing(place, name, Wish::Read, time)
     }
 
     /// The same for one that must write into the buffers, which most servers do not allow.
@@ -146,11 +156,21 @@ impl Receiver {
     /// # Errors
     /// As [`Receiver::connect`]; [`Kind::Permission`] also where the buffers are shared for reading alone.
     pub fn connect_writable(place: &str, name: &str) -> Result<Receiver> {
-        Receiver::wishing(place, name, true, ANSWER)
+        Receiver::wishing(place, name, Wish::Write, ANSWER)
     }
 
-    fn wishing(place: &str, name: &str, writable: bool, answer: Duration) -> Result<Receiver> {
-        let hello = Hello { place: Place::parse(place), name: name.to_owned(), writable, answer };
+    /// The same for one that would write into the buffers where the server lets it, and reads them where not: for devices of which it is not
+    /// known whether they can import what is for reading alone. Each server that it [comes back to](Receiver::come_back_to_it) is asked
+    /// anew. Whether it may write, [`Buffer::write`] tells. A server that refuses is asked a second time, and may take as long for that.
+    ///
+    /// # Errors
+    /// As [`Receiver::connect`].
+    pub fn connect_writable_if_allowed(place: &str, name: &str) -> Result<Receiver> {
+        Receiver::wishing(place, name, Wish::WriteIfItMay, ANSWER)
+    }
+
+    fn wishing(place: &str, name: &str, wish: Wish, answer: Duration) -> Result<Receiver> {
+        let hello = Hello { place: Place::parse(place), name: name.to_owned(), wish, answer };
         let server = join(&hello)?;
         Receiver::of(hello, server)
     }

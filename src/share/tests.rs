@@ -1,3 +1,4 @@
+mod again;
 mod fences;
 mod guard;
 mod taken_back;

@@ -91,7 +91,6 @@ impl Receiver {
     /// # Errors
     /// `over`, if it is not to come back; [`Kind::FormatChanged`] when it is there; why the next server will not have it.
     pub(super) fn come_back(&mut self, over: Error) -> Result<()> {
-        let about = || self.name.as_str();
         let broken = matches!(&self.end, Some(End::Nonsense(_) | End::Said(Reason::Refused | Reason::Broken, _)));
         let Some(back) = self.back.as_mut().filter(|_| !broken) else { return Err(over) };
         loop {
@@ -103,15 +102,7 @@ impl Receiver {
                     Stage::Waiting(0)
                 }
                 Stage::Waiting(until) if now_us() < *until => return Ok(()),
-                Stage::Waiting(_) => match Joining::begin(&self.hello) {
-                    Ok(joining) => {
-                        let input = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, SOCKET);
-                        self.epoll.add(&joining, input).context("wait for", about)?;
-                        back.set(joining.until_us()).context("set the timer of", about)?;
-                        Stage::Joining(joining)
-                    }
-                    Err(error) => back.later(error, &self.name)?,
-                },
+                Stage::Waiting(_) => back.begin(&self.epoll, &self.hello, &self.name)?,
                 Stage::Joining(joining) => {
                     let stepped = joining.step();
                     if let Ok(false) = stepped {
@@ -120,6 +111,9 @@ impl Receiver {
                     let _ = self.epoll.delete(&*joining);
                     match (stepped, std::mem::replace(&mut back.stage, Stage::There)) {
                         (Ok(_), Stage::Joining(joining)) => Stage::Joined(Box::new(joining.joined()?)),
+                        (Err(error), Stage::Joining(joining)) if joining.may_read_instead(&error) => {
+                            back.begin(&self.epoll, &self.hello.for_reading(), &self.name)?
+                        }
                         (Err(error), _) => back.later(error, &self.name)?,
                         (Ok(_), other) => other,
                     }
@@ -158,6 +152,21 @@ impl Receiver {
 }
 
 impl Back {
+    /// Connects, or tries that again in a moment.
+    ///
+    /// # Errors
+    /// What `epoll_ctl` and `timerfd_settime` say; why it will not help to try again.
+    fn begin(&mut self, epoll: &Epoll, hello: &Hello, name: &str) -> Result<Stage> {
+        let joining = match Joining::begin(hello) {
+            Ok(joining) => joining,
+            Err(error) => return self.later(error, name),
+        };
+        let input = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, SOCKET);
+        epoll.add(&joining, input).context("wait for", || name)?;
+        self.set(joining.until_us()).context("set the timer of", || name)?;
+        Ok(Stage::Joining(joining))
+    }
+
     fn set(&self, at_us: u64) -> nix::Result<()> {
         let at = TimeSpec::from_duration(Duration::from_micros(at_us.max(1)));
         self.timer.set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME)
