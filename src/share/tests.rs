@@ -501,7 +501,7 @@ fn what_is_lent_is_not_shared_on() {
     assert!(receiver.buffers().iter().all(crate::frame::Buffer::is_lent));
     let mut second = Server::bind(&name("lent-on"), two()).unwrap();
     let Err(JoinError::Refused(refusal)) = second.join(receiver.layout(), None, receiver.buffers()) else {
-        panic!("it was shared on")
+        unreachable!("it was shared on")
     };
     assert!(refusal.repair.contains("connect to the first server itself"), "{refusal}");
     // Nor with another layout of the same memory, where that is dma-bufs.
