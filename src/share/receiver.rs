@@ -28,7 +28,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::fence::SyncFile;
 use crate::format::Layout;
 use crate::frame::{Buffer, Frame, Revoked, Room, ViewPolicy};
-use crate::ledger::Copies;
+use crate::ledger::{Copies, Ledger};
 use again::{Back, End};
 use lost::Lost;
 use wait::{Alarm, listen};
@@ -119,6 +119,8 @@ pub struct Receiver {
     frames: HeldFrames,
     /// Of generations before, and of servers before.
     old: Vec<HeldFrames>,
+    /// Copies for views of those that are no more, since the newest generation began.
+    old_copies: Ledger,
     /// The first frame of a generation that is not followed yet.
     next: Option<(Taken, Entry)>,
     /// The acquire fence of the frame that was taken last, until that is handed out.
@@ -197,6 +199,7 @@ impl Receiver {
             again,
             alarm: None,
             old: Vec::new(),
+            old_copies: Ledger::new(),
             next: None,
             fence: None,
             view_policy: ViewPolicy::default(),
@@ -296,7 +299,13 @@ impl Receiver {
         let mut wake = release(&mut self.frames);
         if !self.old.is_empty() {
             self.old.iter_mut().for_each(|frames| wake |= release(frames));
-            self.old.retain(|frames| !frames.is_empty());
+            let copies = &mut self.old_copies;
+            self.old.retain(|frames| {
+                if frames.is_empty() {
+                    frames.account_for(copies);
+                }
+                !frames.is_empty()
+            });
         }
         if wake { self.server.bell.ring().context("wake", || self.name.as_str()) } else { Ok(()) }
     }
@@ -353,10 +362,13 @@ impl Receiver {
             .repair("start again to use what comes now"))
     }
 
-    /// What is held is of before.
+    /// What is held is of before. So are the copies that were made until now: whoever follows has [asked](Source::copies) before. Of views
+    /// that are detached from now on it hears the next time, whatever frames they are of.
     fn begin_anew(&mut self) {
         let before = std::mem::replace(&mut self.frames, HeldFrames::new(self.server.area.clone()));
         self.old.push(before);
+        self.old.iter_mut().for_each(HeldFrames::close_account);
+        self.old_copies = Ledger::new();
         self.lost.begin_anew();
     }
 
@@ -506,8 +518,12 @@ impl Source for Receiver {
         SourceCounts { dropped: self.lost.dropped(), skipped: self.lost.skipped(), ..SourceCounts::default() }
     }
 
+    /// Since the last [`follow`](Source::follow); also for views of frames of before, which are detached like others.
     fn copies(&self) -> Vec<Copies> {
-        self.frames.slots().views().copies()
+        let mut all = self.old_copies.clone();
+        let frames = std::iter::once(&self.frames).chain(&self.old);
+        frames.for_each(|frames| frames.account_for(&mut all));
+        all.entries().to_vec()
     }
 }
 
