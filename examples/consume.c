@@ -95,6 +95,14 @@ static int text(const uint8_t *fields, size_t len, size_t at)
 	return (int)(len - at - 2);
 }
 
+/* What another process says may be meant for the terminal: of it the printable bytes are printed. */
+static void print(const void *from, int len)
+{
+	const uint8_t *bytes = from;
+	for (int i = 0; i < len; i++)
+		putchar(bytes[i] >= ' ' && bytes[i] < 127 ? bytes[i] : '?');
+}
+
 /* Whether memory keeps the size that it has: what could be cut off would end this process with SIGBUS. */
 static bool stays(int fd, int seals)
 {
@@ -124,8 +132,9 @@ static void on_format(const uint8_t *fields, size_t len)
 	coming.len = number(fields + 60 + 12 * colour, 8);
 	if (coming.count < 1 || coming.count > MAX_BUFFERS)
 		fail("a format has too many buffers");
-	printf("format %u: %u buffers of %ux%u, %.4s, each frame for %u us\n", coming.number, coming.count,
-	       (unsigned)number(fields + 40, 4), (unsigned)number(fields + 44, 4), (const char *)fields + 32, (unsigned)number(fields + 8, 8));
+	printf("format %u: %u buffers of %ux%u, ", coming.number, coming.count, (unsigned)number(fields + 40, 4), (unsigned)number(fields + 44, 4));
+	print(fields + 32, 4);
+	printf(", each frame for %u us\n", (unsigned)number(fields + 8, 8));
 }
 
 static void on_buffer(const uint8_t *fields, size_t len, int fd)
@@ -219,7 +228,9 @@ static bool hear(void)
 			fail("the ring cannot be mapped");
 		close(fds[0]);
 		bell = fds[1];
-		printf("welcome: %u frames at a time, of %.*s\n", (unsigned)number(fields, 4), said, (const char *)fields + 10);
+		printf("welcome: %u frames at a time, of ", (unsigned)number(fields, 4));
+		print(fields + 10, said);
+		putchar('\n');
 		break;
 	case FORMAT:
 		on_format(fields, len);
@@ -236,7 +247,9 @@ static bool hear(void)
 		break;
 	case END:
 		said = text(fields, len, 2);
-		printf("the server ends: reason %u, %.*s\n", (unsigned)number(fields, 2), said, (const char *)fields + 4);
+		printf("the server ends: reason %u, ", (unsigned)number(fields, 2));
+		print(fields + 4, said);
+		putchar('\n');
 		exit(number(fields, 2) == 0 ? 0 : 1);
 	default:
 		fail("a message is of another kind");

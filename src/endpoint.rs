@@ -43,6 +43,9 @@ pub struct SourceCounts {
     /// Those of them that were lost while the source may have had no buffer to fill: when the frame before was taken, it had no other. The
     /// rest were lost by the source itself.
     pub starved: u64,
+    /// Frames that the source had and this program did not get, because it was late: of what is
+    /// [shared](crate::share::Receiver), where the newest frame is what one that is late gets. None of them is in `dropped`.
+    pub skipped: u64,
     /// Frames that came marked as damaged and were queued again.
     pub errored: u64,
     /// Whether more may have been dropped than were counted: the flow ended while the source had had no buffer to fill for a frame's

@@ -205,7 +205,7 @@ fn fields() -> anyhow::Result<Outcome> {
     for path in ["width", "height", "imports", "bytes_copied", "verify/checked", "verify/wrong"] {
         has(path, Value::is_u64)?;
     }
-    for count in ["captured", "presented", "dropped_by_camera", "starved", "dropped_by_display", "errored"] {
+    for count in ["captured", "presented", "dropped_by_camera", "starved", "skipped", "dropped_by_display", "errored"] {
         has(&format!("frames/{count}"), Value::is_u64)?;
     }
     for path in ["seconds", "fps", "cpu_us_per_frame"] {

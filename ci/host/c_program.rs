@@ -180,6 +180,13 @@ fn a_program_in_c_checks_what_it_is_told() {
         std::io::Read::read_to_string(running.stderr.as_mut().unwrap(), &mut said).unwrap();
         assert!(running.wait().unwrap().code() == Some(1) && said.contains(why), "{why}: {said}");
     }
+    // What it says is for a terminal, and nothing else of it gets there.
+    let running = Command::new(&program).arg(&at).stdout(Stdio::piped()).spawn().unwrap();
+    // SAFETY: as above.
+    let peer = unsafe { OwnedFd::from_raw_fd(accept(listener.as_raw_fd()).unwrap()) };
+    send(peer.as_raw_fd(), b"dmaf\x01\0\x05\0\0\0\x06\0\x1b[2J\xc2\x9b", MsgFlags::empty()).unwrap();
+    let said = running.wait_with_output().unwrap().stdout;
+    assert_eq!(String::from_utf8_lossy(&said), "the server ends: reason 0, ?[2J??\n");
     std::fs::remove_file(at).unwrap();
     std::fs::remove_file(program).unwrap();
 }

@@ -26,7 +26,10 @@ struct Process(Option<Child>);
 impl Process {
     fn start(line: &str) -> Process {
         let mut command = Command::new(env!("CARGO_BIN_EXE_dmaflow"));
-        command.args(line.split(' ')).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .args(line.split_whitespace())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         Process(Some(command.spawn().unwrap()))
     }
 
@@ -185,7 +188,8 @@ fn who_is_stopped_or_killed_hurts_nobody_else() {
             killed = true;
         }
     }
-    assert_eq!((receiver.counts().dropped, receiver.skipped(), receiver.revoked()), (0, 0, 0));
+    let counts = receiver.counts();
+    assert_eq!((counts.dropped, counts.skipped, receiver.revoked()), (0, 0, 0));
     server.signal(Signal::SIGINT);
     let report = server.json();
     assert_eq!(
@@ -221,6 +225,39 @@ fn a_server_that_is_killed_ends_the_stream_and_what_is_held_stays() {
     assert!(second.status.code() == Some(1) && String::from_utf8_lossy(&second.stderr).contains("another server"));
     server.signal(Signal::SIGINT);
     server.json();
+}
+
+/// What a program is too late for is skipped, and none of it is a loss of its source's.
+#[test]
+fn who_is_late_is_told_what_it_skipped() {
+    let at = socket_at("late");
+    let server = Process::start(&format!("share --from pattern --size 64x48 --fps 25 --at {at} --json"));
+    let mut receiver = connect(&at);
+    let pipe = |options: &str| Process::start(&format!("pipe --from unix:{at} --to null --frames 60 {options}"));
+    let pipes = [pipe("--json"), pipe("")];
+    for _ in 0..4 {
+        std::thread::sleep(Duration::from_millis(300));
+        drop(next(&mut receiver).unwrap());
+        pipes.iter().for_each(|pipe| pipe.signal(Signal::SIGSTOP));
+        std::thread::sleep(Duration::from_millis(500));
+        pipes.iter().for_each(|pipe| pipe.signal(Signal::SIGCONT));
+    }
+    let [told, table] = pipes;
+    let (told, table) = (told.json(), table.finish());
+    let table = format!("{}{}", String::from_utf8_lossy(&table.stdout), String::from_utf8_lossy(&table.stderr));
+    drop(next(&mut receiver).unwrap());
+    server.signal(Signal::SIGINT);
+    let report = server.json();
+    // A machine that is busy leaves frames out itself.
+    let lost = report["frames"]["dropped_by_camera"].as_u64().unwrap();
+    let counts = receiver.counts();
+    assert!(
+        counts.skipped > 10 && counts.skipped == receiver.skipped() && counts.dropped <= lost,
+        "{counts:?}, {report}"
+    );
+    let [skipped, dropped] = ["skipped", "dropped_by_camera"].map(|name| told["frames"][name].as_u64().unwrap());
+    assert!(skipped > 10 && dropped <= lost && told["frames"]["captured"] == 60, "{told}, {report}");
+    assert!(table.contains(" skipped for being late, 0 by the display"), "{table}");
 }
 
 /// A consumer that is to come back does so, whether its server was killed or ended in order, and whatever the next one shares.
@@ -273,25 +310,48 @@ fn consumers_come_back_to_the_next_server() {
     assert_eq!((receiver.revoked(), receiver.skipped()), (0, 0));
 }
 
+/// Frames that are pushed into a share are its source's own. What is shared is not shared on, but copied on.
 #[test]
-fn frames_are_pushed_and_shared_on() {
+fn frames_are_pushed_and_copied_on_and_not_shared_on() {
     let (at, on) = (socket_at("pushed"), socket_at("on"));
     let first =
-        Process::start(&format!("pipe --from pattern --size 64x48 --fps 25 --frames 100 --to unix:{at} --json"));
+        Process::start(&format!("pipe --from pattern --size 64x48 --fps 25 --frames 150 --to unix:{at} --json"));
     drop(connect(&at));
-    let second = Process::start(&format!("share --from unix:{at} --at {on} --json"));
+    let refused = Process::start(&format!("share --from unix:{at} --at {on}")).finish();
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(2), "{said}");
+    assert!(said.contains("cannot be shared on") && said.contains(&format!("connect to unix:{at} itself")), "{said}");
+    assert!(!PathBuf::from(&on).exists());
+    let line = format!("pipe --from unix:{at} --to unix:{on} --json");
+    let refused = Process::start(&format!("{line} --path zero-copy")).finish();
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(3), "{said}");
+    assert!(said.contains("another server's") && said.contains("connect to the first server itself"), "{said}");
+    let second = Process::start(&line);
     let mut receiver = connect(&on);
     assert_eq!(receiver.source(), format!("unix:{at}"));
-    let mut frames = 0;
+    let (mut frames, mut compared, expected) = (0, 0, expected(200));
     let end = loop {
         match next(&mut receiver) {
-            Ok(_) => frames += 1,
+            Ok(frame) => {
+                frames += 1;
+                if let Some(bytes) = expected.get(&frame.meta().sequence) {
+                    assert!(*bytes == pixels(&frame) && receiver.holds(&frame), "{:?}", frame.meta());
+                    compared += 1;
+                }
+            }
             Err(error) => break error,
         }
     };
-    assert!(frames > 10 && end.kind() == Kind::Ended, "{frames} frames, then {end:?}");
-    assert_eq!(first.json()["frames"]["captured"], 100);
-    assert_eq!(second.json()["bytes_copied"], 0);
+    assert!(frames > 10 && compared > 10 && end.kind() == Kind::Ended, "{frames} frames, then {end:?}");
+    let report = first.json();
+    assert_eq!((&report["frames"]["captured"], &report["bytes_copied"]), (&150.into(), &0.into()));
+    let report = second.json();
+    assert_eq!(report["path"], "copied", "{report}");
+    let copied = report["frames"]["presented"].as_u64().unwrap();
+    assert!(copied >= frames, "{report}");
+    assert!(report["bytes_copied"].as_u64().unwrap() >= copied * 64 * 48 * 4, "{report}");
+    assert!(report["refusals"][0]["why"].as_str().unwrap().contains("another server's"), "{report}");
 }
 
 /// Ten thousand connections, opened and dropped before, amid and after the hello, leave nothing.

@@ -26,6 +26,8 @@ struct Inner {
     private: Mutex<PrivateMappings>,
     /// For writing. Locked while it is written: two writers would tear each other's picture.
     writable: Mutex<Vec<Mapping>>,
+    /// Whether another process may take it back.
+    lent: bool,
 }
 
 /// Private mappings that no view uses now: one [`Private`] for each memory plane in each.
@@ -45,6 +47,18 @@ impl Buffer {
     /// # Errors
     /// [`Kind::Invalid`] if a row of the layout lies outside its memory plane, or a length is more than the memory has.
     pub fn new(layout: Layout, memory: Vec<Memory>, lens: &[usize]) -> Result<Buffer> {
+        Buffer::make(layout, memory, lens, false)
+    }
+
+    /// The same of memory that is [lent](Buffer::is_lent) by another process.
+    ///
+    /// # Errors
+    /// As [`Buffer::new`].
+    pub(crate) fn lent(layout: Layout, memory: Vec<Memory>, lens: &[usize]) -> Result<Buffer> {
+        Buffer::make(layout, memory, lens, true)
+    }
+
+    fn make(layout: Layout, memory: Vec<Memory>, lens: &[usize], lent: bool) -> Result<Buffer> {
         let bad = || Error::new(Kind::Invalid, "make a buffer of", layout.to_string());
         if memory.len() != lens.len() || memory.len() > MAX_PLANES {
             return Err(bad().because(format!("{} memory planes with {} lengths", memory.len(), lens.len())));
@@ -65,8 +79,16 @@ impl Buffer {
             mappings: OnceLock::new(),
             private: Mutex::default(),
             writable: Mutex::default(),
+            lent,
         };
         Ok(Buffer(Arc::new(inner)))
+    }
+
+    /// Whether another process fills the memory and lends it frame by frame, as what came over a share is
+    /// ([`Receiver`](crate::share::Receiver)): that process may take a frame back and fill the buffer with the next, whoever still reads it
+    /// here. So it is not given to a third, who could not be told ([`Server`](crate::share::Server) refuses it). One load.
+    pub fn is_lent(&self) -> bool {
+        self.0.lent
     }
 
     /// Format, size and where the colour planes lie.
@@ -100,7 +122,7 @@ impl Buffer {
         }
     }
 
-    /// The same dma-bufs with another layout; the very same handle if it has that layout already.
+    /// The same dma-bufs with another layout; the very same handle if it has that layout already. Lent memory stays lent.
     ///
     /// # Errors
     /// [`Kind::Invalid`] if a row lies outside its memory plane, or a memory plane is no dma-buf.
@@ -113,7 +135,7 @@ impl Buffer {
         let not_shared = || Error::new(Kind::Invalid, "share the memory of", self.layout().to_string());
         let memory = shared.collect::<Option<Vec<_>>>();
         let memory = memory.ok_or_else(|| not_shared().because("a memory plane is no dma-buf"))?;
-        Buffer::new(layout, memory, self.memory_lens())
+        Buffer::make(layout, memory, self.memory_lens(), self.0.lent)
     }
 
     /// Whether every memory plane is a dma-buf, so that devices can import it.

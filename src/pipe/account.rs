@@ -94,7 +94,7 @@ pub struct Progress<'pipe> {
     pub presented: u64,
     /// How source and sink are joined now.
     pub rung: Rung,
-    /// Frames lost by source and sink together.
+    /// Frames lost by source and sink together, and those that came too late to be had.
     pub dropped: u64,
     /// When the last frame was shown, in µs of `CLOCK_MONOTONIC`.
     pub at_us: u64,

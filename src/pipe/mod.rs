@@ -348,11 +348,12 @@ impl<'a> Pipe<'a> {
         if let Some(latency) = latency_us {
             self.latency.0.saturating_record(latency.min(Latency::MAX_US));
         }
+        let counts = self.source.counts();
         progress(&Progress {
             captured: self.captured,
             presented: self.presented,
             rung: self.joined.rung,
-            dropped: self.source.counts().dropped + self.sink.dropped() + self.dropped,
+            dropped: counts.dropped.saturating_add(counts.skipped) + self.sink.dropped() + self.dropped,
             at_us: shown.at_us,
             latency_us,
             moves: &self.moves,

@@ -12,7 +12,7 @@ use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use super::area::SharedArea;
 use super::bell::Bell;
 use super::entry::Entry;
-use super::join::{ANSWER, Hello, Joining};
+use super::join::{ANSWER, Hello, Joining, Wish};
 use super::listener::Listener;
 use super::ring::{self, Area, WORDS};
 use super::socket::{Place, Received, Socket};
@@ -331,7 +331,7 @@ fn servers_of_all_sorts() {
         .iter()
         .map(|buffer| give::Gift::new(buffer, false).unwrap())
         .collect();
-    let hello = Hello { place, name: "x".into(), writable: false, answer: ANSWER };
+    let hello = Hello { place, name: "x".into(), wish: Wish::Read, answer: ANSWER };
     let cases = (any::<[bool; 2]>(), prop::collection::vec(deeds(), 1..16));
     let frames = std::cell::Cell::new(0_u64);
     run(cases, |([whole, comes_back], deeds)| {

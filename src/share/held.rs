@@ -12,6 +12,7 @@ use super::socket::Socket;
 use super::wire::Message;
 use crate::fence::{FenceState, SyncFile};
 use crate::frame::{Buffer, Frame, FrameMeta, Holding, Lease, Revoked, Slots, SlotsArc, Stage};
+use crate::ledger::{Copies, Ledger};
 
 /// So many frames can be held at a time: more than a ring has, for those that were taken back are held as well until they are dropped.
 pub(super) const HELD: u32 = 32;
@@ -85,6 +86,8 @@ pub(super) struct HeldFrames {
     held: [Option<Held>; HELD as usize],
     /// The acquire fences of those frames that have one, by slot.
     acquires: Vec<(u32, Arc<SyncFile>)>,
+    /// Copies for views that are in an account which was closed.
+    accounted: Vec<Copies>,
 }
 
 impl HeldFrames {
@@ -97,7 +100,7 @@ impl HeldFrames {
             idle.push(slot.index());
             slot.queued();
         }
-        HeldFrames { slots, positions, idle, held: [None; HELD as usize], acquires: Vec::new() }
+        HeldFrames { slots, positions, idle, held: [None; HELD as usize], acquires: Vec::new(), accounted: Vec::new() }
     }
 
     /// Whether another frame can be held.
@@ -227,6 +230,22 @@ impl HeldFrames {
             .filter(|held| self.positions.area.holds(held.position))
             .map(|held| held.until_us)
             .min()
+    }
+
+    /// Enters what was copied for views of these frames since the account was closed.
+    pub(super) fn account_for(&self, ledger: &mut Ledger) {
+        for Copies { cause, count, bytes } in self.slots.views().copies() {
+            let before = self.accounted.iter().find(|before| before.cause == cause);
+            let (counted, copied) = before.map_or((0, 0), |before| (before.count, before.bytes));
+            if count > counted {
+                ledger.add(&Copies { cause, count: count - counted, bytes: bytes.saturating_sub(copied) });
+            }
+        }
+    }
+
+    /// What was copied until now is in an account that is closed.
+    pub(super) fn close_account(&mut self) {
+        self.accounted = self.slots.views().copies();
     }
 
     pub(super) fn slots(&self) -> &Slots {

@@ -120,7 +120,7 @@ fn make_buffer(shape: &Shape, fds: Vec<OwnedFd>) -> Result<Buffer> {
         .iter()
         .map(|&len| usize::try_from(len).unwrap_or(usize::MAX))
         .collect();
-    Buffer::new(shape.layout, memory, &lens)
+    Buffer::lent(shape.layout, memory, &lens)
 }
 
 #[cfg(test)]
@@ -172,6 +172,7 @@ mod tests {
             learn(&mut coming, buffer(1, index, &fd), vec![fd]).unwrap();
         }
         assert!(coming.iter().count() == 1 && coming.front().unwrap().is_whole());
+        assert!(coming.front().unwrap().buffers.iter().all(Buffer::is_lent));
         learn(&mut coming, Message::Format(shape(2, 1)), vec![]).unwrap();
         let end = Message::End { reason: Reason::Ended, text: String::new() };
         assert!(learn(&mut coming, end, vec![]).is_err());

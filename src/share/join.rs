@@ -17,17 +17,32 @@ use crate::error::{Error, Kind, Result};
 /// How long a server may take to answer, if nothing else is said.
 pub(super) const ANSWER: Duration = Duration::from_secs(5);
 
+/// What a consumer wants to do with the buffers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Wish {
+    Read,
+    /// To write as well, or nothing.
+    Write,
+    /// To write as well where the server lets it, else to read.
+    WriteIfItMay,
+}
+
 /// How a consumer presents itself.
 #[derive(Clone, Debug)]
 pub(super) struct Hello {
     pub place: Place,
     pub name: String,
-    pub writable: bool,
+    pub wish: Wish,
     /// How long the server may take to answer.
     pub answer: Duration,
 }
 
 impl Hello {
+    /// The same of one that wants to read and no more.
+    pub(super) fn for_reading(&self) -> Hello {
+        Hello { wish: Wish::Read, ..self.clone() }
+    }
+
     pub(super) fn answer_us(&self) -> u64 {
         u64::try_from(self.answer.as_micros()).unwrap_or(u64::MAX / 2)
     }
@@ -53,6 +68,7 @@ pub(super) struct Joined {
 pub(super) struct Joining {
     place: Place,
     socket: Socket,
+    wish: Wish,
     answer: Duration,
     until_us: u64,
     welcome: Option<Welcomed>,
@@ -73,7 +89,7 @@ impl Joining {
     /// [`Kind::NotFound`] if nobody shares anything there; [`Kind::Busy`] if more connect at the moment than are let in;
     /// [`Kind::Permission`] if the socket's file says no.
     pub(super) fn begin(hello: &Hello) -> Result<Joining> {
-        let Hello { place, name, writable, answer } = hello;
+        let Hello { place, name, wish, answer } = hello;
         let socket = Socket::connect(place).map_err(|cause| {
             let code = cause.raw_os_error();
             let error = Error::from_io("connect to", place.to_string(), cause);
@@ -89,9 +105,15 @@ impl Joining {
             }
         })?;
         // One that refuses has hung up by now perhaps, and said why.
-        let _ = socket.send(&Message::Hello { writable: *writable, name: name.clone() }, &[]);
-        let (answer, until_us) = (*answer, now_us().saturating_add(hello.answer_us()));
-        Ok(Joining { place: place.clone(), socket, answer, until_us, welcome: None, coming: Coming::default() })
+        let _ = socket.send(&Message::Hello { writable: *wish != Wish::Read, name: name.clone() }, &[]);
+        let (wish, answer, until_us) = (*wish, *answer, now_us().saturating_add(hello.answer_us()));
+        Ok(Joining { place: place.clone(), socket, wish, answer, until_us, welcome: None, coming: Coming::default() })
+    }
+
+    /// Whether one that was refused with this error may ask [for reading](Hello::for_reading) instead. The server does not say what it
+    /// refuses: who may not read either hears the same again. What the socket's file says comes with an errno, and is said of both.
+    pub(super) fn may_read_instead(&self, error: &Error) -> bool {
+        self.wish == Wish::WriteIfItMay && error.kind() == Kind::Permission && error.errno().is_none()
     }
 
     /// When the server will have taken too long, in µs of `CLOCK_MONOTONIC`.

@@ -2,6 +2,7 @@
 
 mod again;
 mod hear;
+mod lost;
 mod wait;
 
 use std::os::fd::{AsFd, BorrowedFd};
@@ -17,7 +18,7 @@ use super::area::SharedArea;
 use super::entry::Entry;
 use super::held::{HELD, Held, HeldFrames};
 use super::incoming::Generation;
-use super::join::{ANSWER, Hello, Joined, Joining};
+use super::join::{ANSWER, Hello, Joined, Joining, Wish};
 use super::ring::{Consumer, Taken};
 use super::socket::Place;
 use super::wire::{Reason, Timing};
@@ -27,8 +28,9 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::fence::SyncFile;
 use crate::format::Layout;
 use crate::frame::{Buffer, Frame, Revoked, Room, ViewPolicy};
-use crate::ledger::Copies;
+use crate::ledger::{Copies, Ledger};
 use again::{Back, End};
+use lost::Lost;
 use wait::{Alarm, TRIES, listen};
 
 /// Names in the list of descriptors.
@@ -38,23 +40,23 @@ const AGAIN: u64 = 2;
 const BACK: u64 = 3;
 const ALARM: u64 = 4;
 
+/// How long a server may take to say why no frame comes, once it knows.
+const SAYS_WHY: Duration = Duration::from_secs(1);
+
 fn edge(name: u64) -> EpollEvent {
     EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, name)
 }
 
 /// Joins a server, and waits for it.
 fn join(hello: &Hello) -> Result<Joined> {
-    let until = now_us().saturating_add(hello.answer_us());
-    let mut joining = loop {
-        match Joining::begin(hello) {
-            // More want to connect at the moment than the server has let in.
-            Err(error) if error.kind() == Kind::Busy && now_us() < until => {
-                std::thread::sleep(Duration::from_millis(10))
-            }
-            other => break other?,
+    let mut joining = begin(hello)?;
+    loop {
+        match joining.step() {
+            Ok(true) => return joining.joined(),
+            Ok(false) => {}
+            Err(error) if joining.may_read_instead(&error) => joining = begin(&hello.for_reading())?,
+            Err(error) => return Err(error),
         }
-    };
-    while !joining.step()? {
         let left = joining.until_us().saturating_sub(now_us()).div_ceil(1000);
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
         match poll(&mut [PollFd::new(joining.as_fd(), PollFlags::POLLIN)], timeout) {
@@ -62,7 +64,20 @@ fn join(hello: &Hello) -> Result<Joined> {
             Err(errno) => return Err(errno).context("wait for", || hello.place.to_string()),
         }
     }
-    joining.joined()
+}
+
+/// Connects, and waits for that where many do so.
+fn begin(hello: &Hello) -> Result<Joining> {
+    let until = now_us().saturating_add(hello.answer_us());
+    loop {
+        match Joining::begin(hello) {
+            // More want to connect at the moment than the server has let in.
+            Err(error) if error.kind() == Kind::Busy && now_us() < until => {
+                std::thread::sleep(Duration::from_millis(10))
+            }
+            other => return other,
+        }
+    }
 }
 
 /// A [`Source`] whose frames another process shares ([`Server`](super::Server)): the source's own buffers, no copy.
@@ -81,7 +96,7 @@ fn join(hello: &Hello) -> Result<Joined> {
 /// buffer may be filled while it is read, and nobody here is told. Where the fence cannot be sent, since the server has not read those
 /// before, the frame is given back when it has signalled. With a fence a frame costs some system calls each way.
 ///
-/// Frames come in order; a receiver that is late gets the newest, and [counts](Source::counts) the others as dropped. When the source
+/// Frames come in order; a receiver that is late gets the newest, and [counts](Source::counts) the others as skipped. When the source
 /// changes its format, [`FormatChanged`](Kind::FormatChanged) comes and [`follow`](Source::follow) goes on; frames of before stay valid.
 /// There is one format for all who share the source, so other strides or buffers are refused.
 ///
@@ -104,15 +119,14 @@ pub struct Receiver {
     frames: HeldFrames,
     /// Of generations before, and of servers before.
     old: Vec<HeldFrames>,
+    /// Copies for views of those that are no more, since the newest generation began.
+    old_copies: Ledger,
     /// The first frame of a generation that is not followed yet.
     next: Option<(Taken, Entry)>,
     /// The acquire fence of the frame that was taken last, until that is handed out.
     fence: Option<SyncFile>,
     view_policy: ViewPolicy,
-    last: Option<u32>,
-    dropped: u64,
-    /// By servers before, and by this one.
-    skipped: (u64, u64),
+    lost: Lost,
     revoked: u64,
     end: Option<End>,
     /// How to come back when the server has ended.
@@ -128,7 +142,7 @@ impl Receiver {
     /// the moment; [`Kind::Timeout`];
     /// [`Kind::Invalid`] if it does not speak the protocol.
     pub fn connect(place: &str, name: &str) -> Result<Receiver> {
-        Receiver::wishing(place, name, false, ANSWER)
+        Receiver::wishing(place, name, Wish::Read, ANSWER)
     }
 
     /// The same, waiting for `time` at most.
@@ -136,7 +150,7 @@ impl Receiver {
     /// # Errors
     /// As [`Receiver::connect`].
     pub fn connect_within(place: &str, name: &str, time: Duration) -> Result<Receiver> {
-        Receiver::wishing(place, name, false, time)
+        Receiver::wishing(place, name, Wish::Read, time)
     }
 
     /// The same for one that must write into the buffers, which most servers do not allow.
@@ -144,11 +158,21 @@ impl Receiver {
     /// # Errors
     /// As [`Receiver::connect`]; [`Kind::Permission`] also where the buffers are shared for reading alone.
     pub fn connect_writable(place: &str, name: &str) -> Result<Receiver> {
-        Receiver::wishing(place, name, true, ANSWER)
+        Receiver::wishing(place, name, Wish::Write, ANSWER)
     }
 
-    fn wishing(place: &str, name: &str, writable: bool, answer: Duration) -> Result<Receiver> {
-        let hello = Hello { place: Place::parse(place), name: name.to_owned(), writable, answer };
+    /// The same for one that would write into the buffers where the server lets it, and reads them where not: for devices of which it is not
+    /// known whether they can import what is for reading alone. Each server that it [comes back to](Receiver::come_back_to_it) is asked
+    /// anew. Whether it may write, [`Buffer::write`] tells. A server that refuses is asked a second time, and may take as long for that.
+    ///
+    /// # Errors
+    /// As [`Receiver::connect`].
+    pub fn connect_writable_if_allowed(place: &str, name: &str) -> Result<Receiver> {
+        Receiver::wishing(place, name, Wish::WriteIfItMay, ANSWER)
+    }
+
+    fn wishing(place: &str, name: &str, wish: Wish, answer: Duration) -> Result<Receiver> {
+        let hello = Hello { place: Place::parse(place), name: name.to_owned(), wish, answer };
         let server = join(&hello)?;
         Receiver::of(hello, server)
     }
@@ -175,12 +199,11 @@ impl Receiver {
             again,
             alarm: None,
             old: Vec::new(),
+            old_copies: Ledger::new(),
             next: None,
             fence: None,
             view_policy: ViewPolicy::default(),
-            last: None,
-            dropped: 0,
-            skipped: (0, 0),
+            lost: Lost::default(),
             revoked: 0,
             end: None,
             back: None,
@@ -218,10 +241,9 @@ impl Receiver {
         self.revoked
     }
 
-    /// Frames that the server had for this receiver and did not give it, because it was late; of [`counts`](Source::counts) those that
-    /// were not lost before.
+    /// Frames that the server had for this receiver and did not give it, because it was late: those of [`counts`](Source::counts).
     pub fn skipped(&self) -> u64 {
-        self.skipped.0 + self.skipped.1
+        self.lost.skipped()
     }
 
     /// Gives up what was dropped, and detaches views whose lease is about to run out.
@@ -278,7 +300,13 @@ impl Receiver {
         let mut wake = release(&mut self.frames);
         if !self.old.is_empty() {
             self.old.iter_mut().for_each(|frames| wake |= release(frames));
-            self.old.retain(|frames| !frames.is_empty());
+            let copies = &mut self.old_copies;
+            self.old.retain(|frames| {
+                if frames.is_empty() {
+                    frames.account_for(copies);
+                }
+                !frames.is_empty()
+            });
         }
         if wake { self.server.bell.ring().context("wake", || self.name.as_str()) } else { Ok(()) }
     }
@@ -298,13 +326,7 @@ impl Receiver {
         if let Some(late) = now.checked_sub(entry.published_us) {
             self.ring.tell_delay(late);
         }
-        if let Some(last) = self.last {
-            // A number that is not above the last, as of a camera that started again, is no gap.
-            let ahead = meta.sequence.wrapping_sub(last).cast_signed();
-            self.dropped += u64::try_from(ahead.saturating_sub(1)).unwrap_or(0);
-        }
-        self.last = Some(meta.sequence);
-        self.skipped.1 = entry.skipped;
+        self.lost.came(meta.sequence, entry.skipped);
         let held = Held { position: taken.position, until_us };
         let frame = match &self.fence {
             None => self.frames.hold(held, buffer, meta),
@@ -341,11 +363,14 @@ impl Receiver {
             .repair("start again to use what comes now"))
     }
 
-    /// What is held is of before.
+    /// What is held is of before. So are the copies that were made until now: whoever follows has [asked](Source::copies) before. Of views
+    /// that are detached from now on it hears the next time, whatever frames they are of.
     fn begin_anew(&mut self) {
         let before = std::mem::replace(&mut self.frames, HeldFrames::new(self.server.area.clone()));
         self.old.push(before);
-        self.last = None;
+        self.old.iter_mut().for_each(HeldFrames::close_account);
+        self.old_copies = Ledger::new();
+        self.lost.begin_anew();
     }
 
     /// The next entry of the ring.
@@ -475,10 +500,13 @@ impl Source for Receiver {
         self.view_policy = policy;
     }
 
+    /// Twice what the server waits for a frame of its source, and a second: it may wait for a signal for that time when its source has
+    /// changed, and then for a frame, and who waits for the server is to hear from it what has gone wrong. `None` if the server waits for
+    /// any time, and with [`come_back_to_it`](Receiver::come_back_to_it): then a server that says nothing is as one that is away.
     fn watchdog(&self) -> Option<Duration> {
         let time = Duration::from_micros(self.timing().watchdog_us);
-        // While the server is away, nobody knows when it comes back.
-        (!time.is_zero() && !self.is_away()).then_some(time)
+        let longer = time.saturating_mul(2).saturating_add(SAYS_WHY);
+        (!time.is_zero() && self.back.is_none()).then_some(longer)
     }
 
     fn stalled(&self) -> Error {
@@ -489,11 +517,15 @@ impl Source for Receiver {
     }
 
     fn counts(&self) -> SourceCounts {
-        SourceCounts { dropped: self.dropped, ..SourceCounts::default() }
+        SourceCounts { dropped: self.lost.dropped(), skipped: self.lost.skipped(), ..SourceCounts::default() }
     }
 
+    /// Since the last [`follow`](Source::follow); also for views of frames of before, which are detached like others.
     fn copies(&self) -> Vec<Copies> {
-        self.frames.slots().views().copies()
+        let mut all = self.old_copies.clone();
+        let frames = std::iter::once(&self.frames).chain(&self.old);
+        frames.for_each(|frames| frames.account_for(&mut all));
+        all.entries().to_vec()
     }
 }
 

@@ -23,7 +23,8 @@
 //! Positions count from 1; that of the entry at place p of the 16 leaves p when divided by 16, and some may be passed over. A state is
 //! `position * 8 + stage`; stages are 1 published, 2 taken, 3 released, 4 skipped, 5 revoked, 6 fenced. All numbers are the machine's own, at their
 //! natural alignment, and read and written by atomic instructions: the head is loaded with acquire order, a state exchanged with acquire
-//! order to take and with release order to release. The memfd has whole pages of at least this size, and is sealed against another.
+//! order to take and with release order to release. The memfd has exactly the whole pages that this size needs, and is sealed
+//! against another size.
 //!
 //! A consumer takes a frame in four steps: it loads the head; for the next position below it that is no further back than 16, exchanges
 //! published for taken, or goes on to the next position; copies the data; and looks whether the state is still that (after an acquire

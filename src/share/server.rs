@@ -118,6 +118,19 @@ pub struct Server {
     ended: bool,
 }
 
+/// Frames that come over a share themselves: their server may take one back, and would wait for nobody but its own consumer. Those of that
+/// consumer would keep its few frames from each other, and none of them could be told what was taken back.
+fn lent() -> Refusal {
+    Refusal {
+        rung: Rung::Exported,
+        step: "join",
+        errno: None,
+        why: "its frames are another server's, which may take them back, and consumers here could not be told"
+            .to_owned(),
+        repair: "connect to the first server itself, or let frames be copied".to_owned(),
+    }
+}
+
 /// The slots of a source, with a `Debug` that says how many are where.
 struct SourceSlots(SlotsArc);
 
@@ -380,7 +393,9 @@ impl Sink for Server {
         None
     }
 
-    /// Begins a generation of buffers, of which all consumers are told. Cost: a message for each buffer and consumer.
+    /// Begins a generation of buffers, of which all consumers are told. Buffers that come from another server are refused
+    /// ([`Buffer::is_lent`]): that one may take their frames back, of which consumers here could not be told. Cost: a message for each
+    /// buffer and consumer.
     fn join(&mut self, layout: &Layout, rate: Option<f64>, buffers: &[Buffer]) -> Result<Rung, JoinError> {
         let count = u32::try_from(buffers.len()).unwrap_or(u32::MAX);
         if !(1..=MAX_SLOTS).contains(&count) {
@@ -388,6 +403,9 @@ impl Sink for Server {
         }
         if let Some(other) = buffers.iter().find(|buffer| buffer.layout() != layout) {
             return Err(self.refuse(format!("a buffer is laid out as {}, and not as {layout}", other.layout())));
+        }
+        if buffers.iter().any(Buffer::is_lent) {
+            return Err(JoinError::Refused(lent()));
         }
         let planes = layout.memory_planes();
         let least = |plane: usize| {

@@ -11,12 +11,14 @@
 //!
 //! and goes on by its kind. The head, and the message `end`, are the same in every version: whoever hears another version says so by an end, and
 //! hangs up. Texts are UTF-8 without a zero byte, after a 2-byte length of at most 256.
+//! They are for people, and end up on terminals: whoever sends one puts "?" for each control character (U+0000 to U+001F, U+007F to
+//! U+009F), and whoever gets one does so too, for the other side need not have done it.
 //!
 //! | kind | from, fds | fields after the head |
 //! |---|---|---|
 //! | 1 hello | consumer | 4 wishes (bit 0: buffers that it can write to, or none), text: its name |
-//! | 2 welcome | server; the ring, the consumer's end of the bell | 4 frames it may have at a time, 4 bits: 0 if it may send fences, the others 0, text: the source |
-//! | 3 format | server | 4 generation, 4 buffers, 8 µs it may keep a frame of this generation (the lease), 8 frames in 1,000,000 s (0: not known), 8 µs without a frame that are too long (0: any time is right), 4 DRM code (0: none), 4 V4L2 code (0: none), 4 width, 4 height, 8 modifier (`DRM_FORMAT_MOD_INVALID`: not stated), 1 encoding, 1 range, 1 colour planes, 1 memory planes, for each colour plane 4 memory plane, 4 offset, 4 stride, for each memory plane 8 bytes |
+//! | 2 welcome | server; the ring, the consumer's end of the bell | 4 frames it may have at a time, 4 bits (bit 0: it may send fences; the others are 0), text: the source |
+//! | 3 format | server | 4 generation, 4 buffers, 8 µs it may keep a frame of this generation (the lease), 8 frames in 1,000,000 s (0: not known), 8 µs that the server waits for a frame of its source at most (0: for any time), 4 DRM code (0: none), 4 V4L2 code (0: none), 4 width, 4 height, 8 modifier (`DRM_FORMAT_MOD_INVALID`: not stated), 1 encoding, 1 range, 1 colour planes, 1 memory planes, for each colour plane 4 memory plane, 4 offset, 4 stride, for each memory plane 8 bytes |
 //! | 4 buffer | server; one fd for each memory plane | 4 generation, 4 index, 8 identity: the inode (`st_ino` of fstat(2)) of the first memory plane's descriptor |
 //! | 5 end | either | 2 reason, text |
 //! | 6 fence | either; a sync file | 8 position in the ring |
@@ -104,7 +106,7 @@ pub(super) struct Timing {
     pub lease_us: u64,
     /// Frames in 1,000,000 s; 0 if that is not known.
     pub rate_micro: u64,
-    /// 0 if any time without a frame is right.
+    /// How long the server waits for a frame of its source at most; 0 for any time.
     pub watchdog_us: u64,
 }
 
@@ -183,17 +185,29 @@ impl<'a> Reader<'a> {
             return Err(Malformed::Value("text's length"));
         }
         let text = str::from_utf8(self.bytes(len)?).ok().filter(|text| !text.contains('\0'));
-        text.map(str::to_owned).ok_or(Malformed::Value("text"))
+        text.map(|text| without_controls(text).collect())
+            .ok_or(Malformed::Value("text"))
     }
+}
+
+/// A text whose control characters a terminal would obey, or a reader not see.
+fn without_controls(text: &str) -> impl Iterator<Item = char> + '_ {
+    text.chars()
+        .map(|character| if character.is_control() { '?' } else { character })
 }
 
 /// A text as far as it fits, cut between characters.
 fn put_text(to: &mut Vec<u8>, text: &str) {
-    let end = (0..=MAX_TEXT.min(text.len())).rev().find(|&end| text.is_char_boundary(end));
-    let text = text.get(..end.unwrap_or(0)).unwrap_or_default();
+    let mut fitting = String::with_capacity(MAX_TEXT);
+    for character in without_controls(text) {
+        if fitting.len() + character.len_utf8() > MAX_TEXT {
+            break;
+        }
+        fitting.push(character);
+    }
     // At most 256.
-    to.extend((text.len() as u16).to_le_bytes());
-    to.extend(text.bytes().map(|byte| if byte == 0 { b'?' } else { byte }));
+    to.extend((fitting.len() as u16).to_le_bytes());
+    to.extend(fitting.bytes());
 }
 
 impl Message {
@@ -409,19 +423,27 @@ mod tests {
         )
     }
 
+    /// As they are sent: without control characters.
+    fn texts() -> impl Strategy<Value = String> {
+        "\\P{Cc}{0,60}"
+    }
+
     fn messages() -> impl Strategy<Value = Message> {
         let reasons = vec![Reason::Ended, Reason::Failed, Reason::Refused, Reason::Broken, Reason::Full];
         prop_oneof![
-            (any::<bool>(), "[^\0]{0,60}").prop_map(|(writable, name)| Message::Hello { writable, name }),
-            (any::<u32>(), any::<bool>(), "[^\0]{0,60}")
-                .prop_map(|(budget, fences, source)| Message::Welcome(Welcome { budget, fences, source })),
+            (any::<bool>(), texts()).prop_map(|(writable, name)| Message::Hello { writable, name }),
+            (any::<u32>(), any::<bool>(), texts()).prop_map(|(budget, fences, source)| Message::Welcome(Welcome {
+                budget,
+                fences,
+                source
+            })),
             shapes().prop_map(Message::Format),
             (any::<u32>(), 0..MAX_SLOTS, any::<u64>()).prop_map(|(generation, index, identity)| Message::Buffer {
                 generation,
                 index,
                 identity
             }),
-            (prop::sample::select(reasons), "[^\0]{0,60}").prop_map(|(reason, text)| Message::End { reason, text }),
+            (prop::sample::select(reasons), texts()).prop_map(|(reason, text)| Message::End { reason, text }),
             (1..=u64::MAX).prop_map(|position| Message::Fence { position }),
         ]
     }
@@ -443,6 +465,16 @@ mod tests {
             b"\0\0\0\0\0\0\0\0\0\x01\0\0\0\x30\0\0\0\0\0\0",
         ];
         assert_eq!(shape.encode(), expected.concat());
+    }
+
+    /// Whoever speaks the protocol from the documentation alone speaks this version.
+    #[test]
+    fn the_documented_version_is_the_spoken_one() {
+        let lines = include_str!("wire.rs").lines();
+        let mut documented = lines.filter_map(|line| line.strip_prefix("//!  4  2  version, "));
+        assert_eq!((documented.next(), documented.next()), (Some(VERSION.to_string().as_str()), None));
+        let consumer = include_str!("../../examples/consume.c");
+        assert!(consumer.contains(&format!("\"dmaf\\{VERSION}\\0")), "the C program says another");
     }
 
     #[test]
@@ -469,7 +501,40 @@ mod tests {
         assert_eq!(cut, "é".repeat(128));
     }
 
+    /// What a terminal would obey is neither sent nor taken as it is.
+    #[test]
+    fn control_characters_of_texts_are_replaced() {
+        let text = "\x1b[2J\u{9b}31m\r\n\t\x7f grün".to_owned();
+        let shown = "?[2J?31m???? grün";
+        let end = Message::End { reason: Reason::Failed, text: text.clone() }.encode();
+        assert_eq!(Message::decode(&end), Ok(Message::End { reason: Reason::Failed, text: shown.into() }));
+        assert!(end.ends_with(shown.as_bytes()), "it is sent so");
+        // Of a server that sends it as it is.
+        let mut raw = end[..10].to_vec();
+        raw.extend((text.len() as u16).to_le_bytes());
+        raw.extend(text.bytes());
+        assert_eq!(Message::decode(&raw), Ok(Message::End { reason: Reason::Failed, text: shown.into() }));
+        // A zero byte is no text.
+        raw.pop();
+        raw.push(0);
+        assert_eq!(Message::decode(&raw), Err(Malformed::Value("text")));
+    }
+
     proptest! {
+        /// Whatever a peer sends as a text: nothing that a terminal obeys is left of it, and its length is what it says.
+        #[test]
+        fn any_text_is_sent_and_taken_without_control_characters(text in any::<String>(), raw in prop::collection::vec(any::<u8>(), 0..256)) {
+            let hello = Message::Hello { writable: false, name: text.clone() }.encode();
+            let Ok(Message::Hello { name, .. }) = Message::decode(&hello) else { unreachable!("{hello:?}") };
+            prop_assert!(!name.chars().any(char::is_control) && name.len() <= MAX_TEXT);
+            prop_assert!(without_controls(&text).collect::<String>().starts_with(&name));
+            let packet = [&hello[..12], &(raw.len() as u16).to_le_bytes()[..], &raw[..]].concat();
+            match Message::decode(&packet) {
+                Ok(Message::Hello { name, .. }) => prop_assert!(!name.chars().any(char::is_control)),
+                other => prop_assert_eq!(other, Err(Malformed::Value("text"))),
+            }
+        }
+
         #[test]
         fn what_is_encoded_is_decoded(message in messages()) {
             let bytes = message.encode();

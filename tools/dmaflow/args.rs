@@ -151,7 +151,7 @@ pub struct PipeArgs {
 
 /// Below the help text of `share`.
 const SHARE: &str = "\
-SOURCE  /dev/videoN | a driver or card name (vivid) | pattern (a test card, no device needed) | unix:SOCKET (what is shared there)
+SOURCE  /dev/videoN | a driver or card name (vivid) | pattern (a test card, no device needed); not what is shared already (unix:SOCKET)
 SOCKET  a path, or @NAME for a socket without a file
 
 Consumers get the source's own buffers, for reading: nothing is copied, and what one writes into its own view no other sees. One that is

@@ -4,7 +4,6 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use anyhow::{Context, bail};
 use dmaflow::endpoint::{Sink, Source};
-use dmaflow::error::Kind;
 use dmaflow::format::{Format, Fourcc};
 #[cfg(feature = "gbm")]
 use dmaflow::gbm;
@@ -267,11 +266,9 @@ fn open_share(
             bail!(Usage(format!("{option} is for who shares the source; {name} is as it is shared")));
         }
     }
-    let writable = shape.writable.then(|| Receiver::connect_writable(place, "dmaflow"));
-    let mut receiver = match writable {
-        Some(Err(error)) if error.kind() == Kind::Permission => Receiver::connect(place, "dmaflow")?,
-        Some(other) => other?,
-        None => Receiver::connect(place, "dmaflow")?,
+    let mut receiver = match shape.writable {
+        true => Receiver::connect_writable_if_allowed(place, "dmaflow")?,
+        false => Receiver::connect(place, "dmaflow")?,
     };
     if shape.reconnect {
         receiver.come_back_to_it()?;

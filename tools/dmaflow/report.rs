@@ -79,6 +79,8 @@ struct Frames {
     dropped_by_camera: u64,
     /// Those of them that may have been lost for want of a buffer.
     starved: u64,
+    /// Of what is shared: what this program was too late for.
+    skipped: u64,
     dropped_by_display: u64,
     errored: u64,
     /// The camera may have dropped more, at the end, than could be counted.
@@ -242,6 +244,7 @@ impl Report {
                 presented: account.presented,
                 dropped_by_camera: account.lost.dropped,
                 starved: account.lost.starved,
+                skipped: account.lost.skipped,
                 dropped_by_display: account.dropped_by_sink,
                 errored: account.lost.errored,
                 more_dropped_by_camera: account.lost.uncounted,
@@ -308,12 +311,14 @@ impl Report {
             for copy in &flow.copies {
                 rows.push(("copies", format!("{} of {} bytes: {}", copy.count, copy.bytes, copy.cause)));
             }
-            let Frames { captured, presented, dropped_by_camera, dropped_by_display, errored, .. } = flow.frames;
+            let Frames { captured, presented, dropped_by_camera, skipped, dropped_by_display, errored, .. } =
+                flow.frames;
             let more = want_of_buffers(flow.frames.starved, flow.frames.more_dropped_by_camera);
+            let skipped = if skipped == 0 { String::new() } else { format!(", {skipped} skipped for being late") };
             rows.push((
                 "frames",
                 format!(
-                    "{captured} captured, {presented} shown, {dropped_by_camera} dropped by the camera{more}, \
+                    "{captured} captured, {presented} shown, {dropped_by_camera} dropped by the camera{more}{skipped}, \
                      {dropped_by_display} by the display, {errored} damaged"
                 ),
             ));

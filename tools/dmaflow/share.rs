@@ -37,6 +37,13 @@ const TOLD: Duration = Duration::from_secs(1);
 pub fn run(args: &ShareArgs) -> anyhow::Result<ExitCode> {
     let limits = limits(args.frames, args.seconds)?;
     let request = request(args)?;
+    // The server refuses the buffers (`Buffer::is_lent`); before it is there, and the source opened, is sooner.
+    if let Some(from) = args.from.as_deref().filter(|name| name.starts_with("unix:")) {
+        bail!(Usage(format!(
+            "what is shared cannot be shared on: the server of {from} may take frames back, and consumers here could not be told; let \
+             them connect to {from} itself"
+        )));
+    }
     output::check()?;
     // Before any device is opened: from here on an order to stop waits until it can be followed in order.
     let stop = catch_signals()?;
@@ -51,10 +58,8 @@ pub fn run(args: &ShareArgs) -> anyhow::Result<ExitCode> {
         (None, Some(socket)) => Server::bind_inherited(socket, request)?,
         (None, None) => bail!(Usage("share needs --at SOCKET, unless systemd passes a socket".into())),
     };
-    // What is shared already has the buffers that it has.
-    let own = !args.from.as_deref().is_some_and(|name| name.starts_with("unix:"));
-    let buffers = args.buffers.or(own.then_some(BUFFERS));
-    let mut source = open_source(args.from.as_deref(), &args.shape, buffers, None)?;
+    let buffers = args.buffers.unwrap_or(BUFFERS);
+    let mut source = open_source(args.from.as_deref(), &args.shape, Some(buffers), None)?;
     // Also where some may write: the others do not.
     source.export_read_only()?;
     let at = server.name().to_owned();

@@ -46,7 +46,8 @@ enum Stage {
 
 impl Receiver {
     /// From now on the end of the server, or of its source, is not the end: while it is away no frame comes, and when one is there again
-    /// [`FormatChanged`](Kind::FormatChanged) does. Frames that are held stay valid.
+    /// [`FormatChanged`](Kind::FormatChanged) does. Frames that are held stay valid. There is no [watchdog](Source::watchdog) any more: nobody
+    /// knows when a server comes back, and one that says nothing is as good as away.
     ///
     /// # Errors
     /// What `timerfd_create` and `epoll_ctl` say.
@@ -85,17 +86,11 @@ impl Receiver {
         self.come_back(over)
     }
 
-    /// Whether the server has ended and the next is not followed yet.
-    pub(super) fn is_away(&self) -> bool {
-        self.back.as_ref().is_some_and(|back| !matches!(back.stage, Stage::There))
-    }
-
     /// One step on the way back. `over` says why the server is gone.
     ///
     /// # Errors
     /// `over`, if it is not to come back; [`Kind::FormatChanged`] when it is there; why the next server will not have it.
     pub(super) fn come_back(&mut self, over: Error) -> Result<()> {
-        let about = || self.name.as_str();
         let broken = matches!(&self.end, Some(End::Nonsense(_) | End::Said(Reason::Refused | Reason::Broken, _)));
         let Some(back) = self.back.as_mut().filter(|_| !broken) else { return Err(over) };
         loop {
@@ -107,15 +102,7 @@ impl Receiver {
                     Stage::Waiting(0)
                 }
                 Stage::Waiting(until) if now_us() < *until => return Ok(()),
-                Stage::Waiting(_) => match Joining::begin(&self.hello) {
-                    Ok(joining) => {
-                        let input = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, SOCKET);
-                        self.epoll.add(&joining, input).context("wait for", about)?;
-                        back.set(joining.until_us()).context("set the timer of", about)?;
-                        Stage::Joining(joining)
-                    }
-                    Err(error) => back.later(error, &self.name)?,
-                },
+                Stage::Waiting(_) => back.begin(&self.epoll, &self.hello, &self.name)?,
                 Stage::Joining(joining) => {
                     let stepped = joining.step();
                     if let Ok(false) = stepped {
@@ -124,6 +111,9 @@ impl Receiver {
                     let _ = self.epoll.delete(&*joining);
                     match (stepped, std::mem::replace(&mut back.stage, Stage::There)) {
                         (Ok(_), Stage::Joining(joining)) => Stage::Joined(Box::new(joining.joined()?)),
+                        (Err(error), Stage::Joining(joining)) if joining.may_read_instead(&error) => {
+                            back.begin(&self.epoll, &self.hello.for_reading(), &self.name)?
+                        }
                         (Err(error), _) => back.later(error, &self.name)?,
                         (Ok(_), other) => other,
                     }
@@ -155,13 +145,28 @@ impl Receiver {
         self.ring = Consumer::new(server.area.clone());
         self.server = *server;
         (self.end, self.next, self.fence) = (None, None, None);
-        self.skipped = (self.skipped.0 + self.skipped.1, 0);
+        self.lost.begin_with_another();
         self.begin_anew();
         Ok(())
     }
 }
 
 impl Back {
+    /// Connects, or tries that again in a moment.
+    ///
+    /// # Errors
+    /// What `epoll_ctl` and `timerfd_settime` say; why it will not help to try again.
+    fn begin(&mut self, epoll: &Epoll, hello: &Hello, name: &str) -> Result<Stage> {
+        let joining = match Joining::begin(hello) {
+            Ok(joining) => joining,
+            Err(error) => return self.later(error, name),
+        };
+        let input = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, SOCKET);
+        epoll.add(&joining, input).context("wait for", || name)?;
+        self.set(joining.until_us()).context("set the timer of", || name)?;
+        Ok(Stage::Joining(joining))
+    }
+
     fn set(&self, at_us: u64) -> nix::Result<()> {
         let at = TimeSpec::from_duration(Duration::from_micros(at_us.max(1)));
         self.timer.set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME)
