@@ -94,11 +94,15 @@ impl Way {
     }
 
     /// Who makes system calls, and which: all, if none is named. Both sides are threads of one process, so their calls are told apart by
-    /// their names.
+    /// their names; among all are those as well by which the program waits before each frame that finds its consumer asleep.
     fn callers(self) -> &'static [(&'static str, &'static [&'static str])] {
         match self {
             Way::Ring | Way::Awake | Way::Message => &[("both", &[])],
-            Way::Asleep => &[("server", &["write"]), ("consumer", &["epoll_wait", "epoll_pwait"])],
+            Way::Asleep => &[
+                ("server", &["write", "sendto", "sendmsg"]),
+                ("consumer", &["epoll_wait", "epoll_pwait", "epoll_pwait2", "poll", "ppoll"]),
+                ("all", &[]),
+            ],
             Way::Memcpy => &[],
         }
     }

@@ -26,7 +26,8 @@ pub fn all(rows: &[Row], handovers: &[HandOver], checks: &[Check]) -> Result<()>
     }
     for check in checks {
         let verdict = if check.met { "met   " } else { "MISSED" };
-        writeln!(out, "{verdict}  {:>7.3} (at most {:.2})  {}", check.measured, check.limit, check.what)?;
+        let least = check.least.map_or(String::new(), |least| format!("at least {least:.2}, "));
+        writeln!(out, "{verdict}  {:>7.3} ({least}at most {:.2})  {}", check.measured, check.limit, check.what)?;
     }
     Ok(())
 }

@@ -85,6 +85,13 @@ const AREA: u64 = 64 * (3 + 16);
 /// Consumers at once, besides the one that watches.
 const VICTIMS: u64 = 4;
 
+/// So much more memory than after some rounds may a process have in the end, in KiB: the kernel counts pages for each CPU by itself, and
+/// tells of them when there are 32 (`percpu_counter_batch`, `get_mm_counter`), and the allocator keeps some for fragmentation.
+pub const MORE_KIB: u64 = 256;
+
+/// No process takes as long to do what it is waited for, be it emulated beside others.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 impl Chaos {
     fn start(&self, line: &str) -> Result<Process> {
         let mut command = Command::new(&self.program);
@@ -121,20 +128,21 @@ impl Chaos {
     ///
     /// # Errors
     /// What did not hold: the camera dropped none, or as few as it may; who watches missed no more in a row than a lease; the server has
-    /// as many descriptors and as much memory as before.
+    /// as many descriptors, rings and buffers mapped as with the watcher alone, and as much memory as after a quarter of the rounds.
     pub fn of_consumers(&self) -> Result<String> {
         let random = &mut Random(self.seed);
         let server = self.serve()?;
+        let pid = server.pid();
         let mut watcher = Watcher::new(self.connect()?);
-        watcher.watch(Duration::from_millis(500))?;
-        // What a server takes once, it has: the first consumer of each sort has been there.
+        // What a server takes once, it has when frames have come: what it has with one consumer is what it is to have in the end.
+        watcher.watch_until("frames", |watcher| Ok(watcher.frames >= 5))?;
+        let alone = Held::of(pid)?;
         let mut victims: Vec<Option<(Process, Option<Instant>)>> = Vec::new();
         for _ in 0..VICTIMS {
             victims.push(Some((self.consume("")?, None)));
         }
         nonsense(&self.at, random)?;
         watcher.watch(Duration::from_secs(1))?;
-        let pid = server.pid();
         let mut before = None;
         for round in 0..self.rounds {
             if round == self.rounds / 4 {
@@ -160,22 +168,21 @@ impl Chaos {
             }
         }
         victims.clear();
-        watcher.watch(Duration::from_secs(1))?;
-        let (memory_before, memory_after) = (before.unwrap_or_default(), memory(pid)?);
-        let fds = fds(pid)?;
-        let longest = watcher.longest;
-        let skipped = watcher.receiver.skipped();
-        drop(watcher);
-        let last = Receiver::connect(&self.at, "last")?;
-        std::thread::sleep(Duration::from_millis(500));
-        let alone = self::fds(pid)?;
+        let mut held = Held::of(pid)?;
+        watcher
+            .watch_until("the victims' things to be given back", |_| {
+                held = Held::of(pid)?;
+                Ok(held == alone)
+            })
+            .with_context(|| format!("the server has {held:?}, and had {alone:?} with the watcher alone"))?;
+        let (memory_before, memory_after) = (before.context("no round")?, memory(pid)?);
+        let (longest, skipped) = (watcher.longest, watcher.receiver.skipped());
         let report = self.end(server)?;
-        drop(last);
         let count = |what: &str| report["frames"][what].as_u64().context("frames");
         let (captured, lost, starved) = (count("captured")?, count("dropped_by_camera")?, count("starved")?);
         let text = format!(
             "{} rounds (seed {}): {captured} frames, {lost} lost by the source, {starved} of them for want of a buffer, the watcher skipped {skipped}, {longest} in a row at most; \
-             memory {memory_before} KiB, then {memory_after}; {fds} descriptors",
+             memory {memory_before} KiB, then {memory_after}; {held:?}",
             self.rounds, self.seed
         );
         let gone = report["gone"].as_array().context("who has gone")?;
@@ -183,26 +190,29 @@ impl Chaos {
         ensure!(gone.iter().any(|gone| gone["disconnected"] == true), "{text}: nobody was disconnected: {report}");
         // The lease is three frame times.
         ensure!(longest <= 3, "{text}: {report}");
-        ensure!(memory_after <= memory_before + 1024, "{text}");
-        ensure!(fds == alone, "{text}, and {alone} with another consumer alone");
+        ensure!(memory_after <= memory_before + MORE_KIB, "{text}");
         Ok(text)
     }
 
     /// Servers are killed and started again while consumers are to come back.
     ///
     /// # Errors
-    /// What did not hold: each consumer comes back each time, and has as many descriptors and as much memory as before.
+    /// What did not hold: each consumer comes back each time, and has as many descriptors, rings and buffers mapped as before, and as much
+    /// memory as after a quarter of the rounds.
     pub fn of_servers(&self) -> Result<String> {
         let random = &mut Random(self.seed);
         let mut server = self.serve()?;
         let mut watcher = Watcher::new(self.connect()?);
         watcher.receiver.come_back_to_it()?;
         let consumer = self.consume("--reconnect")?;
-        watcher.watch(Duration::from_secs(1))?;
+        let pid = consumer.pid();
+        let buffers = watcher.receiver.buffers().len();
+        watcher.watch_until("the other consumer", |_| Ok(shared_memory(pid)? > buffers))?;
+        let joined = Held::of(pid)?;
         let (mut before, mut came) = (None, 0);
         for round in 0..self.rounds {
             if round == self.rounds / 4 {
-                before = Some((memory(consumer.pid())?, fds(consumer.pid())?));
+                before = Some(memory(pid)?);
             }
             // Now and then while frames are held, now and then while consumers are just coming back.
             watcher.watch(random.millis(1, 300))?;
@@ -217,9 +227,15 @@ impl Chaos {
             }
             came += u32::from(watcher.frames > seen);
         }
-        // The other one as well: its server knows it.
-        watcher.watch(Duration::from_secs(2))?;
-        let after = (memory(consumer.pid())?, fds(consumer.pid())?);
+        // The other one as well.
+        let mut held = Held::of(pid)?;
+        watcher
+            .watch_until("the other consumer", |_| {
+                held = Held::of(pid)?;
+                Ok(held == joined)
+            })
+            .with_context(|| format!("the consumer has {held:?}, and had {joined:?} at first"))?;
+        let (memory_before, memory_after) = (before.context("no round")?, memory(pid)?);
         let report = self.end(server)?;
         let names: Vec<_> = report["consumers"]
             .as_array()
@@ -228,12 +244,11 @@ impl Chaos {
             .map(|it| &it["name"])
             .collect();
         ensure!(names.contains(&&"dmaflow".into()) && names.contains(&&"watcher".into()), "{report}");
-        let before = before.unwrap_or_default();
         let text = format!(
-            "{} rounds (seed {}): {came} times there again at once; of a consumer memory {} KiB, then {}; descriptors {}, then {}",
-            self.rounds, self.seed, before.0, after.0, before.1, after.1
+            "{} rounds (seed {}): {came} times there again at once; of a consumer memory {memory_before} KiB, then {memory_after}; {held:?}",
+            self.rounds, self.seed
         );
-        ensure!(after.0 <= before.0 + 1024 && after.1 == before.1, "{text}");
+        ensure!(memory_after <= memory_before + MORE_KIB, "{text}");
         Ok(text)
     }
 
@@ -261,6 +276,16 @@ impl Watcher {
     fn new(receiver: Receiver) -> Watcher {
         let skipped = receiver.skipped();
         Watcher { receiver, frames: 0, skipped, longest: 0 }
+    }
+
+    /// Watches until something is so.
+    fn watch_until(&mut self, what: &str, mut is: impl FnMut(&Watcher) -> Result<bool>) -> Result<()> {
+        let end = Instant::now() + PATIENCE;
+        while !is(self)? {
+            ensure!(Instant::now() < end, "it waits for {what} for ever");
+            self.watch(Duration::from_millis(20))?;
+        }
+        Ok(())
     }
 
     fn watch(&mut self, time: Duration) -> Result<()> {
@@ -302,8 +327,40 @@ pub fn memory(pid: Pid) -> Result<u64> {
     Ok(line.trim().trim_end_matches(" kB").parse()?)
 }
 
-fn fds(pid: Pid) -> Result<usize> {
-    Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count())
+/// What a process has of the kernel's, besides memory of its own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Held {
+    /// Open descriptors.
+    pub fds: usize,
+    /// Rings and buffers that are mapped: memory that is not the process's own, so [`memory`] does not tell of it.
+    pub mappings: usize,
+}
+
+impl Held {
+    pub fn of(pid: Pid) -> Result<Held> {
+        let fds = fs::read_dir(format!("/proc/{pid}/fd"))?.count();
+        let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+        Ok(Held { fds, mappings: maps.lines().filter(|line| is_shared(line)).count() })
+    }
+}
+
+/// Whether a name in /proc is that of memory which processes share: of a ring, or of a buffer.
+fn is_shared(name: &str) -> bool {
+    name.contains("/memfd:") || name.contains("/dmabuf:")
+}
+
+/// So many buffers has a process open, and rings mapped.
+fn shared_memory(pid: Pid) -> Result<usize> {
+    let mut count = fs::read_to_string(format!("/proc/{pid}/maps"))?
+        .lines()
+        .filter(|line| line.contains("/memfd:dmaflow-ring"))
+        .count();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        // One that is closed meanwhile is none.
+        let name = fs::read_link(entry?.path()).unwrap_or_default();
+        count += usize::from(is_shared(&name.to_string_lossy()));
+    }
+    Ok(count)
 }
 
 /// A connection that has said hello, by the protocol's documentation, and what came with the welcome.

@@ -1,5 +1,7 @@
 //! What anybody may send and write, at random: to a server, and to a receiver. `ci/fuzz` tries many more cases than a plain test does.
 
+pub(super) mod heap;
+
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -118,6 +120,34 @@ impl Still {
     }
 }
 
+/// The most that a packet makes who hears it take of the heap, in bytes: the longest text (`wire.rs`).
+const OF_A_PACKET: usize = 256;
+
+/// The most that a server takes of the heap for what it finds in one look, in bytes: a connection becomes a consumer, with the messages that
+/// are sent to it.
+const OF_A_SERVER: usize = 16 << 10;
+
+/// The same of a receiver: all that waits in its socket (some ten messages, `net.unix.max_dgram_qlen`), or the buffers of a generation
+/// that it follows.
+const OF_A_RECEIVER: usize = 32 << 10;
+
+/// Calls what must not take more of the heap than that.
+fn within<R>(bytes: usize, call: impl FnOnce() -> R) -> Result<R, TestCaseError> {
+    let (result, most) = heap::most(call);
+    prop_assert!(most <= bytes, "it took {most} bytes");
+    Ok(result)
+}
+
+/// Whatever a packet holds, it is decoded in a little memory.
+#[test]
+fn packets_of_all_sorts() {
+    run(packets(), |bytes| {
+        let decoded = within(OF_A_PACKET, || Message::decode(&bytes))?;
+        prop_assert!(decoded.is_err() || bytes.len() <= wire::MAX_MESSAGE);
+        Ok(())
+    });
+}
+
 /// What a consumer does.
 #[derive(Clone, Debug)]
 enum Act {
@@ -224,7 +254,7 @@ fn consumers_of_all_sorts() {
                     good.recycle().unwrap();
                 }
             }
-            server.dispatch().unwrap();
+            within(OF_A_SERVER, || server.dispatch())?.unwrap();
             prop_assert!(server.consumers().len() <= 2);
         }
         drop((socket, theirs, writer));
@@ -355,7 +385,7 @@ fn servers_of_all_sorts() {
         let (mut held, mut came) = (Vec::new(), 0);
         for deed in deeds {
             if receiver.is_none() {
-                match joining.step() {
+                match within(OF_A_RECEIVER, || joining.step())? {
                     Ok(false) => {}
                     Ok(true) => {
                         let joined = std::mem::replace(&mut joining, Joining::begin(&hello).unwrap()).joined();
@@ -396,7 +426,7 @@ fn servers_of_all_sorts() {
                 (Deed::Ring, _) => liar.bell.ring().unwrap(),
                 (Deed::HangUp, _) => liar.socket = None,
                 (Deed::Next, Some(receiver)) => {
-                    if let Ok(Some(frame)) = receiver.try_next(Ready::FRAME) {
+                    if let Ok(Some(frame)) = within(OF_A_RECEIVER, || receiver.try_next(Ready::FRAME))? {
                         came += 1;
                         frames.set(frames.get() + 1);
                         let one = receiver.buffers().iter().any(|buffer| buffer.same_handle(frame.buffer()));
@@ -405,7 +435,7 @@ fn servers_of_all_sorts() {
                         held.push(frame);
                     }
                 }
-                (Deed::Follow, Some(receiver)) => drop(receiver.follow()),
+                (Deed::Follow, Some(receiver)) => drop(within(OF_A_RECEIVER, || receiver.follow())?),
                 (Deed::Drop, Some(receiver)) => {
                     held.pop();
                     let _ = receiver.recycle();

@@ -127,6 +127,7 @@ fn make_buffer(shape: &Shape, fds: Vec<OwnedFd>) -> Result<Buffer> {
 mod tests {
     use super::*;
     use crate::format::Format;
+    use crate::share::fuzz::heap;
     use crate::share::wire::{Reason, Timing};
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use proptest::prelude::*;
@@ -193,6 +194,9 @@ mod tests {
         assert!(!Coming::default().has_forgotten(0));
     }
 
+    /// The most that a message takes of the heap, in bytes: the list of generations, when it grows, or the buffers of one.
+    const OF_A_MESSAGE: usize = 8 << 10;
+
     proptest! {
         /// Whatever messages come with whatever descriptors: no more is kept than is meant, and a generation is never more than whole.
         #[test]
@@ -212,7 +216,8 @@ mod tests {
                     (2, _) => Message::Hello { writable: false, name: String::new() },
                     _ => Message::Buffer { generation, index: number, identity: 0 },
                 };
-                let _ = learn(&mut coming, message, fds);
+                let (_, most) = heap::most(|| learn(&mut coming, message, fds));
+                prop_assert!(most <= OF_A_MESSAGE, "it took {most} bytes");
                 prop_assert!(coming.iter().count() <= COMING);
                 prop_assert!(coming.iter().all(|it| it.buffers.len() <= it.shape.buffers as usize));
                 prop_assert!(coming.iter().rev().skip(1).all(Generation::is_whole));

@@ -13,7 +13,7 @@ use crate::share::area::SharedArea;
 use crate::share::bell::Bell;
 use crate::share::entry::Entry;
 use crate::share::give::Gift;
-use crate::share::join::{ANSWER, Hello, Joining};
+use crate::share::join::{ANSWER, Hello, Joining, Wish};
 use crate::share::listener::Listener;
 use crate::share::ring;
 use crate::share::wire::{Shape, Timing, Welcome};
@@ -124,7 +124,7 @@ struct Liar {
 fn liar(test: &str) -> (Liar, Receiver) {
     let place = Place::parse(&name(test));
     let listener = Listener::bind(&place, 0o600, None).unwrap();
-    let hello = Hello { place, name: "tester".into(), writable: false, answer: ANSWER };
+    let hello = Hello { place, name: "tester".into(), wish: Wish::Read, answer: ANSWER };
     let mut joining = Joining::begin(&hello).unwrap();
     let socket = listener.accept().unwrap().unwrap().0;
     let (area, memfd) = SharedArea::create().unwrap();
