@@ -185,8 +185,11 @@ impl<'a> Reader<'a> {
             return Err(Malformed::Value("text's length"));
         }
         let text = str::from_utf8(self.bytes(len)?).ok().filter(|text| !text.contains('\0'));
-        text.map(|text| without_controls(text).collect())
-            .ok_or(Malformed::Value("text"))
+        let text = text.ok_or(Malformed::Value("text"))?;
+        // None is longer without than with.
+        let mut shown = String::with_capacity(len);
+        shown.extend(without_controls(text));
+        Ok(shown)
     }
 }
 
