@@ -45,6 +45,47 @@ fn shares_of_this_user_are_listed() {
     std::fs::remove_dir_all(folder).unwrap();
 }
 
+/// Where `list` looks, a share makes the folder, for this user alone; and the help says where that is, and what the columns are.
+#[test]
+fn the_folder_that_is_listed_is_made() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let runtime = std::env::temp_dir().join(format!("dmaflow-folder-{}", std::process::id()));
+    std::fs::create_dir_all(&runtime).unwrap();
+    let dmaflow = |line: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dmaflow"));
+        command.args(line.split(' ')).env("XDG_RUNTIME_DIR", &runtime);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    };
+    let (folder, elsewhere) = (runtime.join("dmaflow"), runtime.join("other/cam.sock"));
+    let failed = dmaflow(&format!("share --from pattern --at {}", elsewhere.display()))
+        .output()
+        .unwrap();
+    assert!(failed.status.code() == Some(1) && !folder.exists() && !runtime.join("other").exists());
+    let at = folder.join("cam.sock").to_str().unwrap().to_owned();
+    // Also where it is there already.
+    for _ in 0..2 {
+        let server = Process(Some(dmaflow(&format!("share --from pattern --at {at} --json")).spawn().unwrap()));
+        drop(connect(&at));
+        assert_eq!(folder.metadata().unwrap().permissions().mode() & 0o777, 0o700);
+        let listed = String::from_utf8(dmaflow("list").output().unwrap().stdout).unwrap();
+        assert!(listed.contains(&format!("unix:{at}  pattern: ")), "{listed}");
+        server.signal(Signal::SIGINT);
+        server.json();
+    }
+    std::fs::remove_dir_all(&runtime).unwrap();
+    let help =
+        |command: &str| String::from_utf8(dmaflow(&format!("{command} --help")).output().unwrap().stdout).unwrap();
+    for command in ["share", "list"] {
+        assert!(help(command).contains("$XDG_RUNTIME_DIR/dmaflow/"), "{}", help(command));
+    }
+    for column in ["PID", "NAME", "UID", "FRAMES", "SKIPPED", "LEASES", "LATENCY", "STOLEN"] {
+        let explained = |line: &str| line.trim_start().starts_with(&format!("{column} "));
+        assert!(help("share").lines().any(explained), "{column}: {}", help("share"));
+    }
+}
+
 /// A socket that listens, as a service manager makes it, and a way to see whether somebody has connected.
 fn listener(at: &str) -> (std::os::fd::OwnedFd, impl Fn() -> bool + use<>) {
     use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
