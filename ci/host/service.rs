@@ -45,6 +45,47 @@ fn shares_of_this_user_are_listed() {
     std::fs::remove_dir_all(folder).unwrap();
 }
 
+/// Where `list` looks, a share makes the folder, for this user alone; and the help says where that is, and what the columns are.
+#[test]
+fn the_folder_that_is_listed_is_made() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let runtime = std::env::temp_dir().join(format!("dmaflow-folder-{}", std::process::id()));
+    std::fs::create_dir_all(&runtime).unwrap();
+    let dmaflow = |line: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dmaflow"));
+        command.args(line.split(' ')).env("XDG_RUNTIME_DIR", &runtime);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    };
+    let (folder, elsewhere) = (runtime.join("dmaflow"), runtime.join("other/cam.sock"));
+    let failed = dmaflow(&format!("share --from pattern --at {}", elsewhere.display()))
+        .output()
+        .unwrap();
+    assert!(failed.status.code() == Some(1) && !folder.exists() && !runtime.join("other").exists());
+    let at = folder.join("cam.sock").to_str().unwrap().to_owned();
+    // Also where it is there already.
+    for _ in 0..2 {
+        let server = Process(Some(dmaflow(&format!("share --from pattern --at {at} --json")).spawn().unwrap()));
+        drop(connect(&at));
+        assert_eq!(folder.metadata().unwrap().permissions().mode() & 0o777, 0o700);
+        let listed = String::from_utf8(dmaflow("list").output().unwrap().stdout).unwrap();
+        assert!(listed.contains(&format!("unix:{at}  pattern: ")), "{listed}");
+        server.signal(Signal::SIGINT);
+        server.json();
+    }
+    std::fs::remove_dir_all(&runtime).unwrap();
+    let help =
+        |command: &str| String::from_utf8(dmaflow(&format!("{command} --help")).output().unwrap().stdout).unwrap();
+    for command in ["share", "list"] {
+        assert!(help(command).contains("$XDG_RUNTIME_DIR/dmaflow/"), "{}", help(command));
+    }
+    for column in ["PID", "NAME", "UID", "FRAMES", "SKIPPED", "LEASES", "LATENCY", "STOLEN"] {
+        let explained = |line: &str| line.trim_start().starts_with(&format!("{column} "));
+        assert!(help("share").lines().any(explained), "{column}: {}", help("share"));
+    }
+}
+
 /// A socket that listens, as a service manager makes it, and a way to see whether somebody has connected.
 fn listener(at: &str) -> (std::os::fd::OwnedFd, impl Fn() -> bool + use<>) {
     use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
@@ -82,6 +123,75 @@ fn a_server_says_whom_it_disconnects() {
     let mut receiver = super::connect(&at);
     next(&mut receiver).unwrap();
     std::fs::remove_file(at).unwrap();
+}
+
+/// A unit's settings, by section and name.
+fn unit(name: &str) -> HashMap<(String, String), String> {
+    let file = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tools/systemd")
+        .join(name);
+    let (mut section, mut settings) = (String::new(), HashMap::new());
+    for line in std::fs::read_to_string(file)
+        .unwrap()
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+    {
+        if let Some(name) = line.strip_prefix('[').and_then(|line| line.strip_suffix(']')) {
+            section = name.to_owned();
+        } else if let Some((name, value)) = line.split_once('=') {
+            let before = settings.insert((section.clone(), name.to_owned()), value.to_owned());
+            assert!(before.is_none() && !section.is_empty(), "{line}");
+        } else {
+            assert!(line.is_empty(), "{line}");
+        }
+    }
+    settings
+}
+
+/// The units run what is installed, with options that there are, at a socket that `list` shows.
+#[test]
+fn the_units_fit_the_program() {
+    let get = |unit: &HashMap<_, String>, section: &str, name: &str| {
+        let value = unit.get(&(section.to_owned(), name.to_owned()));
+        value.unwrap_or_else(|| panic!("{section} has no {name}")).clone()
+    };
+    let (service, socket) = (unit("dmaflow-share.service"), unit("dmaflow-share.socket"));
+    let line = get(&service, "Service", "ExecStart");
+    let (program, options) = line.split_once(' ').unwrap();
+    // systemd takes no other (systemd.service(5)).
+    let home = program
+        .strip_prefix("%h/")
+        .map(|rest| std::path::Path::new("/home/user").join(rest));
+    let path = home.unwrap_or_else(|| PathBuf::from(program));
+    assert!(path.is_absolute() && path.ends_with(".cargo/bin/dmaflow"), "{line}");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dmaflow"));
+    let output = command
+        .args(options.split_whitespace())
+        .env_remove("LISTEN_PID")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(2) && said.contains("unless systemd passes a socket"), "{said}");
+    // A camera that is away is waited for.
+    let [restart, pause] = ["Restart", "RestartSec"].map(|name| get(&service, "Service", name));
+    assert_eq!((restart.as_str(), pause.as_str()), ("on-failure", "2"));
+    assert_eq!(get(&service, "Unit", "StartLimitIntervalSec"), "0");
+    assert_eq!(get(&service, "Unit", "Requires"), "dmaflow-share.socket");
+    let place = get(&socket, "Socket", "ListenSequentialPacket");
+    let runtime = std::env::temp_dir().join(format!("dmaflow-units-{}", std::process::id()));
+    let at = place.replace("%t", runtime.to_str().unwrap());
+    std::fs::create_dir_all(std::path::Path::new(&at).parent().unwrap()).unwrap();
+    let (_service, activated) = listener(&at);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dmaflow"));
+    let output = command
+        .args(["list", "--json"])
+        .env("XDG_RUNTIME_DIR", &runtime)
+        .output()
+        .unwrap();
+    let listing: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(listing["shares"][0]["name"], format!("unix:{at}"), "{listing}");
+    assert!(listing["shares"][0]["not_asked"].is_string() && !activated(), "{listing}");
+    std::fs::remove_dir_all(runtime).unwrap();
 }
 
 /// As systemd does it: the socket is there before the server, and stays after it; who connects first waits for it.

@@ -27,6 +27,8 @@ pub(super) struct Listener {
     file: Option<(PathBuf, u64, u64)>,
     /// The file's group, which those are in that its mode lets connect.
     group: Option<u32>,
+    /// The mode of a file that another has made.
+    passed_mode: Option<u32>,
     /// Says that this lives. Goes after the socket's file, for whoever has it may take that away.
     _lock: Option<Lock>,
 }
@@ -48,7 +50,7 @@ impl Listener {
                 other => other.context("listen at", about)?,
             }
             listen(&fd, Backlog::MAXCONN).context("listen at", about)?;
-            return Ok(Listener { fd, file: None, group: None, _lock: None });
+            return Ok(Listener { fd, file: None, group: None, passed_mode: None, _lock: None });
         };
         let lock = Lock::take(path).context("lock", about)?.ok_or_else(|| occupied(place))?;
         remove_stale(place, path)?;
@@ -60,19 +62,25 @@ impl Listener {
         }
         let made = fs::symlink_metadata(path).context("look at", about)?;
         // From here on the file goes with this, whatever fails.
-        let mut listener =
-            Listener { fd, file: Some((path.clone(), made.dev(), made.ino())), group: None, _lock: Some(lock) };
+        let file = Some((path.clone(), made.dev(), made.ino()));
+        let mut listener = Listener { fd, file, group: None, passed_mode: None, _lock: Some(lock) };
         listener.group = Some(open_to(path, mode, group).context("set mode and group of", about)?);
         listen(&listener.fd, Backlog::MAXCONN).context("listen at", about)?;
         Ok(listener)
     }
 
-    /// The group that the socket's file has, if it has one and this has made it.
+    /// The group that the socket's file has, if there is one that is known to be its file.
     pub(super) fn group(&self) -> Option<u32> {
         self.group
     }
 
-    /// Takes over a socket that listens already, as a service manager passes it. Its file is not this process's to remove.
+    /// The mode of the socket's file, if it was [passed on](Listener::inherit).
+    pub(super) fn passed_mode(&self) -> Option<u32> {
+        self.passed_mode
+    }
+
+    /// Takes over a socket that listens already, as a service manager passes it. Its file is not this process's to remove; its mode and
+    /// group are what the manager has chosen.
     ///
     /// # Errors
     /// [`Kind::Invalid`] for what is no listening socket of this sort; what the system says.
@@ -101,7 +109,12 @@ impl Listener {
             Place::Path(path) => Lock::take(path).ok().flatten(),
             Place::Abstract(_) => None,
         };
-        Ok((Listener { fd, file: None, group: None, _lock: lock }, place))
+        let file = match &place {
+            Place::Path(path) => passed_file(path),
+            Place::Abstract(_) => None,
+        };
+        let (passed_mode, group) = (file.map(|file| file.0), file.map(|file| file.1));
+        Ok((Listener { fd, file: None, group, passed_mode, _lock: lock }, place))
     }
 
     /// The next connection, if one waits.
@@ -142,6 +155,15 @@ impl Drop for Listener {
             let _ = fs::remove_file(path);
         }
     }
+}
+
+/// Mode and group of the file of a socket that was passed on. None if nothing that is there can be taken for it: the kernel does not tell
+/// which file a socket has, so it must be a socket of this user's or of root's, as a manager makes one, and no name besides or instead.
+fn passed_file(path: &Path) -> Option<(u32, u32)> {
+    let there = fs::symlink_metadata(path).ok().filter(|_| path.is_absolute())?;
+    let of_manager = [0, nix::unistd::geteuid().as_raw()].contains(&there.uid());
+    let whole = there.file_type().is_socket() && there.nlink() == 1;
+    (of_manager && whole).then(|| (there.mode() & 0o777, there.gid()))
 }
 
 fn mode_of(mode: u32) -> Mode {
@@ -256,8 +278,27 @@ mod tests {
         assert_eq!(there, place);
         let _socket = Socket::connect(&place).unwrap();
         assert!(listener.accept().unwrap().is_some() && listener.accept().unwrap().is_none());
+        // Mode and group are those of the file, while that is one.
+        let group = nix::unistd::getgid().as_raw();
+        assert_eq!((listener.passed_mode(), listener.group()), (Some(0o600), Some(group)));
+        assert_eq!((first.passed_mode(), first.group()), (None, Some(group)));
         drop(listener);
         assert!(path.exists(), "it is the other's");
+        let again = || Listener::inherit(first.fd.try_clone().unwrap()).unwrap().0;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o662)).unwrap();
+        assert_eq!(again().passed_mode(), Some(0o662));
+        let aside = path.with_extension("aside");
+        fs::hard_link(&path, &aside).unwrap();
+        assert_eq!((again().passed_mode(), again().group()), (None, None), "it has another name");
+        fs::remove_file(&path).unwrap();
+        assert_eq!(again().passed_mode(), None, "its name is gone");
+        std::os::unix::fs::symlink(&aside, &path).unwrap();
+        assert_eq!(again().passed_mode(), None, "a link is there");
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "").unwrap();
+        assert_eq!(again().passed_mode(), None, "a file is there");
+        fs::remove_file(&aside).unwrap();
+        fs::remove_file(&path).unwrap();
         let unbound = open().unwrap();
         let (stream, _) = std::os::unix::net::UnixStream::pair().unwrap();
         for other in [stream.into(), fs::File::open("/dev/null").unwrap().into(), unbound] {

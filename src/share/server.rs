@@ -31,7 +31,7 @@ use crate::format::{Format, Layout};
 use crate::frame::{Buffer, Frame, MAX_SLOTS, SlotsArc};
 use door::Waiting;
 pub use request::ServerRequest;
-use request::{access, check, mode};
+use request::{access, check, mode, passed};
 
 /// The most consumers that a server has, and the most connections that have not said hello.
 pub const MAX_CONSUMERS: usize = 64;
@@ -166,13 +166,17 @@ impl Server {
     }
 
     /// The same at a socket that listens already, as a service manager passes it (sd_listen_fds(3)): of type `SOCK_SEQPACKET`, with a
-    /// path or an abstract name. Mode and group of its file are not looked at, and it stays.
+    /// path or an abstract name. Its file stays. Who may connect is said by that file's mode and group, as the manager has made it
+    /// (`SocketMode=`, `SocketGroup=`), in place of the request's: a file that its group may write to lets the group connect, one that all
+    /// may write to (systemd's default, 0666) lets everybody, but where the request names users or groups those alone. If the file at the
+    /// socket's path is not this user's or root's, or is no socket, or has other names, it says nothing, as with an abstract name.
     ///
     /// # Errors
     /// [`Kind::Invalid`] for another sort of socket, and for a budget out of range; what the system says.
     pub fn bind_inherited(socket: OwnedFd, request: ServerRequest) -> Result<Server> {
         check(&request)?;
         let (listener, place) = Listener::inherit(socket)?;
+        let request = passed(request, listener.passed_mode(), listener.group());
         Server::over(listener, &place, request)
     }
 

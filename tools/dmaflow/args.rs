@@ -57,7 +57,14 @@ pub enum Command {
     Bufs(BufsArgs),
 }
 
+/// Below the help text of `list`.
+const LIST: &str = "\
+Shares are those whose sockets lie in $XDG_RUNTIME_DIR/dmaflow/, as those of
+`dmaflow share --at $XDG_RUNTIME_DIR/dmaflow/NAME.sock` do. Each whose server lives is connected to
+for a moment; a socket behind which a service waits is shown and not asked.";
+
 #[derive(ClapArgs)]
+#[command(after_help = LIST)]
 pub struct ListArgs {
     /// Print one JSON object
     #[arg(long)]
@@ -151,19 +158,32 @@ pub struct PipeArgs {
 
 /// Below the help text of `share`.
 const SHARE: &str = "\
-SOURCE  /dev/videoN | a driver or card name (vivid) | pattern (a test card, no device needed); not what is shared already (unix:SOCKET)
-SOCKET  a path, or @NAME for a socket without a file
+SOURCE  /dev/videoN | a driver or card name (vivid) | pattern (a test card, no device needed);
+        not unix:SOCKET: what is shared is not shared on
+SOCKET  a path, or @NAME for a socket without a file. One in $XDG_RUNTIME_DIR/dmaflow/ is shown by
+        `dmaflow list`; the folder is made, for this user alone, if it is missing
 
-Consumers get the source's own buffers, for reading: nothing is copied, and what one writes into its own view no other sees. One that is
-late gets the newest frame; one that keeps a frame for longer than its lease loses it when the source has no other buffer to fill.
-They map the buffers for reading alone. A device of theirs that writes into dma-bufs (a V4L2 node, a GPU) is not held back by that: let in
-by --allow-uid and --allow-gid whom you trust that far.
+Consumers get the source's own buffers, for reading: nothing is copied, and what one writes into its
+own view no other sees. One that is late gets the newest frame; one that keeps a frame for longer
+than its lease loses it when the source has no other buffer to fill.
+They map the buffers for reading alone. A device of theirs that writes into dma-bufs (a V4L2 node, a
+GPU) is not held back by that: let in by --allow-uid and --allow-gid whom you trust that far.
 
-LATENCY in the table, latency_us in JSON: the time from when a frame was published until the consumer took it, the median of the last 128
-that it took (in JSON also p99 and max), as the consumer itself says; \"?\", or nothing in JSON, while it has said none.";
+The table of consumers (while it runs, if stderr is a terminal, and at the end; the same in JSON):
+PID      the process that has connected; \"?\" if it cannot be seen from here (another namespace)
+NAME     what it calls itself
+UID      the user that it runs as
+FRAMES   frames that were published to it, also those of them that were skipped later
+SKIPPED  frames that it did not get: left out while it had its budget, or published and taken back
+         before it took them
+LEASES   frames that it has now, taken or not
+LATENCY  from when a frame was published until it took it, in µs: the median of the last 128 that it
+         took, as it says itself; \"?\" while it has said none (in JSON latency_us, with p99 and max)
+STOLEN   frames that were taken back after it had taken them, because the source ran short of
+         buffers and their lease had run out";
 
 #[derive(ClapArgs)]
-#[command(after_help = SHARE)]
+#[command(after_help = SHARE, mut_arg("reconnect", |arg| arg.hide(true)))]
 pub struct ShareArgs {
     /// Where frames come from [default: the first camera]
     #[arg(long, value_name = "SOURCE", value_parser = NonEmptyStringValueParser::new())]

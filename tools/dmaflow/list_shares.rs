@@ -3,7 +3,9 @@
 //! A server is asked by connecting to it. A socket behind which a service manager waits would start its service, and switch the camera on, so
 //! only those are asked whose server says that it lives.
 
-use std::os::unix::fs::FileTypeExt;
+use std::fs::DirBuilder;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -45,10 +47,27 @@ impl ShareListing {
     }
 }
 
+/// Where the sockets of this user's shares lie, if the session has such a place.
+pub fn folder() -> Option<PathBuf> {
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|folder| !folder.is_empty())?;
+    Some(Path::new(&runtime).join("dmaflow"))
+}
+
+/// Makes the [folder] for this user alone, if a socket at `at` would be in it and it is missing.
+///
+/// # Errors
+/// What `mkdir` says.
+pub fn make_folder_for(at: &str) -> io::Result<()> {
+    let Some(folder) = folder().filter(|folder| Path::new(at).parent() == Some(folder)) else { return Ok(()) };
+    match DirBuilder::new().mode(0o700).create(folder) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        made => made,
+    }
+}
+
 /// The shares whose sockets lie where this user's do. Those that live are connected to for a moment, all at once.
 pub fn shares() -> Vec<ShareListing> {
-    let Some(folder) = std::env::var_os("XDG_RUNTIME_DIR") else { return Vec::new() };
-    let Ok(entries) = std::fs::read_dir(Path::new(&folder).join("dmaflow")) else { return Vec::new() };
+    let Some(Ok(entries)) = folder().map(std::fs::read_dir) else { return Vec::new() };
     let socket = |entry: std::fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_socket()).then(|| entry.path());
     let mut paths: Vec<PathBuf> = entries.flatten().filter_map(socket).collect();
     paths.sort_unstable();

@@ -20,6 +20,7 @@ use serde::Serialize;
 use crate::args::ShareArgs;
 use crate::ends::open_source;
 use crate::failure::Usage;
+use crate::list_shares::make_folder_for;
 use crate::output::{self, note, note_unless_full};
 use crate::pipe::limits;
 use crate::report::{LatencyReport, want_of_buffers};
@@ -92,6 +93,7 @@ pub fn open(at: &str, request: ServerRequest) -> anyhow::Result<Server> {
     if at.is_empty() || at == "@" {
         bail!(Usage("a share needs the path of a socket, or @NAME".into()));
     }
+    make_folder_for(at).with_context(|| format!("cannot make the folder of {at}"))?;
     Ok(Server::bind(at, request)?)
 }
 

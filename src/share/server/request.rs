@@ -64,6 +64,13 @@ pub(super) fn mode(request: &ServerRequest) -> u32 {
     })
 }
 
+/// The request of a server whose socket was passed on, for a file of this mode and group: what that says is as if it had been asked for. The
+/// group of a file to which all may write is nobody's choice.
+pub(super) fn passed(request: ServerRequest, mode: Option<u32>, group: Option<u32>) -> ServerRequest {
+    let group = group.filter(|_| mode.is_some_and(|mode| mode & 0o022 == 0o020));
+    ServerRequest { mode, group, ..request }
+}
+
 fn has_lists(request: &ServerRequest) -> bool {
     !request.allow_uids.is_empty() || !request.allow_gids.is_empty()
 }
@@ -79,6 +86,50 @@ pub(super) fn access(request: &ServerRequest, file_group: Option<u32>) -> Access
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Who may connect to a socket that was passed on is what its file says.
+    #[test]
+    fn a_file_that_was_passed_on_says_who_may_connect() {
+        let of = |mode: Option<u32>, uids: &[u32], gids: &[u32]| {
+            let (allow_uids, allow_gids) = (uids.to_vec(), gids.to_vec());
+            let request = ServerRequest { allow_uids, allow_gids, ..ServerRequest::default() };
+            let group = mode.map(|_| 44);
+            let Access { anybody, uids, gids } = access(&passed(request, mode, group), group);
+            (anybody, uids, gids)
+        };
+        assert_eq!(of(Some(0o600), &[], &[]), (false, vec![], vec![]));
+        assert_eq!(of(Some(0o660), &[], &[]), (false, vec![], vec![44]));
+        assert_eq!(of(Some(0o666), &[], &[]), (true, vec![], vec![44]));
+        assert_eq!(of(Some(0o602), &[], &[]), (true, vec![], vec![]));
+        assert_eq!(of(None, &[], &[]), (false, vec![], vec![]), "no file");
+        // As with --mode and --group.
+        assert_eq!(of(Some(0o660), &[1000], &[27]), (false, vec![1000], vec![27, 44]));
+        assert_eq!(of(Some(0o666), &[1000], &[]), (false, vec![1000], vec![]));
+        assert_eq!(of(Some(0o600), &[1000], &[]), (false, vec![1000], vec![]));
+    }
+
+    /// From the socket to those who may connect.
+    #[test]
+    fn a_server_at_a_socket_that_was_passed_on_looks_at_its_file() {
+        use std::os::fd::{AsFd, AsRawFd};
+        use std::os::unix::fs::PermissionsExt;
+
+        let path = std::env::temp_dir().join(format!("dmaflow-passed-on-{}", std::process::id()));
+        let place = path.to_str().unwrap();
+        let own = nix::unistd::getgid().as_raw();
+        for (mode, anybody, gids) in [(0o600, false, vec![]), (0o660, false, vec![own]), (0o666, true, vec![own])] {
+            let fd = crate::share::socket::open().unwrap();
+            nix::sys::socket::bind(fd.as_raw_fd(), &nix::sys::socket::UnixAddr::new(place).unwrap()).unwrap();
+            nix::sys::socket::listen(&fd, nix::sys::socket::Backlog::new(1).unwrap()).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            // What a request says of files is for those that a server makes.
+            let request = ServerRequest { mode: Some(0o666), group: Some(7), ..ServerRequest::default() };
+            let server =
+                super::super::Server::bind_inherited(fd.as_fd().try_clone_to_owned().unwrap(), request).unwrap();
+            assert_eq!(server.access, Access { anybody, uids: vec![], gids }, "{mode:o}");
+            std::fs::remove_file(&path).unwrap();
+        }
+    }
 
     /// What the owner has said is meant, and no more than that.
     #[test]
