@@ -142,3 +142,50 @@ fn loom_a_fenced_frame_is_found_or_rung_for() {
         assert!(!asleep || found || rung, "the server sleeps, and nobody rings");
     });
 }
+
+/// The same without a fence: a server that waits for a release finds it, or is rung for.
+#[test]
+fn loom_a_release_is_found_or_rung_for() {
+    loom::model(|| {
+        let area = Arc::new(Area::new());
+        let mut server = Server::new(Arc::clone(&area), 1);
+        server.publish(|_| [7; WORDS], ()).unwrap();
+        let other = thread::spawn(move || {
+            let mut consumer = Consumer::new(Arc::clone(&area));
+            let taken = consumer.take().unwrap();
+            area.release(taken.position).unwrap()
+        });
+        let asleep = server.sleep().unwrap();
+        let found = server.leases().next().is_none();
+        let rung = other.join().unwrap();
+        assert!(!asleep || found || rung, "the server sleeps, and nobody rings");
+        assert_eq!(server.collect(), Ok(0), "what was released is not found");
+    });
+}
+
+/// A buffer is filled again when its frame was taken back, while the consumer reads: who finds that it still had the frame after it has
+/// read, has read the frame.
+#[test]
+fn loom_what_was_read_before_it_was_taken_back_is_the_frame() {
+    loom::model(|| {
+        let area = Arc::new(Area::new());
+        // Not checked against the reader: that both are at it is what this is about.
+        let buffer = Arc::new(AtomicU64::new(7));
+        let mut server = Server::new(Arc::clone(&area), 1);
+        server.publish(|_| [7; WORDS], ()).unwrap();
+        let other = Arc::clone(&buffer);
+        let reader = thread::spawn(move || {
+            let mut consumer = Consumer::new(area);
+            let taken = consumer.take()?;
+            let read = other.load(Ordering::Relaxed);
+            if consumer.holds(taken.position) {
+                assert_eq!(read, 7, "it holds the frame, and has read another");
+            }
+            Some(read)
+        });
+        let taken_back = server.take_back(|()| true).unwrap();
+        assert_eq!(taken_back.skipped + taken_back.revoked, 1);
+        buffer.store(8, Ordering::Relaxed);
+        reader.join().unwrap();
+    });
+}

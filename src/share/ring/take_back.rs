@@ -64,6 +64,7 @@ impl<A: Deref<Target = Area>, T> Server<A, T> {
                         .entry(position)
                         .state
                         .store(word(position, Stage::Revoked), Ordering::Release);
+                    before_it_is_filled();
                     *out = None;
                     taken_back.revoked += 1;
                 }
@@ -109,6 +110,7 @@ pub(super) fn end<T>(area: &Area, out: &mut Option<Out<T>>, taken_too: bool) -> 
         };
         match state.compare_exchange(found, word(position, to), Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => {
+                before_it_is_filled();
                 *out = None;
                 return Ok(Some(to));
             }
@@ -116,4 +118,10 @@ pub(super) fn end<T>(area: &Area, out: &mut Option<Out<T>>, taken_too: bool) -> 
         }
     }
     Err(Broken { position, found })
+}
+
+/// Who reads a buffer whose frame was taken back, and finds what it was filled with since, finds that it was taken back too: with this fence
+/// after the state, and [its own](Area::holds) before it looks at that, the state comes first also where stores pass each other.
+fn before_it_is_filled() {
+    fence(Ordering::Release);
 }
