@@ -118,7 +118,8 @@ struct Liar {
     ring: ring::Server<SharedArea, ()>,
     memory: Mapping,
     bell: Bell,
-    socket: Socket,
+    /// Its end is the server's.
+    _socket: Socket,
 }
 
 fn liar(test: &str) -> (Liar, Receiver) {
@@ -146,7 +147,7 @@ fn liar(test: &str) -> (Liar, Receiver) {
     assert!(joining.step().unwrap());
     let memory = Mapping::new(memfd.as_fd(), size_of::<ring::Area>(), Access::ReadWrite).unwrap();
     let receiver = Receiver::of(hello, joining.joined().unwrap()).unwrap();
-    (Liar { ring: ring::Server::new(area, 1), memory, bell, socket }, receiver)
+    (Liar { ring: ring::Server::new(area, 1), memory, bell, _socket: socket }, receiver)
 }
 
 /// A server that says all the time that a frame is there, and none is: each call ends.
