@@ -36,7 +36,7 @@ impl Process {
     }
 
     fn finish(mut self) -> Output {
-        self.0.take().unwrap().wait_with_output().unwrap()
+        output_of(self.0.take().unwrap())
     }
 
     /// Its result, if it did what it was told.
@@ -56,10 +56,86 @@ impl Drop for Process {
     }
 }
 
-fn socket_at(test: &str) -> String {
-    let path = std::env::temp_dir().join(format!("dmaflow-host-{test}-{}.sock", std::process::id()));
-    let _ = std::fs::remove_file(&path);
-    path.to_str().unwrap().to_owned()
+/// No process here takes as long, be the machine as busy as it likes: what takes longer waits for ever.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What a process that is to end has said; one that does not is killed, so that nobody waits for what it says.
+fn output_of(mut child: Child) -> Output {
+    let (stdout, stderr) = (read_all(child.stdout.take()), read_all(child.stderr.take()));
+    let end = Instant::now() + PATIENCE;
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break Some(status);
+        }
+        if Instant::now() > end {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            break None;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    let (stdout, stderr) = (stdout.join().unwrap(), stderr.join().unwrap());
+    let said = || format!("{}{}", String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
+    let status = status.unwrap_or_else(|| panic!("it does not end; it has said: {}", said()));
+    Output { status, stdout, stderr }
+}
+
+/// All that comes until it is closed, read while it comes.
+fn read_all(from: Option<impl std::io::Read + Send + 'static>) -> std::thread::JoinHandle<Vec<u8>> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(mut from) = from {
+            from.read_to_end(&mut bytes).unwrap();
+        }
+        bytes
+    })
+}
+
+/// A folder of one test's own, which goes with it, however that ends. To be made before the processes that use it.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(test: &str) -> Folder {
+        let path = std::env::temp_dir().join(format!("dmaflow-host-{test}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::create_dir_all(&path).unwrap();
+        Folder(path)
+    }
+
+    fn join(&self, name: &str) -> String {
+        self.0.join(name).to_str().unwrap().to_owned()
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Where a test's server listens, in a folder of its own.
+struct At {
+    path: String,
+    _folder: Folder,
+}
+
+impl std::ops::Deref for At {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.path
+    }
+}
+
+impl std::fmt::Display for At {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.path)
+    }
+}
+
+fn socket_at(test: &str) -> At {
+    let folder = Folder::new(test);
+    At { path: folder.join("cam.sock"), _folder: folder }
 }
 
 /// Connects as soon as the server listens.
@@ -163,7 +239,7 @@ fn consumers_see_each_frame_as_it_was_drawn() {
     for consumer in [&report["consumers"][0], &report["gone"][0]] {
         assert_told_latency(consumer, 20);
     }
-    assert!(!PathBuf::from(at).exists());
+    assert!(!PathBuf::from(&*at).exists());
 }
 
 #[test]
@@ -213,7 +289,7 @@ fn a_server_that_is_killed_ends_the_stream_and_what_is_held_stays() {
     assert!(error.kind() == Kind::Disconnected && error.line().contains("its server is gone"), "{error:?}");
     assert!(pixels(&frame) == shown && receiver.holds(&frame));
     // Its file stayed, and is replaced.
-    assert!(PathBuf::from(&at).exists());
+    assert!(PathBuf::from(&*at).exists());
     let server = Process::start(&format!("share --from pattern --fps 50 --at {at} --json"));
     drop(next(&mut connect(&at)).unwrap());
     // A live one is not.
@@ -310,7 +386,7 @@ fn connections_that_are_dropped_leave_nothing() {
     let held = || chaos::Held::of(pid).unwrap();
     let memory = || chaos::memory(pid).unwrap();
     let (before, mut memory_before) = (held(), 0);
-    let address = UnixAddr::new(at.as_str()).unwrap();
+    let address = UnixAddr::new(&*at).unwrap();
     let mut refused = 0;
     for number in 0..10_000 {
         if number == 1000 {
@@ -359,7 +435,7 @@ fn a_lease_that_may_starve_the_source_is_told() {
     }
 }
 
-fn chaos(test: &str, rounds: u32) -> chaos::Chaos {
+fn chaos(at: &At, rounds: u32) -> chaos::Chaos {
     let seed = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .unwrap()
@@ -368,7 +444,7 @@ fn chaos(test: &str, rounds: u32) -> chaos::Chaos {
     chaos::Chaos {
         program: env!("CARGO_BIN_EXE_dmaflow").into(),
         source: "--from pattern --size 64x48 --fps 20".into(),
-        at: socket_at(test),
+        at: at.to_string(),
         rounds,
         late: 0,
         seed,
@@ -377,13 +453,15 @@ fn chaos(test: &str, rounds: u32) -> chaos::Chaos {
 
 #[test]
 fn consumers_in_chaos_hurt_nobody_else() {
-    let told = chaos("chaos", 60).of_consumers();
+    let at = socket_at("chaos");
+    let told = chaos(&at, 60).of_consumers();
     println!("{}", told.unwrap_or_else(|error| panic!("{error:?}")));
 }
 
 #[test]
 fn consumers_come_back_through_chaos() {
-    let told = chaos("servers", 12).of_servers();
+    let at = socket_at("servers");
+    let told = chaos(&at, 12).of_servers();
     println!("{}", told.unwrap_or_else(|error| panic!("{error:?}")));
 }
 
