@@ -299,6 +299,47 @@ fn a_server_that_is_killed_ends_the_stream_and_what_is_held_stays() {
     server.json();
 }
 
+/// Frames that are on their way when the server is killed are in the ring: they come first, in order, and whole; then an error says that it is
+/// gone, and goes on to say so.
+#[test]
+fn what_a_killed_server_has_given_comes_before_the_error() {
+    let at = socket_at("given");
+    let options = "--from pattern --size 64x48 --fps 25 --budget 4";
+    let server = Process::start(&format!("share {options} --at {at}"));
+    let (mut late, mut clock) = (connect(&at), connect(&at));
+    let expected = expected(400);
+    let first = next(&mut late).unwrap().meta().sequence;
+    late.recycle().unwrap();
+    // The last of these may not be in the other's ring yet: that is served by itself.
+    let mut given = Vec::new();
+    while given.len() < 5 {
+        let sequence = next(&mut clock).unwrap().meta().sequence;
+        given.extend(Some(sequence).filter(|&sequence| sequence > first));
+    }
+    server.signal(Signal::SIGKILL);
+    server.finish();
+    let (mut came, mut compared) = (Vec::new(), 0);
+    let error = loop {
+        match next(&mut late) {
+            Ok(frame) => {
+                let sequence = frame.meta().sequence;
+                assert!(late.holds(&frame), "{sequence}");
+                if let Some(bytes) = expected.get(&sequence) {
+                    assert!(*bytes == pixels(&frame), "{sequence}");
+                    compared += 1;
+                }
+                came.push(sequence);
+            }
+            Err(error) => break error,
+        }
+    };
+    // Its budget of the newest, all of those or but for the last; and what came between the other's last look and the end.
+    assert!(came.len() == 4 && came.is_sorted() && compared > 0, "{came:?} came of {given:?}");
+    assert!(came.last() >= given.iter().rev().nth(1), "{came:?} came of {given:?}");
+    assert!(error.kind() == Kind::Disconnected && error.line().contains("its server is gone"), "{error:?}");
+    assert_eq!(late.try_next(Ready::FRAME).unwrap_err().kind(), Kind::Disconnected);
+}
+
 /// A consumer that is to come back does so, whether its server was killed or ended in order, and whatever the next one shares.
 #[test]
 fn consumers_come_back_to_the_next_server() {
