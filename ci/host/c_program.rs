@@ -3,8 +3,8 @@
 use super::*;
 
 /// The program in C, compiled for this test.
-fn consume_c(test: &str) -> PathBuf {
-    let program = std::env::temp_dir().join(format!("dmaflow-consume-{test}-{}", std::process::id()));
+fn consume_c(folder: &Folder) -> String {
+    let program = folder.join("consume");
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/consume.c");
     let compiled = Command::new("cc")
         .args(["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-o"])
@@ -14,6 +14,10 @@ fn consume_c(test: &str) -> PathBuf {
         .unwrap();
     assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
     program
+}
+
+fn start(command: &mut Command) -> Child {
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
 /// 64-bit FNV-1a.
@@ -26,12 +30,13 @@ fn fnv(bytes: &[u8]) -> u64 {
 /// A program in another language, that has nothing but the protocol's documentation, sees the same.
 #[test]
 fn a_program_in_c_speaks_the_protocol() {
-    let program = consume_c("speaks");
+    let folder = Folder::new("c-speaks-program");
+    let program = consume_c(&folder);
     let at = socket_at("c");
     let server = Process::start(&format!("share --from pattern --size 64x48 --fps 25 --at {at} --json"));
     let mut receiver = connect(&at);
     let run = |frames: &str| {
-        let output = Command::new(&program).args([&at, frames]).output().unwrap();
+        let output = output_of(start(Command::new(&program).args([&*at, frames])));
         let (stdout, stderr) =
             (String::from_utf8(output.stdout).unwrap(), String::from_utf8_lossy(&output.stderr).into_owned());
         assert!(output.status.success(), "{stderr}\n{stdout}");
@@ -53,21 +58,20 @@ fn a_program_in_c_speaks_the_protocol() {
     }
     assert!(compared >= 30, "{said}");
     // It goes when the server does, and is told why.
-    let mut waiting = Command::new(&program).arg(&at).stdout(Stdio::piped()).spawn().unwrap();
+    let waiting = start(Command::new(&program).arg(&*at));
     for _ in 0..10 {
         drop(next(&mut receiver).unwrap());
     }
     server.signal(Signal::SIGINT);
-    let mut last = String::new();
-    std::io::Read::read_to_string(waiting.stdout.as_mut().unwrap(), &mut last).unwrap();
-    assert!(waiting.wait().unwrap().success() && last.contains("the server ends: reason 0"), "{last}");
+    let waited = output_of(waiting);
+    let last = String::from_utf8_lossy(&waited.stdout);
+    assert!(waited.status.success() && last.contains("the server ends: reason 0"), "{last}");
     let report = server.json();
     assert_eq!(
         (&report["gone"][0]["name"], &report["gone"][0]["disconnected"]),
         (&"consume".into(), &serde_json::Value::Null)
     );
     assert_told_latency(&report["gone"][0], 40);
-    std::fs::remove_file(program).unwrap();
 }
 
 /// The same program waits for the fences that frames come with, and sees what was written before they signalled.
@@ -77,20 +81,24 @@ fn a_program_in_c_waits_for_fences() {
     use dmaflow::fence::SyncFile;
     use dmaflow::share::{Server, ServerRequest};
 
-    let (program, at) = (consume_c("fences"), socket_at("c-fences"));
+    let folder = Folder::new("c-fences-program");
+    let (program, at) = (consume_c(&folder), socket_at("c-fences"));
     let request = PatternRequest { rate: 50.0, size: (64, 48), ..PatternRequest::default() };
     let mut source = Pattern::new(&request).unwrap();
     let lease = Some(Duration::from_secs(5));
     let mut server = Server::bind(&at, ServerRequest { lease, ..ServerRequest::default() }).unwrap();
     server.join(source.layout(), source.rate(), source.buffers()).unwrap();
     source.start().unwrap();
-    let mut child = Command::new(&program);
-    let mut child = child.args([&at, "30"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut child = start(Command::new(&program).args([&*at, "30"]));
     let mut expected = HashMap::new();
     // What a frame is before its fence has signalled, and the end of the pipe that is its fence: open until something is written.
     let mut open: Vec<(Frame, Vec<u8>, std::os::fd::OwnedFd)> = Vec::new();
-    let start = Instant::now();
-    while child.try_wait().unwrap().is_none() && start.elapsed() < Duration::from_secs(60) {
+    let end = Instant::now() + PATIENCE;
+    while child.try_wait().unwrap().is_none() {
+        if Instant::now() > end {
+            // Then what it has said is all that it says.
+            child.kill().unwrap();
+        }
         server.dispatch().unwrap();
         source.recycle().unwrap();
         std::thread::sleep(Duration::from_millis(1));
@@ -111,9 +119,9 @@ fn a_program_in_c_waits_for_fences() {
         open.push((frame.clone(), bytes, end));
         server.present(frame).unwrap();
     }
-    let mut said = String::new();
-    std::io::Read::read_to_string(child.stdout.as_mut().unwrap(), &mut said).unwrap();
-    assert!(child.wait().unwrap().success(), "{said}");
+    let output = output_of(child);
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
     let (mut fenced, mut frames, mut waited) = (0, 0, None);
     for line in said.lines() {
         match line.split_once(' ') {
@@ -129,7 +137,6 @@ fn a_program_in_c_waits_for_fences() {
         }
     }
     assert!(frames == 30 && fenced > 10, "{said}");
-    std::fs::remove_file(program).unwrap();
 }
 
 /// It does not believe a server either: no length that is not there, no memory that could be cut off under it.
@@ -141,10 +148,11 @@ fn a_program_in_c_checks_what_it_is_told() {
     use std::io::IoSlice;
     use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-    let program = consume_c("checks");
+    let folder = Folder::new("c-checks-program");
+    let program = consume_c(&folder);
     let at = socket_at("c-checks");
     let listener = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
-    bind(listener.as_raw_fd(), &UnixAddr::new(at.as_str()).unwrap()).unwrap();
+    bind(listener.as_raw_fd(), &UnixAddr::new(&*at).unwrap()).unwrap();
     listen(&listener, Backlog::new(1).unwrap()).unwrap();
     let ring = |len, seals| {
         let memfd = memfd_create("test", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap();
@@ -164,29 +172,24 @@ fn a_program_in_c_checks_what_it_is_told() {
         (b"dmaf\x01\0\x03\0", Some(ring(4096, sealed)), "descriptors come with a message that has none"),
     ];
     for (bytes, fd, why) in cases {
-        let mut running = Command::new(&program)
-            .arg(&at)
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let running = start(Command::new(&program).arg(&*at));
+        let connects = poll(&mut [PollFd::new(listener.as_fd(), PollFlags::POLLIN)], 60_000u16);
+        assert_eq!(connects.unwrap(), 1, "it does not connect");
         // SAFETY: the kernel has just made it for this process, and nobody else owns it.
         let peer = unsafe { OwnedFd::from_raw_fd(accept(listener.as_raw_fd()).unwrap()) };
         let fds: Vec<_> = fd.iter().flat_map(|fd| [fd.as_raw_fd(); 2]).collect();
         let rights = [ControlMessage::ScmRights(&fds)];
         let control = if fds.is_empty() { &[][..] } else { &rights[..] };
         sendmsg::<UnixAddr>(peer.as_raw_fd(), &[IoSlice::new(bytes)], control, MsgFlags::empty(), None).unwrap();
-        let mut said = String::new();
-        std::io::Read::read_to_string(running.stderr.as_mut().unwrap(), &mut said).unwrap();
-        assert!(running.wait().unwrap().code() == Some(1) && said.contains(why), "{why}: {said}");
+        let output = output_of(running);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1) && said.contains(why), "{why}: {said}");
     }
     // What it says is for a terminal, and nothing else of it gets there.
-    let running = Command::new(&program).arg(&at).stdout(Stdio::piped()).spawn().unwrap();
+    let running = start(Command::new(&program).arg(&*at));
     // SAFETY: as above.
     let peer = unsafe { OwnedFd::from_raw_fd(accept(listener.as_raw_fd()).unwrap()) };
     send(peer.as_raw_fd(), b"dmaf\x01\0\x05\0\0\0\x06\0\x1b[2J\xc2\x9b", MsgFlags::empty()).unwrap();
-    let said = running.wait_with_output().unwrap().stdout;
+    let said = output_of(running).stdout;
     assert_eq!(String::from_utf8_lossy(&said), "the server ends: reason 0, ?[2J??\n");
-    std::fs::remove_file(at).unwrap();
-    std::fs::remove_file(program).unwrap();
 }

@@ -1,12 +1,18 @@
 //! Consumers that are killed, stopped, or write nonsense, and servers that are killed, at random moments, while others go on.
 
-use std::fs;
+// By its path: ci/device has this file as a part of itself.
+#[path = "chaos/held.rs"]
+mod held;
+
+use std::env;
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use dmaflow::endpoint::{Ready, Source};
 use dmaflow::error::Kind;
 use dmaflow::memory::{Access, Mapping};
@@ -15,10 +21,15 @@ use nix::cmsg_space;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{
-    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect, recvmsg, send, socket,
+    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect, recvmsg, send, setsockopt,
+    socket, sockopt,
 };
+use nix::sys::time::TimeVal;
 use nix::unistd::Pid;
 use serde_json::Value;
+
+pub use held::{Held, memory};
+use held::{is_one_of, rings, shared_fds};
 
 /// What happens, and with what.
 pub struct Chaos {
@@ -31,9 +42,12 @@ pub struct Chaos {
     pub rounds: u32,
     /// Of a hundred frames so many may be lost: by a source that keeps time by the clock and comes too late itself where the host stalls.
     pub late: u64,
-    /// Of the random numbers.
+    /// Of the random numbers, if `DMAFLOW_SEED` names no other: what a failure names, so that it can be tried again.
     pub seed: u64,
 }
+
+/// A thread that does something at a server that it should not.
+type Intruder = JoinHandle<Result<()>>;
 
 /// A process that is killed with its test.
 struct Process(Child);
@@ -52,6 +66,37 @@ impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
+    }
+}
+
+/// A consumer to whom things happen.
+struct Victim {
+    process: Process,
+    /// Whether it keeps frames all the time, and has them when it is stopped or killed.
+    keeps: bool,
+    /// When it goes on, if it is stopped.
+    again: Option<Instant>,
+    /// Whether it is not to be bothered before that.
+    whole: bool,
+}
+
+impl Victim {
+    fn stop(&mut self, time: Duration) -> Result<()> {
+        self.process.signal(Signal::SIGSTOP)?;
+        self.again = Some(Instant::now() + time);
+        Ok(())
+    }
+
+    fn go_on(&mut self) -> Result<()> {
+        self.process.signal(Signal::SIGCONT)?;
+        (self.again, self.whole) = (None, false);
+        Ok(())
+    }
+
+    /// Whether it has a view of a frame.
+    fn has_views(&self) -> Result<bool> {
+        let shared = Held::of(self.process.pid())?.mappings;
+        Ok(shared > rings(self.process.pid())?.len())
     }
 }
 
@@ -82,8 +127,11 @@ impl Random {
 /// Bytes of a ring's area, by the protocol's documentation: three lines and 16 entries of 64 each.
 const AREA: u64 = 64 * (3 + 16);
 
-/// Consumers at once, besides the one that watches.
+/// Consumers at once, besides the one that watches. Every other one keeps frames.
 const VICTIMS: u64 = 4;
+
+/// So long is one of those stopped once in each run.
+const WHOLE_STOP: Duration = Duration::from_secs(2);
 
 /// So much more memory than after some rounds may a process have in the end, in KiB: the kernel counts pages for each CPU by itself, and
 /// tells of them when there are 32 (`percpu_counter_batch`, `get_mm_counter`), and the allocator keeps some for fragmentation.
@@ -112,12 +160,32 @@ impl Chaos {
         self.start(&format!("pipe --from unix:{} --to null {options}", self.at))
     }
 
+    fn victim(&self, which: usize) -> Result<Victim> {
+        let keeps = which % 2 == 1;
+        let options = if keeps { "--keep-views 1 --view-policy wait" } else { "" };
+        Ok(Victim { process: self.consume(options)?, keeps, again: None, whole: false })
+    }
+
+    /// Does something at its server from a thread of its own: who watches is not to be late for that.
+    fn intrude(&self, seed: u64, how: impl FnOnce(&str, &mut Random) -> Result<()> + Send + 'static) -> Intruder {
+        let at = self.at.clone();
+        thread::spawn(move || how(&at, &mut Random(seed)))
+    }
+
+    fn seed(&self) -> Result<u64> {
+        match env::var("DMAFLOW_SEED") {
+            // With 0 all of its numbers were 0.
+            Ok(seed) => Ok(seed.parse::<NonZeroU64>().context("DMAFLOW_SEED")?.get()),
+            Err(_) => Ok(self.seed | 1),
+        }
+    }
+
     fn connect(&self) -> Result<Receiver> {
-        let end = Instant::now() + Duration::from_secs(60);
+        let end = Instant::now() + PATIENCE;
         loop {
             match Receiver::connect(&self.at, "watcher") {
                 Err(error) if error.kind() == Kind::NotFound && Instant::now() < end => {
-                    std::thread::sleep(Duration::from_millis(20));
+                    thread::sleep(Duration::from_millis(20));
                 }
                 other => return Ok(other?),
             }
@@ -130,44 +198,68 @@ impl Chaos {
     /// What did not hold: the camera dropped none, or as few as it may; who watches missed no more in a row than a lease; the server has
     /// as many descriptors, rings and buffers mapped as with the watcher alone, and as much memory as after a quarter of the rounds.
     pub fn of_consumers(&self) -> Result<String> {
-        let random = &mut Random(self.seed);
+        let seed = self.seed()?;
+        self.consumers(seed).with_context(|| format!("DMAFLOW_SEED={seed}"))
+    }
+
+    fn consumers(&self, seed: u64) -> Result<String> {
+        let random = &mut Random(seed);
         let server = self.serve()?;
         let pid = server.pid();
         let mut watcher = Watcher::new(self.connect()?);
         // What a server takes once, it has when frames have come: what it has with one consumer is what it is to have in the end.
         watcher.watch_until("frames", |watcher| Ok(watcher.frames >= 5))?;
         let alone = Held::of(pid)?;
-        let mut victims: Vec<Option<(Process, Option<Instant>)>> = Vec::new();
-        for _ in 0..VICTIMS {
-            victims.push(Some((self.consume("")?, None)));
-        }
-        nonsense(&self.at, random)?;
-        watcher.watch(Duration::from_secs(1))?;
-        let mut before = None;
+        let mut victims = (0..VICTIMS as usize)
+            .map(|which| self.victim(which))
+            .collect::<Result<Vec<_>>>()?;
+        let mut intruders = vec![self.intrude(random.next(), nonsense)];
+        let all_have_joined = |victims: &[Victim]| -> Result<bool> {
+            let rings = rings(pid)?;
+            let mut joined = victims.iter().map(|victim| is_one_of(victim.process.pid(), &rings));
+            joined.try_fold(true, |all, one| Ok(all && one?))
+        };
+        watcher.watch_until("the victims", |_| all_have_joined(&victims))?;
+        let (mut before, mut whole_stops) = (None, 0);
         for round in 0..self.rounds {
             if round == self.rounds / 4 {
                 before = Some(memory(pid)?);
             }
             watcher.watch(random.millis(10, 150))?;
-            for (victim, again) in victims.iter().flatten() {
-                if again.is_some_and(|again| again <= Instant::now()) {
-                    victim.signal(Signal::SIGCONT)?;
-                }
+            whole_stops += wake(&mut victims)?;
+            if round == self.rounds / 3 {
+                let keeper = victims.iter_mut().find(|victim| victim.keeps).context("nobody keeps frames")?;
+                keeper.go_on()?;
+                watcher.watch_until("a view", |_| keeper.has_views())?;
+                keeper.stop(WHOLE_STOP)?;
+                keeper.whole = true;
             }
             let which = random.below(VICTIMS) as usize;
             match random.below(4) {
-                0 => victims[which] = Some((self.consume("")?, None)),
-                1 => {
-                    if let Some((victim, again)) = &mut victims[which] {
-                        victim.signal(Signal::SIGSTOP)?;
-                        *again = Some(Instant::now() + random.millis(50, 2000));
-                    }
-                }
-                2 => nonsense(&self.at, random)?,
-                _ => drop(raw(&self.at)?),
+                0 | 1 if victims[which].whole => {}
+                0 => victims[which] = self.victim(which)?,
+                1 => victims[which].stop(random.millis(50, 2000))?,
+                2 => intruders.push(self.intrude(random.next(), nonsense)),
+                _ => intruders.push(self.intrude(random.next(), |at, _| raw(at).map(drop))),
             }
         }
+        watcher.watch_until("those who are stopped", |_| {
+            whole_stops += wake(&mut victims)?;
+            Ok(victims.iter().all(|victim| victim.again.is_none()))
+        })?;
+        ensure!(whole_stops == 1, "{whole_stops} were stopped for {WHOLE_STOP:?}");
+        // Those who keep frames have some when they are killed.
+        watcher.watch_until("views", |_| {
+            let mut keepers = victims.iter().filter(|victim| victim.keeps);
+            keepers.try_fold(true, |all, keeper| Ok(all && keeper.has_views()?))
+        })?;
+        let keepers = victims.iter().filter(|victim| victim.keeps);
+        let keepers: Vec<_> = keepers.map(|victim| victim.process.0.id()).collect();
         victims.clear();
+        watcher.watch_until("the intruders", |_| Ok(intruders.iter().all(Intruder::is_finished)))?;
+        for intruder in intruders {
+            intruder.join().map_err(|_| anyhow!("an intruder panicked"))??;
+        }
         let mut held = Held::of(pid)?;
         watcher
             .watch_until("the victims' things to be given back", |_| {
@@ -181,13 +273,19 @@ impl Chaos {
         let count = |what: &str| report["frames"][what].as_u64().context("frames");
         let (captured, lost, starved) = (count("captured")?, count("dropped_by_camera")?, count("starved")?);
         let text = format!(
-            "{} rounds (seed {}): {captured} frames, {lost} lost by the source, {starved} of them for want of a buffer, the watcher skipped {skipped}, {longest} in a row at most; \
+            "{} rounds (seed {seed}): {captured} frames, {lost} lost by the source, {starved} of them for want of a buffer, the watcher skipped {skipped}, {longest} in a row at most; \
              memory {memory_before} KiB, then {memory_after}; {held:?}",
-            self.rounds, self.seed
+            self.rounds
         );
         let gone = report["gone"].as_array().context("who has gone")?;
         ensure!(starved == 0 && lost * 100 <= captured * self.late && report["bytes_copied"] == 0, "{text}: {report}");
         ensure!(gone.iter().any(|gone| gone["disconnected"] == true), "{text}: nobody was disconnected: {report}");
+        let kept = gone.iter().filter(|gone| keepers.iter().any(|&pid| gone["pid"] == pid));
+        let kept: Vec<_> = kept.map(|gone| gone["leases"].as_u64()).collect();
+        ensure!(
+            kept.len() == keepers.len() && kept.iter().all(|kept| *kept > Some(0)),
+            "{text}: {kept:?} were kept: {report}"
+        );
         // The lease is three frame times.
         ensure!(longest <= 3, "{text}: {report}");
         ensure!(memory_after <= memory_before + MORE_KIB, "{text}");
@@ -200,16 +298,24 @@ impl Chaos {
     /// What did not hold: each consumer comes back each time, and has as many descriptors, rings and buffers mapped as before, and as much
     /// memory as after a quarter of the rounds.
     pub fn of_servers(&self) -> Result<String> {
-        let random = &mut Random(self.seed);
+        let seed = self.seed()?;
+        self.servers(seed).with_context(|| format!("DMAFLOW_SEED={seed}"))
+    }
+
+    fn servers(&self, seed: u64) -> Result<String> {
+        let random = &mut Random(seed);
         let mut server = self.serve()?;
         let mut watcher = Watcher::new(self.connect()?);
         watcher.receiver.come_back_to_it()?;
         let consumer = self.consume("--reconnect")?;
         let pid = consumer.pid();
         let buffers = watcher.receiver.buffers().len();
-        watcher.watch_until("the other consumer", |_| Ok(shared_memory(pid)? > buffers))?;
+        watcher.watch_until("the other consumer", |_| {
+            // The buffers come last.
+            Ok(is_one_of(pid, &rings(server.pid())?)? && shared_fds(pid)? >= buffers)
+        })?;
         let joined = Held::of(pid)?;
-        let (mut before, mut came) = (None, 0);
+        let (mut before, mut came, mut seen) = (None, 0, 0);
         for round in 0..self.rounds {
             if round == self.rounds / 4 {
                 before = Some(memory(pid)?);
@@ -219,20 +325,20 @@ impl Chaos {
             drop(server);
             watcher.watch(random.millis(0, 120))?;
             server = self.serve()?;
-            let end = Instant::now() + Duration::from_secs(60);
-            let seen = watcher.frames;
-            while round % 4 != 1 && watcher.frames < seen + 3 {
-                watcher.watch(Duration::from_millis(20))?;
-                ensure!(Instant::now() < end, "round {round} (seed {}): the watcher did not come back", self.seed);
+            seen = watcher.frames;
+            if round % 4 != 1 {
+                let back = watcher.watch_until("the next server", |watcher| Ok(watcher.frames >= seen + 3));
+                back.with_context(|| format!("round {round}"))?;
             }
             came += u32::from(watcher.frames > seen);
         }
-        // The other one as well.
+        // Both are there again.
+        watcher.watch_until("the last server", |watcher| Ok(watcher.frames > seen))?;
         let mut held = Held::of(pid)?;
         watcher
             .watch_until("the other consumer", |_| {
                 held = Held::of(pid)?;
-                Ok(held == joined)
+                Ok(is_one_of(pid, &rings(server.pid())?)? && held == joined)
             })
             .with_context(|| format!("the consumer has {held:?}, and had {joined:?} at first"))?;
         let (memory_before, memory_after) = (before.context("no round")?, memory(pid)?);
@@ -245,8 +351,8 @@ impl Chaos {
             .collect();
         ensure!(names.contains(&&"dmaflow".into()) && names.contains(&&"watcher".into()), "{report}");
         let text = format!(
-            "{} rounds (seed {}): {came} times there again at once; of a consumer memory {memory_before} KiB, then {memory_after}; {held:?}",
-            self.rounds, self.seed
+            "{} rounds (seed {seed}): {came} times there again at once; of a consumer memory {memory_before} KiB, then {memory_after}; {held:?}",
+            self.rounds
         );
         ensure!(memory_after <= memory_before + MORE_KIB, "{text}");
         Ok(text)
@@ -254,6 +360,12 @@ impl Chaos {
 
     fn end(&self, mut server: Process) -> Result<Value> {
         server.signal(Signal::SIGINT)?;
+        let end = Instant::now() + PATIENCE;
+        // It says less than a pipe holds.
+        while server.0.try_wait()?.is_none() {
+            ensure!(Instant::now() < end, "the server does not end");
+            thread::sleep(Duration::from_millis(10));
+        }
         let mut stdout = String::new();
         let out = server.0.stdout.as_mut().context("its output is not caught")?;
         std::io::Read::read_to_string(out, &mut stdout)?;
@@ -317,56 +429,23 @@ impl Watcher {
     }
 }
 
-/// Resident memory that is the process's own, in KiB.
-pub fn memory(pid: Pid) -> Result<u64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("RssAnon:"))
-        .context("no RssAnon")?;
-    Ok(line.trim().trim_end_matches(" kB").parse()?)
-}
-
-/// What a process has of the kernel's, besides memory of its own.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Held {
-    /// Open descriptors.
-    pub fds: usize,
-    /// Rings and buffers that are mapped: memory that is not the process's own, so [`memory`] does not tell of it.
-    pub mappings: usize,
-}
-
-impl Held {
-    pub fn of(pid: Pid) -> Result<Held> {
-        let fds = fs::read_dir(format!("/proc/{pid}/fd"))?.count();
-        let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
-        Ok(Held { fds, mappings: maps.lines().filter(|line| is_shared(line)).count() })
+/// Has those go on whose time has come, and tells how many of them were stopped for [`WHOLE_STOP`].
+fn wake(victims: &mut [Victim]) -> Result<u32> {
+    let mut whole = 0;
+    for victim in victims.iter_mut() {
+        if victim.again.is_some_and(|again| again <= Instant::now()) {
+            whole += u32::from(victim.whole);
+            victim.go_on()?;
+        }
     }
-}
-
-/// Whether a name in /proc is that of memory which processes share: of a ring, or of a buffer.
-fn is_shared(name: &str) -> bool {
-    name.contains("/memfd:") || name.contains("/dmabuf:")
-}
-
-/// So many buffers has a process open, and rings mapped.
-fn shared_memory(pid: Pid) -> Result<usize> {
-    let mut count = fs::read_to_string(format!("/proc/{pid}/maps"))?
-        .lines()
-        .filter(|line| line.contains("/memfd:dmaflow-ring"))
-        .count();
-    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
-        // One that is closed meanwhile is none.
-        let name = fs::read_link(entry?.path()).unwrap_or_default();
-        count += usize::from(is_shared(&name.to_string_lossy()));
-    }
-    Ok(count)
+    Ok(whole)
 }
 
 /// A connection that has said hello, by the protocol's documentation, and what came with the welcome.
 fn raw(at: &str) -> Result<(OwnedFd, Vec<OwnedFd>)> {
     let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
     connect(fd.as_raw_fd(), &UnixAddr::new(at)?)?;
+    setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::new(PATIENCE.as_secs() as i64, 0))?;
     send(fd.as_raw_fd(), b"dmaf\x01\0\x01\0\0\0\0\0\x05\0chaos", MsgFlags::MSG_NOSIGNAL)?;
     let mut bytes = [0; 512];
     let mut parts = [std::io::IoSliceMut::new(&mut bytes)];
@@ -391,7 +470,7 @@ fn nonsense(at: &str, random: &mut Random) -> Result<()> {
         let at = random.below(AREA);
         let len = 1 + random.below((AREA - at).min(64)) as usize;
         ring.write(at as usize, &random.bytes(len));
-        std::thread::sleep(random.millis(0, 8));
+        thread::sleep(random.millis(0, 8));
     }
     if random.below(2) == 0 {
         let len = 1 + random.below(600) as usize;

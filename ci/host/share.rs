@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use dmaflow::endpoint::{Ready, Source};
@@ -13,57 +13,15 @@ use dmaflow::frame::Frame;
 use dmaflow::pattern::{Pattern, PatternRequest};
 use dmaflow::share::Receiver;
 use nix::poll::{PollFd, PollFlags, poll};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 mod c_program;
 mod chaos;
+mod process;
 mod service;
 
-/// A server, ended with its test.
-struct Process(Option<Child>);
-
-impl Process {
-    fn start(line: &str) -> Process {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_dmaflow"));
-        command
-            .args(line.split_whitespace())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        Process(Some(command.spawn().unwrap()))
-    }
-
-    fn signal(&self, signal: Signal) {
-        let child = self.0.as_ref().unwrap();
-        kill(Pid::from_raw(child.id() as i32), signal).unwrap();
-    }
-
-    fn finish(mut self) -> Output {
-        self.0.take().unwrap().wait_with_output().unwrap()
-    }
-
-    /// Its result, if it did what it was told.
-    fn json(self) -> serde_json::Value {
-        let output = self.finish();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        serde_json::from_slice(&output.stdout).unwrap()
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        if let Some(mut child) = self.0.take() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
-fn socket_at(test: &str) -> String {
-    let path = std::env::temp_dir().join(format!("dmaflow-host-{test}-{}.sock", std::process::id()));
-    let _ = std::fs::remove_file(&path);
-    path.to_str().unwrap().to_owned()
-}
+use process::{At, Folder, PATIENCE, Process, output_of, socket_at};
 
 /// Connects as soon as the server listens.
 fn connect(at: &str) -> Receiver {
@@ -166,7 +124,7 @@ fn consumers_see_each_frame_as_it_was_drawn() {
     for consumer in [&report["consumers"][0], &report["gone"][0]] {
         assert_told_latency(consumer, 20);
     }
-    assert!(!PathBuf::from(at).exists());
+    assert!(!PathBuf::from(&*at).exists());
 }
 
 #[test]
@@ -217,7 +175,7 @@ fn a_server_that_is_killed_ends_the_stream_and_what_is_held_stays() {
     assert!(error.kind() == Kind::Disconnected && error.line().contains("its server is gone"), "{error:?}");
     assert!(pixels(&frame) == shown && receiver.holds(&frame));
     // Its file stayed, and is replaced.
-    assert!(PathBuf::from(&at).exists());
+    assert!(PathBuf::from(&*at).exists());
     let server = Process::start(&format!("share --from pattern --fps 50 --at {at} --json"));
     drop(next(&mut connect(&at)).unwrap());
     // A live one is not.
@@ -258,6 +216,47 @@ fn who_is_late_is_told_what_it_skipped() {
     let [skipped, dropped] = ["skipped", "dropped_by_camera"].map(|name| told["frames"][name].as_u64().unwrap());
     assert!(skipped > 10 && dropped <= lost && told["frames"]["captured"] == 60, "{told}, {report}");
     assert!(table.contains(" skipped for being late, 0 by the display"), "{table}");
+}
+
+/// Frames that are on their way when the server is killed are in the ring: they come first, in order, and whole; then an error says that it is
+/// gone, and goes on to say so.
+#[test]
+fn what_a_killed_server_has_given_comes_before_the_error() {
+    let at = socket_at("given");
+    let options = "--from pattern --size 64x48 --fps 25 --budget 4";
+    let server = Process::start(&format!("share {options} --at {at}"));
+    let (mut late, mut clock) = (connect(&at), connect(&at));
+    let expected = expected(400);
+    let first = next(&mut late).unwrap().meta().sequence;
+    late.recycle().unwrap();
+    // The last of these may not be in the other's ring yet: that is served by itself.
+    let mut given = Vec::new();
+    while given.len() < 5 {
+        let sequence = next(&mut clock).unwrap().meta().sequence;
+        given.extend(Some(sequence).filter(|&sequence| sequence > first));
+    }
+    server.signal(Signal::SIGKILL);
+    server.finish();
+    let (mut came, mut compared) = (Vec::new(), 0);
+    let error = loop {
+        match next(&mut late) {
+            Ok(frame) => {
+                let sequence = frame.meta().sequence;
+                assert!(late.holds(&frame), "{sequence}");
+                if let Some(bytes) = expected.get(&sequence) {
+                    assert!(*bytes == pixels(&frame), "{sequence}");
+                    compared += 1;
+                }
+                came.push(sequence);
+            }
+            Err(error) => break error,
+        }
+    };
+    // Its budget of the newest, all of those or but for the last; and what came between the other's last look and the end.
+    assert!(came.len() == 4 && came.is_sorted() && compared > 0, "{came:?} came of {given:?}");
+    assert!(came.last() >= given.iter().rev().nth(1), "{came:?} came of {given:?}");
+    assert!(error.kind() == Kind::Disconnected && error.line().contains("its server is gone"), "{error:?}");
+    assert_eq!(late.try_next(Ready::FRAME).unwrap_err().kind(), Kind::Disconnected);
 }
 
 /// A consumer that is to come back does so, whether its server was killed or ended in order, and whatever the next one shares.
@@ -321,7 +320,7 @@ fn frames_are_pushed_and_copied_on_and_not_shared_on() {
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(2), "{said}");
     assert!(said.contains("cannot be shared on") && said.contains(&format!("connect to unix:{at} itself")), "{said}");
-    assert!(!PathBuf::from(&on).exists());
+    assert!(!PathBuf::from(&*on).exists());
     let line = format!("pipe --from unix:{at} --to unix:{on} --json");
     let refused = Process::start(&format!("{line} --path zero-copy")).finish();
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
@@ -370,7 +369,7 @@ fn connections_that_are_dropped_leave_nothing() {
     let held = || chaos::Held::of(pid).unwrap();
     let memory = || chaos::memory(pid).unwrap();
     let (before, mut memory_before) = (held(), 0);
-    let address = UnixAddr::new(at.as_str()).unwrap();
+    let address = UnixAddr::new(&*at).unwrap();
     let mut refused = 0;
     for number in 0..10_000 {
         if number == 1000 {
@@ -419,7 +418,7 @@ fn a_lease_that_may_starve_the_source_is_told() {
     }
 }
 
-fn chaos(test: &str, rounds: u32) -> chaos::Chaos {
+fn chaos(at: &At, rounds: u32) -> chaos::Chaos {
     let seed = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .unwrap()
@@ -428,7 +427,7 @@ fn chaos(test: &str, rounds: u32) -> chaos::Chaos {
     chaos::Chaos {
         program: env!("CARGO_BIN_EXE_dmaflow").into(),
         source: "--from pattern --size 64x48 --fps 20".into(),
-        at: socket_at(test),
+        at: at.to_string(),
         rounds,
         late: 0,
         seed,
@@ -437,13 +436,15 @@ fn chaos(test: &str, rounds: u32) -> chaos::Chaos {
 
 #[test]
 fn consumers_in_chaos_hurt_nobody_else() {
-    let told = chaos("chaos", 60).of_consumers();
+    let at = socket_at("chaos");
+    let told = chaos(&at, 60).of_consumers();
     println!("{}", told.unwrap_or_else(|error| panic!("{error:?}")));
 }
 
 #[test]
 fn consumers_come_back_through_chaos() {
-    let told = chaos("servers", 12).of_servers();
+    let at = socket_at("servers");
+    let told = chaos(&at, 12).of_servers();
     println!("{}", told.unwrap_or_else(|error| panic!("{error:?}")));
 }
 
@@ -461,7 +462,10 @@ fn what_is_shared_has_one_shape() {
         ("--reconnect", 0),
     ] {
         let run = Process::start(&format!("pipe --from unix:{at} --to null --frames 2 {options}")).finish();
-        assert_eq!(run.status.code(), Some(status), "{options}: {}", String::from_utf8_lossy(&run.stderr));
+        let said = String::from_utf8_lossy(&run.stderr);
+        assert_eq!(run.status.code(), Some(status), "{options}: {said}");
+        // Who wants another shape is told which one is shared.
+        assert!(status != 1 || (said.contains("64x48") && said.contains("XR24")), "{options}: {said}");
     }
     for line in [
         "pipe --from pattern --to null --reconnect",
