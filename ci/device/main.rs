@@ -58,6 +58,7 @@ mod share_many;
 mod share_memory;
 mod shared;
 mod signals;
+mod share_users;
 mod sinks;
 mod snap;
 mod streams;
@@ -89,6 +90,7 @@ fn main() -> std::process::ExitCode {
         commands::TESTS,
         sinks::TESTS,
         share::TESTS,
+        share_users::TESTS,
         share_fences::TESTS,
         share_many::TESTS,
         share_memory::TESTS,
