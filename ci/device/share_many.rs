@@ -12,12 +12,13 @@ use dmaflow::error::Kind;
 use dmaflow::share::{Receiver, ServerRequest};
 use dmaflow::sink::frame_to_rgb;
 use dmaflow::v4l2::{CameraRequest, RateRequest};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::camera::request;
-use crate::gpu::tested;
+use crate::gpu::{LAVAPIPE, tested};
 use crate::harness::{Outcome, PASSED, Test, long, note};
-use crate::process::{Run, Running, dmaflow, number, start};
+use crate::process::{Run, Running, dmaflow, finish, number, start};
 use crate::shared::{Flow, Shared, is_in_time, sum};
 use crate::sinks::read_png;
 
@@ -30,6 +31,12 @@ pub const TESTS: &[Test] = &[
         needs: &["vivid", "udmabuf", "vulkaninfo"],
         seconds: 180,
         run: taken_back_from_a_gpu,
+    },
+    Test {
+        name: "share::a_gpu_that_writes",
+        needs: &["vivid", "udmabuf", "vulkaninfo"],
+        seconds: 120,
+        run: a_gpu_that_writes,
     },
 ];
 
@@ -204,11 +211,38 @@ fn taken_back_from_a_gpu() -> Result<Outcome> {
         }
     }
     let result = gpu.end()?.json(0)?;
-    server.signal(nix::sys::signal::Signal::SIGINT)?;
+    server.signal(Signal::SIGINT)?;
     server.end()?.json(0)?;
     let (checked, dropped) = (number(&result, "verify/checked")?, number(&result, "frames/dropped_by_display")?);
     ensure!(number(&result, "verify/wrong")? == 0 && dropped > 0, "{result}");
     ensure!(checked + dropped == number(&result, "frames/captured")?, "{result}");
     note(&format!("{checked} frames were read in time, and {dropped} taken back"));
+    PASSED
+}
+
+/// A driver that maps what it imports for writing refuses what is shared for reading alone, and what it is told to do about that helps.
+fn a_gpu_that_writes() -> Result<Outcome> {
+    let at = "/tmp/dmaflow-share-reading-gpu.sock";
+    let repair = "share --writable";
+    for writable in ["", " --writable"] {
+        let server = start(&mut dmaflow(&format!(
+            "share --from vivid --format XR24 --size 320x180 --fps 30 --at {at} --json{writable}"
+        )))?;
+        drop(crate::share::connect(at)?);
+        let line = format!("pipe --from unix:{at} --to vulkan:{LAVAPIPE} --path zero-copy --verify --frames 5 --json");
+        let run = finish(&mut dmaflow(&line))?;
+        if writable.is_empty() {
+            // Zero copy was asked for, and is refused.
+            run.has_status(3)?;
+            ensure!(run.stderr.contains("read-only") && run.stderr.contains(repair), "{}", run.stderr);
+            note(run.stderr.trim());
+        } else {
+            let result = run.json(0)?;
+            ensure!(result["path"] == "exported" && number(&result, "bytes_copied")? == 0, "{result}");
+            ensure!(number(&result, "verify/checked")? == 5 && number(&result, "verify/wrong")? == 0, "{result}");
+        }
+        server.signal(Signal::SIGINT)?;
+        server.end()?.json(0)?;
+    }
     PASSED
 }
