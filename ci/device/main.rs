@@ -54,11 +54,12 @@ mod process;
 mod screen;
 mod share;
 mod share_fences;
+mod share_killed;
 mod share_many;
 mod share_memory;
+mod share_users;
 mod shared;
 mod signals;
-mod share_users;
 mod sinks;
 mod snap;
 mod streams;
@@ -91,6 +92,7 @@ fn main() -> std::process::ExitCode {
         sinks::TESTS,
         share::TESTS,
         share_users::TESTS,
+        share_killed::TESTS,
         share_fences::TESTS,
         share_many::TESTS,
         share_memory::TESTS,
