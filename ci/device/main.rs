@@ -54,6 +54,7 @@ mod process;
 mod screen;
 mod share;
 mod share_fences;
+mod share_follow;
 mod share_killed;
 mod share_many;
 mod share_memory;
@@ -93,6 +94,7 @@ fn main() -> std::process::ExitCode {
         share::TESTS,
         share_users::TESTS,
         share_killed::TESTS,
+        share_follow::TESTS,
         share_fences::TESTS,
         share_many::TESTS,
         share_memory::TESTS,
