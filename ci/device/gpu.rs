@@ -239,7 +239,8 @@ fn read_only_exports() -> anyhow::Result<Outcome> {
     let mut importer = GpuImporter::new(gpu.clone(), vk::ImageUsageFlags::SAMPLED);
     for buffer in source.buffers() {
         let refusal = refused(&mut importer, buffer, "vkAllocateMemory", "read-only")?;
-        ensure!(refusal.repair.contains("export read-write"), "{refusal}");
+        let repair = &refusal.repair;
+        ensure!(repair.contains("export read-write") && repair.contains("share --writable"), "{refusal}");
     }
     ensure!(fs::read_dir("/proc/self/fd")?.count() == fds, "a refused import keeps a descriptor");
     // The ladder goes on: buffers of a common allocator, still without a copy.

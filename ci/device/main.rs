@@ -54,8 +54,11 @@ mod process;
 mod screen;
 mod share;
 mod share_fences;
+mod share_follow;
+mod share_killed;
 mod share_many;
 mod share_memory;
+mod share_users;
 mod shared;
 mod signals;
 mod sinks;
@@ -89,6 +92,9 @@ fn main() -> std::process::ExitCode {
         commands::TESTS,
         sinks::TESTS,
         share::TESTS,
+        share_users::TESTS,
+        share_killed::TESTS,
+        share_follow::TESTS,
         share_fences::TESTS,
         share_many::TESTS,
         share_memory::TESTS,

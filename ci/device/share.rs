@@ -18,9 +18,8 @@ use std::os::fd::{AsFd, AsRawFd};
 use crate::camera::request;
 use crate::chaos::Chaos;
 use crate::harness::{Outcome, PASSED, Test, long, note};
-use crate::modules::as_nobody;
 use crate::process::{dma_bufs, dmaflow, finish, number, start};
-use crate::shared::Shared;
+use crate::shared::{LATE, Shared, is_in_time};
 use crate::sinks::{has_bars, read_png};
 
 pub const TESTS: &[Test] = &[
@@ -29,7 +28,6 @@ pub const TESTS: &[Test] = &[
     Test { name: "share::hoarder", needs: &["vivid"], seconds: 180, run: hoarder },
     Test { name: "share::chaos", needs: &["vivid"], seconds: 300, run: chaos_of_consumers },
     Test { name: "share::servers_in_chaos", needs: &["vivid"], seconds: 300, run: chaos_of_servers },
-    Test { name: "share::other_users", needs: &["vivid"], seconds: 120, run: other_users },
 ];
 
 pub fn connect(at: &str) -> Result<Receiver> {
@@ -45,7 +43,10 @@ pub fn connect(at: &str) -> Result<Receiver> {
 /// A display, a file, a counter and this process, of one camera, which has its buffers only once.
 fn vivid_to_many() -> Result<Outcome> {
     let (at, file) = ("/tmp/dmaflow-share-test.sock", "/tmp/dmaflow-share-test.png");
-    let server = start(&mut dmaflow(&format!("share --from vivid --format XR24 --at {at} --budget 4 --json")))?;
+    // So slow that one emulated processor has time for what the display's driver does with each frame: at the camera's own 60 a second it
+    // leaves vivid half of them, for which there are buffers.
+    let options = "--from vivid --format XR24 --fps 10 --budget 4";
+    let server = start(&mut dmaflow(&format!("share {options} --at {at} --json")))?;
     let mut receiver = connect(at)?;
     ensure!(receiver.source().starts_with("/dev/video"), "{}", receiver.source());
     let inodes: Vec<_> = receiver
@@ -93,7 +94,10 @@ fn vivid_to_many() -> Result<Outcome> {
     server.signal(Signal::SIGINT)?;
     let result = server.end()?.json(0)?;
     ensure!(result["path"] == "exported" && number(&result, "bytes_copied")? == 0, "{result}");
-    ensure!(number(&result, "frames/captured")? >= 60, "{result}");
+    let count = |what: &str| number(&result, &format!("frames/{what}"));
+    let (captured, dropped, starved) = (count("captured")?, count("dropped_by_camera")?, count("starved")?);
+    note(&format!("{captured} frames, {dropped} lost by the camera, {starved} of them for want of a buffer"));
+    ensure!(captured >= 60 && starved == 0 && is_in_time(dropped, captured), "{result}");
     PASSED
 }
 
@@ -149,7 +153,7 @@ fn row(frame: &Frame) -> Result<Vec<u8>> {
     Ok(row)
 }
 
-fn next(receiver: &mut Receiver) -> Result<Frame> {
+pub fn next(receiver: &mut Receiver) -> Result<Frame> {
     let end = Instant::now() + Duration::from_secs(60);
     while Instant::now() < end {
         if let Some(frame) = receiver.try_next(Ready::FRAME)? {
@@ -171,22 +175,22 @@ fn hoarder() -> Result<Outcome> {
     let mut shared = Shared::new(at, server, &camera)?;
     let consumers = std::thread::spawn(move || hoard(at));
     shared.wait_for(3)?;
+    // What the driver says: the one that is asked for is the pace that the others must be given.
     let rate = shared.rate().context("a rate")?;
+    ensure!(rate == 60.0, "the camera gives {rate} frames a second");
     let frames = if long() { 3600 } else { 300 };
     let flow = shared.flow(frames, |_| Ok(true))?;
     let stolen: Vec<_> = shared.end()?.iter().map(|consumer| consumer.stolen).collect();
     let seen = consumers.join().map_err(|_| anyhow!("a consumer panicked"))??;
-    note(&format!(
-        "of {frames} frames at {rate} fps, {} lost by vivid, {} came to the other; stolen {stolen:?}; {} pauses; without a buffer {:?}",
-        flow.lost, seen.came, seen.pauses, flow.starved
-    ));
-    // While the lease lasts the camera may have to wait for who keeps to it, and never from then on.
+    note(&format!("at {rate} fps {flow}; {} came to the other; stolen {stolen:?}; {} pauses", seen.came, seen.pauses));
+    // While the first lease lasts nothing may be taken from the one that keeps two. The newest and one that another looks at are the other
+    // two buffers: the camera may have to wait then, and lose what is due meanwhile. From then on never.
     let lease = (LEASE.as_secs_f64() * rate).ceil() as u64;
-    ensure!(flow.starved.iter().all(|&frame| frame <= lease + 4), "the camera had no buffer at {:?}", flow.starved);
-    // A host that stalls now and then has vivid, which keeps time by the clock, come too late for some itself.
-    ensure!(flow.lost <= frames / 20 && seen.came >= frames - frames / 10, "{} lost, {} came", flow.lost, seen.came);
+    ensure!(flow.short_after(lease + 4) == 0, "the camera had no buffer after the first lease: {flow}");
+    ensure!(is_in_time(flow.late, frames) && seen.came >= frames - frames / 10, "{flow}; {} came", seen.came);
     ensure!(stolen[0] == seen.revoked && seen.revoked > 0, "{} are gone, {stolen:?} were taken", seen.revoked);
-    ensure!(seen.pauses > 0 || stolen[1..] == [0, 0], "{stolen:?} were taken from who keeps to its leases");
+    // Each of the other two has one at a time, and keeps to its lease unless this process was not run for so long.
+    ensure!(stolen[1] + stolen[2] <= 2 * seen.pauses, "{stolen:?} were taken in {} pauses", seen.pauses);
     PASSED
 }
 
@@ -265,7 +269,7 @@ fn chaos(at: &str, rounds: u32) -> Result<Chaos> {
     // So slow that an emulated processor has time for six processes.
     let source = "--from vivid --format XR24 --size 320x180 --fps 15".to_owned();
     let rounds = if long() { 200 } else { rounds };
-    Ok(Chaos { program, source, at: format!("/tmp/{at}.sock"), rounds, late: 1, seed: now.as_nanos() as u64 | 1 })
+    Ok(Chaos { program, source, at: format!("/tmp/{at}.sock"), rounds, late: LATE, seed: now.as_nanos() as u64 | 1 })
 }
 
 /// Consumers that are killed, stopped, or write nonsense hurt nobody else.
@@ -277,37 +281,5 @@ fn chaos_of_consumers() -> Result<Outcome> {
 /// Servers that are killed and started again have their consumers back.
 fn chaos_of_servers() -> Result<Outcome> {
     note(&chaos("dmaflow-share-servers", 8)?.of_servers()?);
-    PASSED
-}
-
-/// Nobody else may use the camera, unless the server says so.
-fn other_users() -> Result<Outcome> {
-    let at = "/tmp/dmaflow-share-users.sock";
-    let program = dmaflow("").get_program().to_string_lossy().into_owned();
-    let other = || as_nobody(&format!("exec {program} pipe --from unix:{at} --to null --frames 3 --json")).output();
-    for (options, allowed) in [
-        ("", false),
-        (" --mode 660", false),
-        (" --mode 666", true),
-        // Those who are named are meant.
-        (" --mode 666 --allow-uid 1000", false),
-        (" --group 65534", true),
-        (" --group 65534 --mode 600", false),
-        (" --allow-uid 65534", true),
-        (" --allow-gid 65534", true),
-    ] {
-        let server = start(&mut dmaflow(&format!("share --from vivid --at {at} --json{options}")))?;
-        drop(connect(at)?);
-        let run = other()?;
-        let (stdout, stderr) = (String::from_utf8_lossy(&run.stdout), String::from_utf8_lossy(&run.stderr));
-        let status = if allowed { 0 } else { 1 };
-        ensure!(run.status.code() == Some(status), "{options}: {:?}: {stderr}", run.status);
-        ensure!(allowed || stderr.contains("allow-uid"), "{options}: {stderr}");
-        ensure!(!allowed || stdout.contains("\"captured\":3"), "{options}: {stdout}");
-        server.signal(Signal::SIGINT)?;
-        let result = server.end()?.json(0)?;
-        let gone = result["gone"].as_array().context("who has gone")?;
-        ensure!(gone.iter().any(|gone| gone["uid"] == 65534) == allowed, "{options}: {result}");
-    }
     PASSED
 }

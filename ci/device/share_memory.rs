@@ -45,7 +45,10 @@ fn memory_of_views() -> Result<Outcome> {
     // What is mapped of the camera's buffers is in the set sizes as well; whether it is depends on the driver, so they are added whole.
     // Of those that copy, their copies alone are counted, and neither server nor camera.
     let (views, copies) = (with_views.pss + with_views.server + with_views.buffers, with_copies.anonymous);
-    note(&format!("KiB with views: {with_views:?}; with copies: {with_copies:?}; {views} against {copies}"));
+    note(&format!(
+        "in KiB, {CONSUMERS} consumers with views of {BUDGET} frames each, all that they may have: {with_views:?}; {CONSUMERS} with copies of \
+         {BUFFERS} frames each, as many as the camera's queue has: {with_copies:?}; {views} against {copies}"
+    ));
     ensure!(copies >= (CONSUMERS * BUFFERS * ROW * 1080 / 1024) as u64, "the copies are not there: {copies} KiB");
     ensure!(views * 100 <= copies * (100 - LESS), "{views} KiB are not {LESS} % less than {copies} KiB");
     PASSED
@@ -102,7 +105,7 @@ fn measure(copies: bool) -> Result<Memory> {
     Ok(memory)
 }
 
-fn is_stopped(pid: Pid) -> bool {
+pub fn is_stopped(pid: Pid) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
 }
