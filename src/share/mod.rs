@@ -46,6 +46,7 @@ mod incoming;
 mod join;
 #[cfg(not(loom))]
 mod latency;
+#[cfg(not(loom))]
 mod listener;
 #[cfg(not(loom))]
 mod lock;
