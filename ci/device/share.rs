@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use dmaflow::endpoint::{Ready, Source};
 use dmaflow::error::Kind;
+use dmaflow::format::Modifier;
 use dmaflow::frame::{Frame, Revoked, ViewPages, ViewPolicy};
 use dmaflow::memory::{Access, Mapping};
 use dmaflow::share::{Receiver, ServerRequest};
@@ -54,6 +55,10 @@ fn vivid_to_many() -> Result<Outcome> {
         .iter()
         .filter_map(|buffer| Some(buffer.dma_buf(0)?.identity().inode()))
         .collect();
+    // They are the server's, whatever they are used as: not to be shared on.
+    let linear = receiver.layout().with_modifier(Some(Modifier::LINEAR));
+    let relaid = receiver.buffers()[0].with_layout(linear)?;
+    ensure!(relaid.is_lent() && !relaid.same_handle(&receiver.buffers()[0]), "{relaid:?}");
     let all = dma_bufs();
     ensure!(inodes.len() == 8 && inodes.iter().all(|inode| all.contains(inode)), "{inodes:?} of {all:?}");
     let consumers = [
