@@ -120,6 +120,10 @@ impl Shared {
             self.present(frame)?;
             flow.frames += 1;
         }
+        // As before each frame: what consumers have released is the driver's when it ends, and it has something to fill until then.
+        if self.starves()? {
+            flow.dry.push(flow.frames);
+        }
         self.camera.stop()?;
         // Those that were seen at the end alone as well.
         let starved = self.look_for_losses(&mut flow, starved);
