@@ -5,6 +5,7 @@ pub(super) mod heap;
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
 use proptest::prelude::*;
@@ -90,7 +91,9 @@ fn tell_tale() -> (OwnedFd, OwnedFd) {
     (reader, writer)
 }
 
+/// At once or in a moment: who looks at the descriptors of this process by /proc, as `dmaflow bufs` does, has each of them for that long.
 fn is_closed(reader: &OwnedFd) -> bool {
+    let _ = poll(&mut [PollFd::new(reader.as_fd(), PollFlags::empty())], 5000u16);
     nix::unistd::read(reader, &mut [0]) == Ok(0)
 }
 

@@ -66,6 +66,7 @@ fn edge(name: u64) -> EpollEvent {
 ///
 /// Frames come in order; a receiver that is late gets the newest, and [counts](Source::counts) the others as skipped. When the source
 /// changes its format, [`FormatChanged`](Kind::FormatChanged) comes and [`follow`](Source::follow) goes on; frames of before stay valid.
+/// That comes with the first frame of the new format, for which there must be room: what is still held of before counts against the budget.
 /// There is one format for all who share the source, so other strides or buffers are refused.
 ///
 /// When the server is gone its frames stay valid, and [`try_next`](Source::try_next) reports the end; or, once it was
