@@ -9,8 +9,8 @@ use std::num::NonZeroU64;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -388,6 +388,8 @@ struct Watcher {
     thread: JoinHandle<Result<Seen>>,
     frames: Arc<AtomicU64>,
     ends: Arc<AtomicBool>,
+    /// Why it has ended before.
+    why: Arc<OnceLock<String>>,
 }
 
 impl Watcher {
@@ -395,14 +397,16 @@ impl Watcher {
         let (frames, ends) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let skipped = receiver.skipped();
         let mut seen = Seen { receiver, frames: Arc::clone(&frames), skipped, longest: 0 };
-        let end = Arc::clone(&ends);
+        let (end, why) = (Arc::clone(&ends), Arc::new(OnceLock::new()));
+        let tell = Arc::clone(&why);
         let thread = thread::spawn(move || {
             while !end.load(Ordering::Relaxed) {
-                seen.watch(Duration::from_millis(100))?;
+                seen.watch(Duration::from_millis(100))
+                    .inspect_err(|error| drop(tell.set(format!("{error:?}"))))?;
             }
             Ok(seen)
         });
-        Watcher { thread, frames, ends }
+        Watcher { thread, frames, ends, why }
     }
 
     fn frames(&self) -> u64 {
@@ -411,7 +415,7 @@ impl Watcher {
 
     /// Waits while it watches.
     fn watch(&self, time: Duration) -> Result<()> {
-        ensure!(!self.thread.is_finished(), "the watcher has ended");
+        ensure!(!self.thread.is_finished(), "the watcher has ended: {:?}", self.why.get());
         thread::sleep(time);
         Ok(())
     }
