@@ -9,6 +9,8 @@ use std::num::NonZeroU64;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -206,9 +208,9 @@ impl Chaos {
         let random = &mut Random(seed);
         let server = self.serve()?;
         let pid = server.pid();
-        let mut watcher = Watcher::new(self.connect()?);
+        let watcher = Watcher::new(self.connect()?);
         // What a server takes once, it has when frames have come: what it has with one consumer is what it is to have in the end.
-        watcher.watch_until("frames", |watcher| Ok(watcher.frames >= 5))?;
+        watcher.watch_until("frames", |watcher| Ok(watcher.frames() >= 5))?;
         let alone = Held::of(pid)?;
         let mut victims = (0..VICTIMS as usize)
             .map(|which| self.victim(which))
@@ -268,8 +270,11 @@ impl Chaos {
             })
             .with_context(|| format!("the server has {held:?}, and had {alone:?} with the watcher alone"))?;
         let (memory_before, memory_after) = (before.context("no round")?, memory(pid)?);
-        let (longest, skipped) = (watcher.longest, watcher.receiver.skipped());
+        // It stays a consumer until the server has ended.
+        let seen = watcher.end()?;
+        let (longest, skipped) = (seen.longest, seen.skipped);
         let report = self.end(server)?;
+        drop(seen);
         let count = |what: &str| report["frames"][what].as_u64().context("frames");
         let (captured, lost, starved) = (count("captured")?, count("dropped_by_camera")?, count("starved")?);
         let text = format!(
@@ -305,11 +310,12 @@ impl Chaos {
     fn servers(&self, seed: u64) -> Result<String> {
         let random = &mut Random(seed);
         let mut server = self.serve()?;
-        let mut watcher = Watcher::new(self.connect()?);
-        watcher.receiver.come_back_to_it()?;
+        let mut receiver = self.connect()?;
+        receiver.come_back_to_it()?;
+        let buffers = receiver.buffers().len();
+        let watcher = Watcher::new(receiver);
         let consumer = self.consume("--reconnect")?;
         let pid = consumer.pid();
-        let buffers = watcher.receiver.buffers().len();
         watcher.watch_until("the other consumer", |_| {
             // The buffers come last.
             Ok(is_one_of(pid, &rings(server.pid())?)? && shared_fds(pid)? >= buffers)
@@ -325,15 +331,15 @@ impl Chaos {
             drop(server);
             watcher.watch(random.millis(0, 120))?;
             server = self.serve()?;
-            seen = watcher.frames;
+            seen = watcher.frames();
             if round % 4 != 1 {
-                let back = watcher.watch_until("the next server", |watcher| Ok(watcher.frames >= seen + 3));
+                let back = watcher.watch_until("the next server", |watcher| Ok(watcher.frames() >= seen + 3));
                 back.with_context(|| format!("round {round}"))?;
             }
-            came += u32::from(watcher.frames > seen);
+            came += u32::from(watcher.frames() > seen);
         }
         // Both are there again.
-        watcher.watch_until("the last server", |watcher| Ok(watcher.frames > seen))?;
+        watcher.watch_until("the last server", |watcher| Ok(watcher.frames() > seen))?;
         let mut held = Held::of(pid)?;
         watcher
             .watch_until("the other consumer", |_| {
@@ -342,7 +348,9 @@ impl Chaos {
             })
             .with_context(|| format!("the consumer has {held:?}, and had {joined:?} at first"))?;
         let (memory_before, memory_after) = (before.context("no round")?, memory(pid)?);
+        let seen = watcher.end()?;
         let report = self.end(server)?;
+        drop(seen);
         let names: Vec<_> = report["consumers"]
             .as_array()
             .context("consumers")?
@@ -375,23 +383,45 @@ impl Chaos {
     }
 }
 
-/// One that does as it should, and sees what becomes of it.
+/// One that does as it should, and sees what becomes of it, in a thread of its own: what it misses is nothing that the test was late with.
 struct Watcher {
-    receiver: Receiver,
-    frames: u64,
-    skipped: u64,
-    /// Frames in a row that it did not get.
-    longest: u64,
+    thread: JoinHandle<Result<Seen>>,
+    frames: Arc<AtomicU64>,
+    ends: Arc<AtomicBool>,
+    /// Why it has ended before.
+    why: Arc<OnceLock<String>>,
 }
 
 impl Watcher {
     fn new(receiver: Receiver) -> Watcher {
+        let (frames, ends) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let skipped = receiver.skipped();
-        Watcher { receiver, frames: 0, skipped, longest: 0 }
+        let mut seen = Seen { receiver, frames: Arc::clone(&frames), skipped, longest: 0 };
+        let (end, why) = (Arc::clone(&ends), Arc::new(OnceLock::new()));
+        let tell = Arc::clone(&why);
+        let thread = thread::spawn(move || {
+            while !end.load(Ordering::Relaxed) {
+                seen.watch(Duration::from_millis(100))
+                    .inspect_err(|error| drop(tell.set(format!("{error:?}"))))?;
+            }
+            Ok(seen)
+        });
+        Watcher { thread, frames, ends, why }
     }
 
-    /// Watches until something is so.
-    fn watch_until(&mut self, what: &str, mut is: impl FnMut(&Watcher) -> Result<bool>) -> Result<()> {
+    fn frames(&self) -> u64 {
+        self.frames.load(Ordering::Relaxed)
+    }
+
+    /// Waits while it watches.
+    fn watch(&self, time: Duration) -> Result<()> {
+        ensure!(!self.thread.is_finished(), "the watcher has ended: {:?}", self.why.get());
+        thread::sleep(time);
+        Ok(())
+    }
+
+    /// Waits until something is so.
+    fn watch_until(&self, what: &str, mut is: impl FnMut(&Watcher) -> Result<bool>) -> Result<()> {
         let end = Instant::now() + PATIENCE;
         while !is(self)? {
             ensure!(Instant::now() < end, "it waits for {what} for ever");
@@ -400,13 +430,30 @@ impl Watcher {
         Ok(())
     }
 
+    /// Has it end, and tells what it has seen.
+    fn end(self) -> Result<Seen> {
+        self.ends.store(true, Ordering::Relaxed);
+        self.thread.join().map_err(|_| anyhow!("the watcher panicked"))?
+    }
+}
+
+/// What the watcher sees.
+struct Seen {
+    receiver: Receiver,
+    frames: Arc<AtomicU64>,
+    skipped: u64,
+    /// Frames in a row that it did not get.
+    longest: u64,
+}
+
+impl Seen {
     fn watch(&mut self, time: Duration) -> Result<()> {
         let end = Instant::now() + time;
         loop {
             match self.receiver.try_next(Ready::FRAME) {
                 Ok(Some(frame)) => {
                     ensure!(self.receiver.holds(&frame), "a frame was taken back at once: {:?}", frame.meta());
-                    self.frames += 1;
+                    self.frames.fetch_add(1, Ordering::Relaxed);
                     let skipped = self.receiver.skipped();
                     self.longest = self.longest.max(skipped.saturating_sub(self.skipped));
                     self.skipped = skipped;
