@@ -110,7 +110,7 @@ pub fn check_handover(all: &[HandOver]) -> Vec<Check> {
         ("asleep: system calls of the server a frame", calls(Way::Asleep, "server"), 1.05, Some(0.9)),
         ("asleep: system calls of the consumer a frame", calls(Way::Asleep, "consumer"), 1.05, Some(0.9)),
         // One of each side, and that by which the program waits for the time.
-        ("asleep: system calls a frame", calls(Way::Asleep, "all"), 3.1, Some(2.8)),
+        ("asleep: system calls a frame", calls(Way::Asleep, "all"), 3.5, Some(2.8)),
         ("awake: instructions, of message's", awake / instructions(Way::Message), 0.25, None),
         ("awake: instructions, of memcpy's", awake / instructions(Way::Memcpy), 0.01, None),
     ];

@@ -1,20 +1,22 @@
 //! How a side that sleeps is woken: by a byte through a pair of stream sockets (socketpair(2)), of which each side has one end.
 //!
-//! The server makes the pair and gives one end away with the welcome. It is rung by sending a byte, whatever byte, and never more of them
-//! than there were sleepers to wake; who sleeps waits for its end to be readable, edge-triggered (`EPOLLET`), so that it need not read each
-//! time: each byte that comes is an event of its own. It does read when it has been woken so often that the other side could find no room
-//! ([`UNREAD`]).
+//! The server makes the pair and gives one end away with the welcome. It is rung by sending a byte, whatever byte, where the other side has
+//! said that it sleeps (`ring.rs`), and once for that. Who sleeps waits for its end to be readable; edge-triggered (`EPOLLET`), it need not
+//! read each time, for each byte that comes is an event of its own: it reads when it has been woken so often that the other side could find
+//! no room ([`UNREAD`]). A consumer that has rung more often than it has given frames back, or that closes its end, is disconnected.
 //!
 //! Not an eventfd, which both sides would have open: whoever has that can make the other wait. `O_NONBLOCK` is a property of what is open
 //! and not of who has it; a count that is full lets nobody write; and the last close of a file waits for every epoll list that it is in
 //! (`eventpoll_release_file` in fs/eventpoll.c), also for another process's, which can keep its list from being left for as long as it
-//! likes. The end of a socket that is kept here nobody else has.
+//! likes. The end of a socket that is kept here nobody else has. (The end that is given away the server has as well until it has sent it.)
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, getsockopt, recv, send, socketpair, sockopt};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, getsockopt, recv, send, setsockopt, socketpair, sockopt,
+};
 
 use super::socket::let_descriptors_come;
 
@@ -34,6 +36,8 @@ impl Bell {
     pub(super) fn pair() -> io::Result<(Bell, OwnedFd)> {
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?;
         let_descriptors_come(&ours, false)?;
+        // What is sent by MSG_OOB is a ring as well: else it would wake who waits, and not be counted (manage_oob in net/unix/af_unix.c).
+        setsockopt(&ours, sockopt::OobInline, &true)?;
         Ok((Bell(ours), theirs))
     }
 
@@ -67,15 +71,15 @@ impl Bell {
         }
     }
 
-    /// How often it was rung since this was asked, 4096 at most: more may be there then. One system call, which does not wait. Descriptors
-    /// that came along are let go of by the kernel.
-    pub(super) fn heard(&self) -> usize {
+    /// How often it was rung since this was asked, 4096 at most: more may be there then. None if the other end is closed, or says nothing
+    /// any more: then it is readable for ever. One system call, which does not wait. Descriptors that came along are let go of by the kernel.
+    pub(super) fn heard(&self) -> Option<usize> {
         loop {
             match recv(self.0.as_raw_fd(), &mut [0; 4096], MsgFlags::MSG_DONTWAIT) {
-                Ok(count) => return count,
                 Err(Errno::EINTR) => {}
-                // Nothing, or nobody there: the connection says that.
-                Err(_) => return 0,
+                Err(Errno::EAGAIN) => return Some(0),
+                Ok(0) | Err(_) => return None,
+                Ok(count) => return Some(count),
             }
         }
     }
@@ -118,8 +122,8 @@ mod tests {
             theirs.ring().unwrap();
             assert_eq!((here(), there()), ((1, 1), (0, 0)));
         }
-        assert_eq!((ours.heard(), theirs.heard()), (UNREAD as usize / 2, UNREAD as usize));
-        assert_eq!((ours.heard(), theirs.heard()), (0, 0));
+        assert_eq!((ours.heard(), theirs.heard()), (Some(UNREAD as usize / 2), Some(UNREAD as usize)));
+        assert_eq!((ours.heard(), theirs.heard()), (Some(0), Some(0)));
     }
 
     #[test]
@@ -130,7 +134,7 @@ mod tests {
         }
         drop(theirs);
         ours.ring().unwrap();
-        assert_eq!(ours.heard(), 0);
+        assert_eq!(ours.heard(), None);
     }
 
     #[test]

@@ -370,9 +370,10 @@ impl Consumer {
     /// It has rung. It may for each frame that it gives back, and for nothing else: so one that would keep the server awake is not served.
     ///
     /// # Errors
-    /// It has rung more often, or has written nonsense.
+    /// It has rung more often, has closed its end, or has written nonsense.
     pub(super) fn heard(&mut self) -> std::result::Result<(), Lost> {
-        let (rung, frames) = (self.rung + self.bell.heard() as u64, self.ring.position());
+        let heard = self.bell.heard().ok_or_else(|| Lost::left("it hung up"))?;
+        let (rung, frames) = (self.rung + heard as u64, self.ring.position());
         if rung > frames {
             return Err(Lost::broken("it rings without having given a frame back"));
         }

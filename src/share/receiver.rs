@@ -266,17 +266,20 @@ impl Receiver {
 
     /// The next frame that is there; no system call if there is none.
     fn found(&mut self) -> Result<Option<Frame>> {
-        let (taken, entry) = loop {
+        let mut next = None;
+        for _ in 0..TRIES {
             let Some((taken, entry)) = self.take()? else { return Ok(None) };
             if entry.generation == self.server.generation.shape.generation {
                 return self.frame(taken, entry);
             }
             self.hear();
             if !self.server.coming.has_forgotten(entry.generation) {
-                break (taken, entry);
+                next = Some((taken, entry));
+                break;
             }
             self.pass_over(taken)?;
-        };
+        }
+        let Some((taken, entry)) = next else { return Ok(None) };
         let known = |coming: &Generation| coming.shape.generation == entry.generation && coming.is_whole();
         if !self.server.coming.iter().any(known) {
             let error = Error::new(Kind::Disconnected, "read frames from", self.name.clone());

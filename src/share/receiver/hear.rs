@@ -63,6 +63,7 @@ impl Receiver {
     /// Gives a frame back that cannot be shown: it is of buffers that were let go of for newer ones.
     pub(super) fn pass_over(&mut self, taken: Taken) -> Result<()> {
         self.fence = None;
+        self.lost.passed_over();
         match self.server.area.release(taken.position) {
             Ok(true) => self.server.bell.ring().context("wake", || self.name.as_str()),
             Ok(false) | Err(Revoked) => Ok(()),

@@ -10,7 +10,7 @@ pub(super) struct Lost {
     /// Those of them since the generation began. The server may have skipped one when the next was published already: that is said with a
     /// frame after it.
     unexplained: u64,
-    /// By servers before, and by this one.
+    /// By servers before and by this receiver, and by this server.
     skipped: (u64, u64),
 }
 
@@ -30,6 +30,11 @@ impl Lost {
         let explained = late.saturating_sub(gap).min(self.unexplained);
         self.dropped = self.dropped.saturating_add(lost).saturating_sub(explained);
         self.unexplained = self.unexplained.saturating_add(lost).saturating_sub(explained);
+    }
+
+    /// A frame came that is in buffers which were let go of for newer ones.
+    pub(super) fn passed_over(&mut self) {
+        self.skipped.0 = self.skipped.0.saturating_add(1);
     }
 
     /// The frames that come next are others, of a generation of their own.

@@ -53,7 +53,14 @@ impl Server {
     /// out is not waited for any more.
     pub(super) fn relieve(&mut self, now: u64) -> Option<u64> {
         // Mostly there is nothing to do, which is to cost next to nothing.
-        if self.is_short() { self.relieve_now(now) } else { None }
+        if self.is_short() { self.relieve_now(now) } else { self.look_at_passing(now) }
+    }
+
+    /// If the source is short when whoever has presented a frame keeps it: when that is known.
+    fn look_at_passing(&self, now: u64) -> Option<u64> {
+        self.passing?;
+        let slots = self.slots.as_ref()?;
+        slots.0.are_short(None).then(|| now + micros(AGAIN))
     }
 
     #[cold]

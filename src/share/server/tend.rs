@@ -12,7 +12,7 @@ impl Server {
     #[inline]
     pub(super) fn tend(&mut self, now: u64) -> Result<()> {
         let timed = self.paused_until_us.is_some() || self.armed_us.is_some() || self.untold;
-        let nothing = self.waiting.is_empty() && !timed;
+        let nothing = self.waiting.is_empty() && !timed && self.passing.is_none();
         if nothing && !self.is_short() { Ok(()) } else { self.tend_what_waits(now) }
     }
 

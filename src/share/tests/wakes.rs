@@ -1,10 +1,11 @@
 //! Who is woken, by whom, and how often: the bells, the descriptor, and those who ring or tell for nothing.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::socket::{MsgFlags, send};
 use nix::unistd::{pipe, write};
 
 use super::*;
@@ -61,6 +62,57 @@ fn one_that_rings_for_nothing_is_disconnected() {
     }
     let gone = server.departures().last().unwrap();
     assert!(gone.at_fault && gone.why.contains("rings"), "{gone:?}");
+}
+
+/// Nor by bytes out of band, which a socket reads otherwise; and one whose end is closed would be readable for ever.
+#[test]
+fn a_bell_that_cannot_be_silenced_is_given_up() {
+    let source = pattern(1.0, 8);
+    let mut server = serve("silenced", two(), &source);
+    let silent = |server: &Server| !readable(server.event_fd().unwrap(), 0);
+    for close in [false, true] {
+        let (_socket, _area, bell) = raw(&mut server, "silenced");
+        assert!(silent(&server) && server.consumers().len() == 1);
+        match close {
+            true => drop(bell),
+            false => {
+                let urgent = MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT;
+                (0..3).for_each(|_| assert_eq!(send(bell.as_fd().as_raw_fd(), b"x", urgent), Ok(1)));
+            }
+        }
+        for _ in 0..3 {
+            server.dispatch().unwrap();
+        }
+        let gone = server.departures().last().unwrap();
+        assert_eq!((server.consumers().len(), gone.left, gone.at_fault), (0, close, !close), "{gone:?}");
+        assert!(silent(&server));
+    }
+}
+
+/// A program that keeps the last frame until the next comes, as for differences between pictures: consumers that have the others are heard.
+#[test]
+fn who_presents_a_frame_may_keep_it() {
+    let mut source = pattern(500.0, 3);
+    let mut server = serve("keeps", ServerRequest { lease: Some(Duration::from_secs(60)), ..two() }, &source);
+    let mut receiver = connect(&mut server, "keeps").unwrap();
+    source.start().unwrap();
+    let mut kept = present(&mut source, &mut server);
+    for round in 0..10 {
+        let mut held = vec![receiver.try_next(Ready::FRAME).unwrap().unwrap()];
+        drop(std::mem::replace(&mut kept, present(&mut source, &mut server)));
+        held.extend(receiver.try_next(Ready::FRAME).unwrap());
+        drop(std::mem::replace(&mut kept, present(&mut source, &mut server)));
+        drop(held);
+        receiver.recycle().unwrap();
+        let end = Instant::now() + Duration::from_secs(10);
+        // As a program that waits for source and server: it calls neither before one of them says so.
+        while source.slots().free + source.slots().queued == 0 {
+            assert!(readable(server.event_fd().unwrap(), 5000) && Instant::now() < end, "{round}: nobody tells of it");
+            server.dispatch().unwrap();
+        }
+        drop(std::mem::replace(&mut kept, present(&mut source, &mut server)));
+    }
+    drop(kept);
 }
 
 /// Frames that whoever presents them has for a moment longer leave the source no shorter of buffers.
