@@ -26,7 +26,7 @@ use crate::sinks::{has_bars, read_png};
 pub const TESTS: &[Test] = &[
     Test { name: "share::vivid_to_many", needs: &["vivid", "vkms"], seconds: 240, run: vivid_to_many },
     Test { name: "share::for_reading", needs: &["vivid"], seconds: 120, run: for_reading },
-    Test { name: "share::hoarder", needs: &["vivid"], seconds: 180, run: hoarder },
+    Test { name: "share::hoarder", needs: &["vivid"], seconds: 300, run: hoarder },
     Test { name: "share::chaos", needs: &["vivid"], seconds: 300, run: chaos_of_consumers },
     Test { name: "share::servers_in_chaos", needs: &["vivid"], seconds: 300, run: chaos_of_servers },
 ];
@@ -172,6 +172,18 @@ pub fn next(receiver: &mut Receiver) -> Result<Frame> {
 /// One that keeps all that it gets for ever: the camera and the others go on, and it is told. With views that are detached in time one
 /// keeps its pictures.
 fn hoarder() -> Result<Outcome> {
+    // What is tried at a rate is tried when the machine holds it: a host that does not run it for a moment has another go, and what is not a
+    // matter of time is demanded of each.
+    for _ in 0..3 {
+        if hoarding()? {
+            return PASSED;
+        }
+    }
+    bail!("vivid does not hold the rate on this machine")
+}
+
+/// Whether vivid held its rate.
+fn hoarding() -> Result<bool> {
     let at = "/tmp/dmaflow-share-hoarder.sock";
     // Few buffers: what is kept is what the camera lacks. A lease that is not over when the host stalls for a moment.
     let server = ServerRequest { lease: Some(LEASE), ..ServerRequest::default() };
@@ -192,11 +204,11 @@ fn hoarder() -> Result<Outcome> {
     // two buffers: the camera may have to wait then, and lose what is due meanwhile. From then on never.
     let lease = (LEASE.as_secs_f64() * rate).ceil() as u64;
     ensure!(flow.short_after(lease + 4) == 0, "the camera had no buffer after the first lease: {flow}");
-    ensure!(is_in_time(flow.late, frames) && seen.came >= frames - frames / 10, "{flow}; {} came", seen.came);
+    ensure!(seen.came >= frames - frames / 10, "{flow}; {} came", seen.came);
     ensure!(stolen[0] == seen.revoked && seen.revoked > 0, "{} are gone, {stolen:?} were taken", seen.revoked);
     // Each of the other two has one at a time, and keeps to its lease unless this process was not run for so long.
     ensure!(stolen[1] + stolen[2] <= 2 * seen.pauses, "{stolen:?} were taken in {} pauses", seen.pauses);
-    PASSED
+    Ok(is_in_time(flow.late, frames))
 }
 
 const LEASE: Duration = Duration::from_millis(250);
