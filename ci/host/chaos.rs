@@ -139,6 +139,9 @@ const WHOLE_STOP: Duration = Duration::from_secs(2);
 /// tells of them when there are 32 (`percpu_counter_batch`, `get_mm_counter`), and the allocator keeps some for fragmentation.
 pub const MORE_KIB: u64 = 256;
 
+/// A process that has opened and closed nothing for so long has all that it works with: what it opens at its start comes in a row.
+const STEADY: Duration = Duration::from_secs(2);
+
 /// No process takes as long to do what it is waited for, be it emulated beside others.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -316,11 +319,16 @@ impl Chaos {
         let watcher = Watcher::new(receiver);
         let consumer = self.consume("--reconnect")?;
         let pid = consumer.pid();
+        // What it has when it has joined, and opened what it waits with: the buffers come before that.
+        let (mut joined, mut since) = (Held::of(pid)?, Instant::now());
         watcher.watch_until("the other consumer", |_| {
-            // The buffers come last.
-            Ok(is_one_of(pid, &rings(server.pid())?)? && shared_fds(pid)? >= buffers)
+            let held = Held::of(pid)?;
+            if held != joined {
+                (joined, since) = (held, Instant::now());
+            }
+            let is_joined = is_one_of(pid, &rings(server.pid())?)? && shared_fds(pid)? >= buffers;
+            Ok(is_joined && since.elapsed() >= STEADY)
         })?;
-        let joined = Held::of(pid)?;
         let (mut before, mut came, mut seen) = (None, 0, 0);
         for round in 0..self.rounds {
             if round == self.rounds / 4 {
