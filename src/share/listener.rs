@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::libc;
 use nix::sys::socket::{
     Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockname, getsockopt, listen, sockopt,
 };
@@ -52,7 +53,11 @@ impl Listener {
             listen(&fd, Backlog::MAXCONN).context("listen at", about)?;
             return Ok(Listener { fd, file: None, group: None, passed_mode: None, _lock: None });
         };
-        let lock = Lock::take(path).context("lock", about)?.ok_or_else(|| occupied(place))?;
+        let lock = Lock::take(path).context("lock", about).map_err(|error| match error.errno() {
+            Some(libc::ENOENT) => error.repair("make its folder first, or choose another place"),
+            _ => error,
+        })?;
+        let lock = lock.ok_or_else(|| occupied(place))?;
         remove_stale(place, path)?;
         // The file gets the mode of the socket, less the umask (unix_bind_bsd in net/unix/af_unix.c).
         fchmod(&fd, mode_of(mode)).context("set the mode of", about)?;
@@ -248,6 +253,13 @@ mod tests {
         let group = Some(nix::unistd::getgid().as_raw());
         let _listener = Listener::bind(&place, 0o660, group).unwrap();
         assert_eq!(mode(&path) & 0o777, 0o660);
+    }
+
+    #[test]
+    fn a_folder_that_is_missing_is_said_so() {
+        let (path, _) = place("missing");
+        let error = Listener::bind(&Place::Path(path.join("cam.sock")), 0o600, None).unwrap_err();
+        assert!(error.kind() == Kind::NotFound && error.line().contains("folder"), "{error:?}");
     }
 
     #[test]
