@@ -55,6 +55,7 @@ pub mod pipe;
 pub mod probe;
 pub mod share;
 pub mod sink;
+mod timer;
 mod uapi;
 pub mod v4l2;
 #[cfg(feature = "vulkan")]

@@ -8,17 +8,15 @@ use std::io;
 use std::iter;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use crate::clock::now_us;
 use crate::endpoint::Ready;
 use crate::fence::SyncFile;
+use crate::timer::Timer;
 
 const SOURCE: u64 = 0;
 const STOP: u64 = 1;
@@ -57,10 +55,9 @@ pub(super) struct Waiter {
     /// The same and the sink's; none if it has none. A second list costs nothing while it is not used, and changing one would be
     /// a system call each time.
     with_sink: Option<Epoll>,
-    timer: TimerFd,
-    /// When the timer goes off, in µs of `CLOCK_MONOTONIC`. Never later than the time waited for, and often earlier: that time
-    /// moves on with every frame, and the timer follows when it has gone off for nothing.
-    set_us: Option<u64>,
+    /// Goes off never later than the time waited for, and often earlier: that time moves on with every frame, and the timer follows when
+    /// it has gone off for nothing.
+    timer: Timer,
 }
 
 impl Waiter {
@@ -71,7 +68,7 @@ impl Waiter {
         stop: Option<BorrowedFd<'_>>,
         sink: Option<BorrowedFd<'_>>,
     ) -> io::Result<Waiter> {
-        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)?;
+        let timer = Timer::new()?;
         let list = |sink: Option<BorrowedFd<'_>>| -> io::Result<Epoll> {
             let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
             epoll.add(&source, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLPRI, SOURCE))?;
@@ -83,7 +80,7 @@ impl Waiter {
             Ok(epoll)
         };
         let (without_sink, with_sink) = (list(None)?, sink.map(|sink| list(Some(sink))).transpose()?);
-        Ok(Waiter { without_sink, with_sink, timer, set_us: None })
+        Ok(Waiter { without_sink, with_sink, timer })
     }
 
     /// Waits until a time in µs of `CLOCK_MONOTONIC`, for ever without one, for the sink only if asked to: one system call, and one more
@@ -94,9 +91,9 @@ impl Waiter {
     pub(super) fn wait(&mut self, until_us: Option<u64>, sink: bool, fences: &Fences<'_>) -> io::Result<Option<Wake>> {
         loop {
             if let Some(until) = until_us
-                && self.set_us.is_none_or(|set| until < set)
+                && self.timer.at_us().is_none_or(|set| until < set)
             {
-                self.set(until)?;
+                self.timer.set(Some(until))?;
             }
             let (wake, timer) = match fences.is_none() {
                 true => self.wait_once(sink, EpollTimeout::NONE)?,
@@ -108,10 +105,10 @@ impl Waiter {
                 return Ok(Some(wake));
             }
             match until_us {
-                Some(until) if now_us() < until => self.set(until)?,
+                Some(until) if now_us() < until => self.timer.set(Some(until))?,
                 Some(_) => return Ok(None),
                 // It was set for an earlier wait.
-                None => self.unset()?,
+                None => self.timer.set(None)?,
             }
             if wake.sink {
                 return Ok(Some(wake));
@@ -165,21 +162,6 @@ impl Waiter {
             }
         }
         Ok((wake, timer))
-    }
-
-    /// Sets the timer, and forgets that it has gone off (`timerfd_setup` in fs/timerfd.c).
-    fn set(&mut self, at_us: u64) -> io::Result<()> {
-        // A time of 0 would stop it.
-        let at = TimeSpec::from_duration(Duration::from_micros(at_us.max(1)));
-        self.timer.set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME)?;
-        self.set_us = Some(at_us);
-        Ok(())
-    }
-
-    fn unset(&mut self) -> io::Result<()> {
-        self.timer.unset()?;
-        self.set_us = None;
-        Ok(())
     }
 }
 

@@ -30,9 +30,10 @@ use crate::fence::SyncFile;
 use crate::format::Layout;
 use crate::frame::{Buffer, Frame, Revoked, Room, ViewPolicy};
 use crate::ledger::{Copies, Ledger};
+use crate::timer::Timer;
 use again::{Back, End};
 use lost::Lost;
-use wait::{Alarm, TRIES, listen};
+use wait::{TRIES, listen};
 
 /// Names in the list of descriptors.
 const SOCKET: u64 = 0;
@@ -84,7 +85,7 @@ pub struct Receiver {
     /// waits for the descriptor calls again.
     again: EventFd,
     /// Set to when the next view is to be detached; none until a frame has a view.
-    alarm: Option<Alarm>,
+    alarm: Option<Timer>,
     frames: HeldFrames,
     /// Of generations before, and of servers before.
     old: Vec<HeldFrames>,
@@ -202,7 +203,7 @@ impl Receiver {
         let all = std::iter::once(&self.frames).chain(&self.old);
         let until = all.filter_map(HeldFrames::first_viewed_until).min();
         let now = now_us();
-        let again = || self.alarm.as_ref().and_then(Alarm::at_us).filter(|&at| at > now);
+        let again = || self.alarm.as_ref().and_then(Timer::at_us).filter(|&at| at > now);
         let next = |until: u64| match until.saturating_sub(early) {
             at if at > now => at,
             // One that could not be detached, for its frame is held besides, is tried again.

@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
-use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
 
 use super::consumer::{Consumer, ConsumerInfo, Departure, Generation, Lost};
 use super::entry::Entry;
@@ -28,6 +27,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::fence::{FenceUse, SyncFile};
 use crate::format::{Format, Layout};
 use crate::frame::{Buffer, Frame, MAX_SLOTS, SlotsArc};
+use crate::timer::Timer;
 use door::Waiting;
 pub use request::ServerRequest;
 use request::{access, check, mode, passed};
@@ -82,7 +82,7 @@ pub struct Server {
     name: String,
     listener: Listener,
     epoll: Epoll,
-    timer: TimerFd,
+    timer: Timer,
     request: ServerRequest,
     source: String,
     watchdog: Option<Duration>,
@@ -109,8 +109,6 @@ pub struct Server {
     untold: bool,
     /// When connections are accepted again.
     paused_until_us: Option<u64>,
-    /// What the timer is set to.
-    armed_us: Option<u64>,
     /// When the descriptors were looked at last.
     looked_us: u64,
     fences: FenceUse,
@@ -183,11 +181,10 @@ impl Server {
         let name = place.to_string();
         let about = || name.clone();
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("share at", about)?;
-        let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
-        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags).context("make a timer for", about)?;
+        let timer = Timer::new().context("make a timer for", about)?;
         let input = |token| EpollEvent::new(EpollFlags::EPOLLIN, token);
         epoll.add(&listener, input(LISTENER)).context("wait for", about)?;
-        epoll.add(timer.as_fd(), input(TIMER)).context("wait for", about)?;
+        epoll.add(&timer, input(TIMER)).context("wait for", about)?;
         Ok(Server {
             name,
             access: access(&request, listener.group()),
@@ -211,7 +208,6 @@ impl Server {
             passing: None,
             untold: false,
             paused_until_us: None,
-            armed_us: None,
             looked_us: 0,
             fences: FenceUse::default(),
             ended: false,

@@ -4,8 +4,6 @@
 //! [`FormatChanged`](Kind::FormatChanged) comes, and [`follow`](crate::endpoint::Source::follow) goes on with the new server's buffers.
 
 use nix::libc;
-use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use super::*;
 
@@ -27,7 +25,7 @@ pub(super) enum End {
 #[derive(Debug)]
 pub(super) struct Back {
     /// Of the next try, or of the end of one. Readable from then on until it is set again.
-    timer: TimerFd,
+    timer: Timer,
     stage: Stage,
     /// Since when the socket's file says no, in µs.
     denied_us: Option<u64>,
@@ -56,10 +54,9 @@ impl Receiver {
             return Ok(());
         }
         let about = || self.name.as_str();
-        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK);
-        let timer = timer.context("make a timer for", about)?;
+        let timer = Timer::new().context("make a timer for", about)?;
         self.epoll
-            .add(timer.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, BACK))
+            .add(&timer, EpollEvent::new(EpollFlags::EPOLLIN, BACK))
             .context("wait for", about)?;
         self.back = Some(Back { timer, stage: Stage::There, denied_us: None });
         Ok(())
@@ -139,7 +136,7 @@ impl Receiver {
         };
         let Stage::Joined(server) = std::mem::replace(&mut back.stage, Stage::There) else { return Ok(()) };
         let about = || self.name.as_str();
-        back.timer.unset().context("set the timer of", about)?;
+        back.timer.set(None).context("set the timer of", about)?;
         listen(&self.epoll, &server).context("wait for", about)?;
         self.again.write(1).context("wait for", about)?;
         self.ring = Consumer::new(server.area.clone());
@@ -163,13 +160,8 @@ impl Back {
         };
         let input = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, SOCKET);
         epoll.add(&joining, input).context("wait for", || name)?;
-        self.set(joining.until_us()).context("set the timer of", || name)?;
+        self.timer.set(Some(joining.until_us())).context("set the timer of", || name)?;
         Ok(Stage::Joining(joining))
-    }
-
-    fn set(&self, at_us: u64) -> nix::Result<()> {
-        let at = TimeSpec::from_duration(Duration::from_micros(at_us.max(1)));
-        self.timer.set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME)
     }
 
     /// Tries again in a moment, if that may help.
@@ -194,7 +186,7 @@ impl Back {
             self.denied_us = None;
         }
         let until = now + TRY.as_micros() as u64;
-        self.set(until).context("set the timer of", || name)?;
+        self.timer.set(Some(until)).context("set the timer of", || name)?;
         Ok(Stage::Waiting(until))
     }
 }
@@ -205,8 +197,7 @@ mod tests {
 
     #[test]
     fn what_may_pass_is_tried_again() {
-        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC).unwrap();
-        let mut back = Back { timer, stage: Stage::There, denied_us: None };
+        let mut back = Back { timer: Timer::new().unwrap(), stage: Stage::There, denied_us: None };
         let denied = || Error::from_io("connect to", "x", std::io::Error::from_raw_os_error(libc::EACCES));
         assert_eq!(denied().kind(), Kind::Permission);
         // A server that has just made its socket, or whose places are all taken.

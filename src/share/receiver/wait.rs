@@ -4,26 +4,9 @@
 //! set since before the newest frame, and the server rings for the next one; or an event is pending. Whoever takes the events out of the list
 //! ([`Receiver::listen`]) makes sure of it before it returns.
 
-use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
-
 use super::*;
 use crate::share::bell::UNREAD;
 use crate::share::ring::ENTRIES;
-
-/// Rings when a view is to be detached.
-#[derive(Debug)]
-pub(super) struct Alarm {
-    timer: TimerFd,
-    /// In µs of `CLOCK_MONOTONIC`.
-    at_us: Option<u64>,
-}
-
-impl Alarm {
-    pub(super) fn at_us(&self) -> Option<u64> {
-        self.at_us
-    }
-}
 
 /// Hears from now on what the server says and when it rings.
 pub(super) fn listen(epoll: &Epoll, server: &Joined) -> nix::Result<()> {
@@ -42,28 +25,14 @@ impl Receiver {
             (None, None) => return Ok(()),
             (Some(alarm), _) => alarm,
             (empty, Some(_)) => {
-                let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
-                let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags).context("make a timer for", about)?;
+                let timer = Timer::new().context("make a timer for", about)?;
                 self.epoll
-                    .add(timer.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, ALARM))
+                    .add(&timer, EpollEvent::new(EpollFlags::EPOLLIN, ALARM))
                     .context("wait for", about)?;
-                empty.insert(Alarm { timer, at_us: None })
+                empty.insert(timer)
             }
         };
-        if alarm.at_us == at_us {
-            return Ok(());
-        }
-        let set = match at_us {
-            Some(at) => {
-                // A time of 0 would stop it.
-                let at = TimeSpec::from_duration(Duration::from_micros(at.max(1)));
-                alarm.timer.set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME)
-            }
-            None => alarm.timer.unset(),
-        };
-        set.context("set the timer of", about)?;
-        alarm.at_us = at_us;
-        Ok(())
+        if alarm.at_us() == at_us { Ok(()) } else { alarm.set(at_us).context("set the timer of", about) }
     }
 
     /// Says that this sleeps from now on. `false` if a frame is there: then it does not.

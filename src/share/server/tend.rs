@@ -2,8 +2,6 @@
 
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
-use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{Expiration, TimerSetTimeFlags};
 
 use super::*;
 
@@ -11,7 +9,7 @@ impl Server {
     /// What waits for a time: connections without a hello, the listener, the source. Nothing does with nearly every frame.
     #[inline]
     pub(super) fn tend(&mut self, now: u64) -> Result<()> {
-        let timed = self.paused_until_us.is_some() || self.armed_us.is_some() || self.untold;
+        let timed = self.paused_until_us.is_some() || self.timer.at_us().is_some() || self.untold;
         let nothing = self.waiting.is_empty() && !timed && self.passing.is_none();
         if nothing && !self.is_short() { Ok(()) } else { self.tend_what_waits(now) }
     }
@@ -27,20 +25,11 @@ impl Server {
         let short = self.relieve(now);
         let waiting = self.waiting.iter().map(|waiting| waiting.until_us).min();
         let next = [short, waiting, untold, self.paused_until_us].into_iter().flatten().min();
-        if next == self.armed_us {
-            return Ok(());
-        }
-        let set = match next {
-            Some(at) => {
-                // A time of 0 would stop it.
-                let at = TimeSpec::from_duration(Duration::from_micros(at.max(1)));
-                self.timer.set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME)
-            }
-            None => self.timer.unset(),
-        };
-        set.context("set the timer of", || self.name.as_str())?;
-        self.armed_us = next;
-        Ok(())
+        if next == self.timer.at_us() { Ok(()) } else { self.set_timer(next) }
+    }
+
+    fn set_timer(&mut self, at_us: Option<u64>) -> Result<()> {
+        self.timer.set(at_us).context("set the timer of", || self.name.as_str())
     }
 
     pub(super) fn look(&mut self) -> Result<()> {
@@ -54,8 +43,7 @@ impl Server {
         for event in events.iter().take(count) {
             match event.data() {
                 LISTENER => self.accept(now),
-                // It is set anew, or stopped, which also says that it was heard (timerfd_setup in fs/timerfd.c).
-                TIMER => self.armed_us = Some(0),
+                TIMER => self.set_timer(None)?,
                 token if token % 2 == 0 => self.hear(token),
                 bell => {
                     let consumer = self.consumers.iter_mut().find(|consumer| consumer.token + 1 == bell);
