@@ -353,7 +353,8 @@ impl<'a> Pipe<'a> {
             captured: self.captured,
             presented: self.presented,
             rung: self.joined.rung,
-            dropped: counts.dropped.saturating_add(counts.skipped) + self.sink.dropped() + self.dropped,
+            // What a server says that it has skipped may be anything.
+            dropped: (counts.dropped + self.sink.dropped() + self.dropped).saturating_add(counts.skipped),
             at_us: shown.at_us,
             latency_us,
             moves: &self.moves,

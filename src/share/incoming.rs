@@ -16,7 +16,7 @@ use crate::memory::Memory;
 
 /// Generations that are kept while they are announced and not followed yet: so many as a ring has entries. Of more, the oldest are
 /// forgotten with their descriptors; a frame of them that is still in the ring is passed over.
-const COMING: usize = 16;
+pub(super) const COMING: usize = 16;
 
 /// `DMA_BUF_MAGIC` of linux/magic.h.
 const DMA_BUF: FsType = FsType(0x444d_4142);

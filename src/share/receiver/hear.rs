@@ -1,13 +1,16 @@
 //! What a receiver hears from its server: buffers, fences, the end.
 
 use super::*;
+use crate::frame::MAX_SLOTS;
 use crate::share::fences::sync_file;
-use crate::share::incoming::learn;
+use crate::share::incoming::{COMING, learn};
+use crate::share::ring::ENTRIES;
 use crate::share::socket::Received;
 use crate::share::wire::Message;
 
-/// So many messages at once are more than a server has to say: 16 generations with 64 buffers each, and fences of those who do not read them.
-const MOST: u32 = 16 * 65 + 256;
+/// So many messages at once are more than a server has to say: of more generations than are kept none is of use, and fences of those who do
+/// not read them are some 16.
+const MOST: usize = COMING * (MAX_SLOTS as usize + 1) + 16 * ENTRIES;
 
 impl Receiver {
     /// Reads what the socket has. Once the server has ended there is nothing more.
