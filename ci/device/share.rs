@@ -20,7 +20,7 @@ use crate::camera::request;
 use crate::chaos::Chaos;
 use crate::harness::{Outcome, PASSED, Test, long, note};
 use crate::process::{dma_bufs, dmaflow, finish, number, start};
-use crate::shared::{LATE, Shared, is_in_time};
+use crate::shared::{Shared, is_in_time};
 use crate::sinks::{has_bars, read_png};
 
 pub const TESTS: &[Test] = &[
@@ -286,7 +286,8 @@ fn chaos(at: &str, rounds: u32) -> Result<Chaos> {
     // So slow that an emulated processor has time for six processes.
     let source = "--from vivid --format XR24 --size 320x180 --fps 15".to_owned();
     let rounds = if long() { 200 } else { rounds };
-    Ok(Chaos { program, source, at: format!("/tmp/{at}.sock"), rounds, late: LATE, seed: now.as_nanos() as u64 | 1 })
+    // Of a hundred frames vivid, which keeps time by the clock, may come too late for one itself, where a host stalls now and then.
+    Ok(Chaos { program, source, at: format!("/tmp/{at}.sock"), rounds, late: 1, seed: now.as_nanos() as u64 | 1 })
 }
 
 /// Consumers that are killed, stopped, or write nonsense hurt nobody else.

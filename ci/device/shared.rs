@@ -31,7 +31,7 @@ pub struct Shared {
 /// host's doing and not the sharing's, whose own losses are for want of a buffer, and of which there may be none. In five seconds, which
 /// the shortest of these flows takes, a host that stalls once for a quarter of a second costs as many. With more the machine does not
 /// hold the rate, and what was tried at that rate was not tried.
-pub const LATE: u64 = 5;
+const LATE: u64 = 5;
 
 /// Whether vivid itself lost no more than it may of so many that were due.
 pub fn is_in_time(late: u64, frames: u64) -> bool {
