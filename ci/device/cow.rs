@@ -1,6 +1,5 @@
 //! Copy-on-write views: what they copy, what they leave alone, and what the queue does with them.
 
-use std::os::fd::{AsFd, AsRawFd};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -14,6 +13,7 @@ use dmaflow::v4l2::{Camera, CameraRequest, Device, RateRequest};
 
 use crate::camera::request;
 use crate::capture::{buffers, picture};
+use crate::driver::with_the_driver;
 use crate::harness::{Outcome, PASSED, Test, note};
 use crate::modules::vivid;
 use crate::process::{dma_bufs, dmaflow, finish, number};
@@ -207,26 +207,6 @@ fn detached_bytes_stay() -> anyhow::Result<Outcome> {
 const RATE: f64 = 30.0;
 /// Buffers that a queue of four leaves to vivid's driver, which needs one: that one and the next.
 const LEFT_TO_THE_DRIVER: usize = 2;
-
-nix::ioctl_readwrite!(querybuf, b'V', 9, v4l::v4l_sys::v4l2_buffer);
-
-/// How many of the camera's buffers the driver has, by its own word: those that it fills or will fill, and those filled that nobody took yet.
-fn with_the_driver(camera: &Camera) -> Result<usize> {
-    let mut count = 0;
-    for index in 0..u32::try_from(camera.buffers().len())? {
-        // SAFETY: integers and a union of integers and pointers, for which zero is a value.
-        let mut buffer: v4l::v4l_sys::v4l2_buffer = unsafe { std::mem::zeroed() };
-        buffer.index = index;
-        buffer.type_ = v4l::v4l_sys::v4l2_buf_type_V4L2_BUF_TYPE_VIDEO_CAPTURE;
-        buffer.memory = v4l::v4l_sys::v4l2_memory_V4L2_MEMORY_MMAP;
-        // SAFETY: the camera's descriptor is open, and of the structure, which has this size and, being single-planar, no array to point
-        // to, the call writes its fields alone.
-        unsafe { querybuf(camera.as_fd().as_raw_fd(), &mut buffer)? };
-        let its_own = v4l::v4l_sys::V4L2_BUF_FLAG_QUEUED | v4l::v4l_sys::V4L2_BUF_FLAG_DONE;
-        count += usize::from(buffer.flags & its_own != 0);
-    }
-    Ok(count)
-}
 
 /// Takes 300 frames and keeps views of the last 20: the queue detaches the oldest, so that the driver never has fewer buffers than it needs.
 /// That is asked of the driver, not of the clock: how many frames a camera loses besides is the host's affair (vivid keeps time by the

@@ -24,6 +24,7 @@ mod cow;
 mod crc;
 mod cycles;
 mod display;
+mod driver;
 mod faults;
 mod fences;
 mod fences_failed;

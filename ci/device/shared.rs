@@ -1,6 +1,6 @@
 //! A camera that the test itself shares: it knows each frame before anybody else has it, and looks at the camera's queue at each.
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -9,13 +9,9 @@ use dmaflow::frame::Frame;
 use dmaflow::share::{ConsumerInfo, Departure, Server, ServerRequest};
 use dmaflow::v4l2::{Camera, CameraRequest, Device};
 use nix::poll::{PollFd, PollFlags, poll};
-use v4l::v4l_sys::{V4L2_BUF_FLAG_DONE, V4L2_BUF_FLAG_QUEUED, v4l2_buffer};
 
 use crate::capture::picture;
-
-nix::ioctl_readwrite!(querybuf, b'V', 9, v4l2_buffer);
-/// Of the single-planar API, in which vivid comes up. By linux/videodev2.h.
-const V4L2_BUF_TYPE_VIDEO_CAPTURE: u32 = 1;
+use crate::driver::with_the_driver;
 
 /// A moment that no consumer needs to start, be it emulated beside another machine.
 const PATIENCE: Duration = Duration::from_secs(100);
@@ -174,19 +170,9 @@ impl Shared {
         Ok(())
     }
 
-    /// How many buffers the camera's driver has, by its own words: to fill, or filled and not fetched.
+    /// See [`with_the_driver`].
     pub fn queued(&self) -> Result<usize> {
-        let mut queued = 0;
-        for index in 0..self.camera.buffers().len() {
-            // SAFETY: all of it is numbers, and a union of numbers and pointers, for which 0 is a value.
-            let mut buffer: v4l2_buffer = unsafe { std::mem::zeroed() };
-            buffer.type_ = V4L2_BUF_TYPE_VIDEO_CAPTURE;
-            buffer.index = index.try_into()?;
-            // SAFETY: the structure is the one that the kernel expects, and lives across the call.
-            unsafe { querybuf(self.camera.as_fd().as_raw_fd(), &mut buffer) }?;
-            queued += usize::from(buffer.flags & (V4L2_BUF_FLAG_QUEUED | V4L2_BUF_FLAG_DONE) != 0);
-        }
-        Ok(queued)
+        with_the_driver(&self.camera)
     }
 
     pub fn counts(&self) -> SourceCounts {
